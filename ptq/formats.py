@@ -39,19 +39,44 @@ class Element:
         """The largest magnitude that is written (Q in the papers)."""
         return max(v for v in self.values if v == v)
 
+    @cached_property
+    def smallest(self) -> float:
+        """The smallest positive value; every value is a multiple of it."""
+        return min(v for v in self.values if v > 0)
+
+    @cached_property
+    def _bits_and_floor(self) -> tuple[int, float] | None:
+        """(mantissa bits, smallest normal number) of a floating-point element; None for integers, whose steps are all equal."""
+        multiples = sorted({round(v / self.smallest) for v in self.values if 0 <= v <= self.max})
+        equal = next((i for i, m in enumerate(multiples) if m != i), None)  # the first value after a wider step
+        if equal is None:
+            return None
+        bits = (equal - 1).bit_length() - 2  # 2^(bits + 1) equal steps reach the end of the first normal binade
+        return bits, self.smallest * 2.0**bits
+
+    def round(self, x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
+        """The value nearest to each of ``x``, float32 numbers; the same as ``decode(encode(x))``. A zero is +0.
+
+        Arithmetic, not a search: ten times faster on random data. Adding and subtracting 1.5 · 2^23 steps rounds to a multiple of
+        the step, ties to even, in the one rounding of the addition.
+        """
+        x = x.clamp(-self.max, self.max)
+        if self._bits_and_floor is None:
+            return x.round_().add_(0.0)  # -0 + 0 = +0
+        bits, floor = self._bits_and_floor
+        binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below |x|
+        magic = binade.clamp_(min=floor).mul_(1.5 * 2.0 ** (23 - bits))
+        return x.add_(magic).sub_(magic)
+
     def encode(self, x: Float32[Tensor, "*s"]) -> UInt8[Tensor, "*s"]:
-        """The code of the value nearest to ``x``, a float32 tensor of finite numbers."""
-        edges, _, codes = _ladder(self, x.device)
-        return codes[torch.bucketize(x.contiguous(), edges)]
+        """The code of the value nearest to each of ``x``, float32 numbers."""
+        codes = _codes(self, x.device)
+        multiple = self.round(x).mul_(1 / self.smallest).int().add_(len(codes) // 2)
+        return codes.index_select(0, multiple.flatten()).view(x.shape)
 
     def decode(self, codes: UInt8[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
         """``values[codes]`` in float32."""
-        return _values(self, codes.device)[codes.int()]
-
-    def round(self, x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
-        """``decode(encode(x))`` in one table look-up."""
-        edges, ladder, _ = _ladder(self, x.device)
-        return ladder[torch.bucketize(x.contiguous(), edges)]
+        return _values(self, codes.device).index_select(0, codes.int().flatten()).view(codes.shape)
 
 
 @lru_cache(maxsize=64)
@@ -60,22 +85,14 @@ def _values(element: Element, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _ladder(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(edges, values, codes) of the values within ±max in ascending order.
-
-    ``bucketize`` sends a number that equals an edge to the lower side. Where the tie belongs to the upper neighbour, whose
-    code is the even one, the edge is moved down to the next float32, so that one search applies the whole rule.
-    """
-    by_value: dict[float, int] = {}
-    for code, value in enumerate(element.values):
+def _codes(element: Element, device: torch.device) -> Tensor:
+    """The code of every multiple of the smallest value from -max to max that is a value."""
+    reach = round(element.max / element.smallest)
+    table = torch.zeros(2 * reach + 1, dtype=torch.uint8)
+    for code, value in reversed(list(enumerate(element.values))):  # the lower code of a value wins: zero is code 0
         if abs(value) <= element.max:  # false for NaN
-            by_value.setdefault(value, code)  # -0.0 == 0.0, so zero keeps code 0
-    values = torch.tensor(sorted(by_value), dtype=torch.float32)
-    codes = torch.tensor([by_value[v] for v in sorted(by_value)], dtype=torch.uint8)
-    edges = (values[1:] + values[:-1]) / 2  # exact: neighbours differ by a power of two or are integers
-    lower = torch.nextafter(edges, torch.tensor(-torch.inf))
-    edges = torch.where(codes[:-1] % 2 == 1, lower, edges)
-    return edges.to(device), values.to(device), codes.to(device)
+            table[reach + round(value / element.smallest)] = code
+    return table.to(device)
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int, *, nan: bool = False) -> tuple[float, ...]:
