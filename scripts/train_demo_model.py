@@ -11,7 +11,6 @@ in a finished model. Matrices are trained with Muon, embeddings and norms with A
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sysconfig
@@ -24,14 +23,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptq.calib.data import is_held_out
+
 VOCABULARY, CONTEXT = 4096, 512
 END = "<|endoftext|>"
 HELD_OUT_CHARACTERS = 200_000
-
-
-def is_held_out(relative: str) -> bool:
-    """One file in twenty-five, by a hash of its path: the rule of ``ptq.calib.data``."""
-    return int.from_bytes(hashlib.sha256(relative.encode()).digest()[:4], "big") % 25 == 0
 
 
 def sources() -> tuple[list[str], list[str]]:
@@ -57,7 +53,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT)
@@ -138,14 +137,25 @@ def main() -> None:
             seconds = time.monotonic() - start
             rate_ = step * args.batch * CONTEXT / seconds
             line = f"step {step} {seconds / 60:.1f} min, {rate_:.0f} tokens/s, loss {running:.3f}"
-            print(line + (f", held out {held_out_loss(model, held_out, args.device):.3f}" if step % 500 == 0 else ""), flush=True)
+            print(
+                line + (f", held out {held_out_loss(model, held_out, args.device):.3f}" if step % 500 == 0 else ""),
+                flush=True,
+            )
     print(f"held out {held_out_loss(model, held_out, args.device):.4f} after {step} steps", flush=True)
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     text = "".join(held_out_texts)[:HELD_OUT_CHARACTERS]
     (args.out / "heldout.txt").write_text(text, encoding="utf-8")
-    print(json.dumps({"steps": step, "tokens": step * args.batch * CONTEXT, "held_out": held_out_loss(model, held_out, args.device)}))
+    print(
+        json.dumps(
+            {
+                "steps": step,
+                "tokens": step * args.batch * CONTEXT,
+                "held_out": held_out_loss(model, held_out, args.device),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
