@@ -46,7 +46,8 @@ class Element:
 
     @cached_property
     def _bits_and_floor(self) -> tuple[int, float] | None:
-        """(mantissa bits, smallest normal number) of a floating-point element; None for integers, whose steps are all equal."""
+        """(mantissa bits, smallest normal number) of a floating-point element; None for integers, whose steps are all
+        equal."""
         multiples = sorted({round(v / self.smallest) for v in self.values if 0 <= v <= self.max})
         equal = next((i for i, m in enumerate(multiples) if m != i), None)  # the first value after a wider step
         if equal is None:
@@ -57,8 +58,8 @@ class Element:
     def round(self, x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
         """The value nearest to each of ``x``, float32 numbers; the same as ``decode(encode(x))``. A zero is +0.
 
-        Arithmetic, not a search: ten times faster on random data. Adding and subtracting 1.5 · 2^23 steps rounds to a multiple of
-        the step, ties to even, in the one rounding of the addition.
+        Arithmetic, not a search: ten times faster on random data. Adding and subtracting 1.5 · 2^23 steps rounds to a
+        multiple of the step, ties to even, in the one rounding of the addition.
         """
         x = x.clamp(-self.max, self.max)
         if self._bits_and_floor is None:
@@ -96,7 +97,8 @@ def _codes(element: Element, device: torch.device) -> Tensor:
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int, *, nan: bool = False) -> tuple[float, ...]:
-    """Values of a sign-exponent-mantissa code without infinities; with ``nan`` the code of all ones is NaN (the "fn" rule)."""
+    """Values of a sign-exponent-mantissa code without infinities; with ``nan`` the code of all ones is NaN (the "fn"
+    rule)."""
     positive = []
     for code in range(1 << (exponent_bits + mantissa_bits)):
         exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
@@ -126,8 +128,10 @@ class Format:
     """An element, the number of consecutive inputs that share a scale, and how that scale is stored.
 
     Attributes:
-        scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale) or ``float8_e4m3fn`` (with an fp32 global scale).
-        power_of_two_global: restrict the global scale to powers of two, so that scale * global scale is exact in bf16; for
+        scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale) or ``float8_e4m3fn`` (with an fp32 global
+        scale).
+        power_of_two_global: restrict the global scale to powers of two, so that scale * global scale is exact in bf16;
+        for
             NVINT4, whose only exact route into other engines is int4 with bf16 scales. Costs at most 0.02 dB.
     """
 
@@ -155,8 +159,8 @@ class Format:
     def encode_scale(self, scale: Float32[Tensor, "*s"]) -> UInt8[Tensor, "*s"]:
         """The byte of the nearest storable scale: never zero, never NaN. E8M0 rounds up, so that nothing is clipped.
 
-        ``scale`` is finite and not negative; it is clamped before the cast, because casts of out-of-range numbers to fp8
-        saturate in some library versions and give NaN in others.
+        ``scale`` is finite and not negative; it is clamped before the cast, because casts of out-of-range numbers to
+        fp8 saturate in some library versions and give NaN in others.
         """
         if self.has_global_scale:
             return scale.clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -169,14 +173,15 @@ class Format:
         if self.has_global_scale:
             return bits.view(torch.float8_e4m3fn).float()
         exponent = bits.int()
-        return torch.where(exponent == 0, torch.tensor(1 << 22, dtype=torch.int32, device=bits.device), exponent << 23).view(
-            torch.float32
-        )
+        return torch.where(
+            exponent == 0, torch.tensor(1 << 22, dtype=torch.int32, device=bits.device), exponent << 23
+        ).view(torch.float32)
 
     def global_scale(self, amax: Float32[Tensor, ""], margin: float = 1.0) -> Float32[Tensor, ""]:
         """The factor that maps ``margin * amax`` to the top of the scale range; 1 for E8M0 and for a tensor of zeros.
 
-        It is passed through a double reciprocal: checkpoints store the divisor 1/t, and 1/(1/t) == t then holds exactly.
+        It is passed through a double reciprocal: checkpoints store the divisor 1/t, and 1/(1/t) == t then holds
+        exactly.
         """
         if not self.has_global_scale:
             return torch.ones_like(amax)

@@ -61,6 +61,8 @@ def quantize_inputs(
     else:
         t = torch.ones((), device=x.device)
         bits = scale_bytes(amax, fmt, t, rule)
-        factor = ((254 - bits.int()) << 23).view(torch.float32)  # 2^(127 - byte) for bytes 1 … 254; 254 gives a subnormal, see below
+        factor = ((254 - bits.int()) << 23).view(
+            torch.float32
+        )  # 2^(127 - byte) for bytes 1 … 254; 254 gives a subnormal, see below
         factor = torch.where(bits == 254, torch.tensor(2.0**-127), factor)
     return QuantizedTensor(fmt.element.encode((groups * factor.unsqueeze(-1)).flatten(1)), Scales(bits, t, fmt))

@@ -1,13 +1,14 @@
 """Model in, packed checkpoint out: the loop over decoder blocks.
 
-    source ─▶ walk: Hessian and samples per input group ─▶ solve: codes and scales ─▶ QuantLinear replaces the layer
-                 ▲                                                                        │        └─▶ shard on disk
-                 └──────────── the next block sees what the quantized block produces ◀────┘
+source ─▶ walk: Hessian and samples per input group ─▶ solve: codes and scales ─▶ QuantLinear replaces the layer
+             ▲                                                                        │        └─▶ shard on disk
+             └──────────── the next block sees what the quantized block produces ◀────┘
 """
 
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 
 from ptq import __version__
 from ptq.calib.data import load_calibration, load_tokenizer
-from ptq.calib.observe import InputGroup
+from ptq.calib.experts import pool_key
 from ptq.calib.source import MemorySource, Source
-from ptq.calib.walk import CalibratedBlock, walk
+from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint import from_disk, to_disk
-from ptq.distributed import share, world
+from ptq.distributed import from_first, share, together, world
 from ptq.inputs import quantize_inputs
-from ptq.linear import QuantLinear
-from ptq.recipe import Recipe, check_patterns
+from ptq.linear import QuantLinear, stored_layer
+from ptq.recipe import Recipe, chosen_layers
 from ptq.refusals import Choice, choose, plan
 from ptq.rotation import Rotation
 from ptq.solve import INPUT_MARGIN, Job, Solved, solve
@@ -42,51 +43,8 @@ class Progress:
     block: str
     index: int
     count: int
-    reports: list[dict[str, Any]]
+    reports: list[dict[str, object]]
     resumed: bool
-
-
-def linear_layers(source: Source | MemorySource) -> dict[str, nn.Linear]:
-    """The Linear layers of the decoder blocks by full name: what can be quantized."""
-    return {
-        f"{name}.{inner}": module
-        for name, block in source.blocks()
-        for inner, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def check(source: Source | MemorySource, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The layers that the recipe will quantize, by full name; refuses before any weight is read what cannot work.
-
-    Raises:
-        ValueError: a pattern that matches nothing, inputs that do not form groups or rotation blocks (all such layers are
-            named), or a recipe that leaves nothing to quantize.
-    """
-    layers = linear_layers(source)
-    check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], layers)
-    chosen, ragged = {}, {}
-    for name, layer in layers.items():
-        own = recipe.for_module(name)
-        if own is None:
-            continue
-        chosen[name] = layer
-        if layer.in_features % own.fmt.group_size:
-            reason = f"{layer.in_features} input features are not divisible by the group size {own.fmt.group_size} of {own.format}"
-            ragged.setdefault(reason, []).append(name)
-            continue
-        try:
-            own.rotations(layer.in_features)
-        except ValueError as error:
-            ragged.setdefault(str(error), []).append(name)
-    for reason, names in ragged.items():
-        leaves = sorted({name.rpartition(".")[2] for name in names})
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        remedy = " ".join(f"--ignore {leaf}" for leaf in leaves)
-        raise ValueError(f"{names[0]}{more}: {reason}; leave them out with {remedy}, or change the format or rotation")
-    if not chosen:
-        raise ValueError("the recipe ignores every linear layer of the model; nothing would be quantized")
-    return chosen
 
 
 @torch.no_grad()
@@ -98,6 +56,7 @@ def quantize(
     *,
     device: torch.device | str = "cpu",
     activations: str = "ram",
+    held: Sequence[Tensor | None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Progress]:
     """Quantize the blocks of ``source`` one after the other, writing each as soon as it is finished.
@@ -105,32 +64,45 @@ def quantize(
     Args:
         batches: token ids, each (sequences, length).
         out: None keeps the result in the model of a :class:`MemorySource`.
-        finished: see :func:`ptq.calib.walk.walk`.
+        activations, held, finished: see :func:`ptq.calib.walk.walk`.
 
     Yields:
         One :class:`Progress` per block.
     """
-    chosen = check(source, recipe)
+    chosen = chosen_layers(source.blocks(), recipe)
     probes = {size: Rotation(size).exact for size in _rotations(recipe, chosen)}
     feed = partial(_feed, recipe) if any(_own(recipe, name).quantize_inputs for name in chosen) else None
     blocks = walk(
-        source, batches, probes=probes, skip=out.has if out else lambda _: False, feed=feed,
-        ignore=lambda name: name not in chosen, device=device, activations=activations, finished=finished,
-    )  # fmt: skip
+        source,
+        batches,
+        probes=probes,
+        skip=out.has if out else lambda _: False,
+        feed=feed,
+        ignore=lambda name: name not in chosen,
+        device=device,
+        activations=activations,
+        held=held,
+        finished=finished,
+    )
     for block in blocks:
         if out is not None and out.has(block.name):
-            _reinstall(block, out, device)
+            _reinstall(block, source, out, device)
             yield Progress(block.name, block.index, block.count, [], True)
             continue
-        jobs = [job for group in block.groups for job in _jobs(block, group, recipe)]
-        solved = [result for results in share(jobs, solve) for result in results]
+        solved = [result.to(device) for results in share(_jobs(block, recipe), _solve) for result in results]
         layers = {result.name: _install(block, result, recipe) for result in solved}
         reports = [result.report for result in solved]
         for report in reports:
             logger.info(
-                "%s %s rotation %d error %.2e (rtn %.2e) damping %g %.1fs", report["layer"], report["format"], report["rotation"],
-                report["error"], report["rtn_error"], report["damping"], report["seconds"],
-            )  # fmt: skip
+                "%s %s rotation %d error %.2e (rtn %.2e) damping %g %.1fs",
+                report["layer"],
+                report["format"],
+                report["rotation"],
+                report["error"],
+                report["rtn_error"],
+                report["damping"],
+                report["seconds"],
+            )
         if out is not None and world()[0] == 0:
             _write(block, layers, source, out, reports)
         yield Progress(block.name, block.index, block.count, reports, False)
@@ -175,26 +147,62 @@ def quantize_model(
             raise ValueError("give a directory for the checkpoint")
         source = Source(model, dtype=dtype or (torch.float32 if device.type == "cpu" else None))
         tokenizer = tokenizer or load_tokenizer(source.path)
-    chosen = check(source, recipe)
+    chosen = chosen_layers(source.blocks(), recipe)
     if out is not None and dialect != "auto":
         planned = plan(recipe, {name: layer.bias is not None for name, layer in chosen.items()})
-        choose(planned, dialect, dtype=config_dtype(source.config.to_dict()))
+        choose(planned, dialect, dtype=config_dtype(_config(source)) or "float32")
     data = load_calibration(
-        tokenizer, recipe.calibration, samples=recipe.samples, seq_len=_length(source, recipe), batch_size=recipe.batch_size,
-        seed=recipe.seed, field=recipe.field,
-    )  # fmt: skip
+        tokenizer,
+        recipe.calibration,
+        samples=recipe.samples,
+        seq_len=_length(source, recipe),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        field=recipe.field,
+    )
     rank, ranks = world()
-    batches = data.batches[rank::ranks]
+    if len(data.batches) < ranks:
+        raise ValueError(
+            f"{ranks} processes need as many batches and there are {len(data.batches)}; lower --batch-size "
+            "or raise --samples"
+        )
+    held = held_out([len(batch) for batch in data.batches])  # the same sequences whatever the number of ranks
+    run = partial(quantize, source, data.batches[rank::ranks], recipe, device=device, activations=activations)
+    run = partial(run, held=held[rank::ranks])
     if out is None:
-        _drive(quantize(source, batches, recipe, None, device=device, activations=activations), on_block)
+        _drive(run(out=None), on_block)
         return source.skeleton()
     writer = CheckpointWriter(
-        out, source_config=_config(source), recipe=recipe.to_dict(), provenance=_provenance(source, data.description),
-        fingerprint=source.fingerprint, overwrite=overwrite, dialect=dialect,
-    )  # fmt: skip
-    with writer:
-        _drive(quantize(source, batches, recipe, writer, device=device, activations=activations), on_block)
-        return writer.finish(source.rest(), companion_files(source.path))
+        out,
+        source_config=_config(source),
+        recipe=recipe.to_dict(),
+        provenance=_provenance(source, data.description | {"dtype": _dtype_name(source)}),
+        fingerprint=source.fingerprint,
+        overwrite=overwrite,
+        dialect=dialect,
+    )
+    with _opened(writer):
+        _drive(run(out=writer), on_block)
+        return from_first(writer.finish(source.rest(), companion_files(source.path)) if rank == 0 else None)
+
+
+@contextmanager
+def _opened(writer: CheckpointWriter) -> Iterator[None]:
+    """Rank 0 owns the directory; the others read the blocks that it found intact."""
+    if world()[0] == 0:
+        with writer:
+            from_first(sorted(writer.blocks))
+            yield
+    else:
+        intact = from_first(None)
+        writer.blocks = {name: writer.blocks[name] for name in intact or ()}
+        yield
+
+
+def _solve(job: Job) -> list[Solved]:
+    """Results travel between ranks through host memory."""
+    results = solve(job)
+    return results if world()[1] == 1 else [result.to("cpu") for result in results]
 
 
 def _drive(steps: Iterator[Progress], on_block: Callable[[Progress], None] | None) -> None:
@@ -236,78 +244,98 @@ def _feed(recipe: Recipe, name: str, x: Tensor) -> Tensor:
     return torch.stack(quantized).reshape(x.shape)
 
 
-def _jobs(block: CalibratedBlock, group: InputGroup, recipe: Recipe) -> list[Job]:
-    """The layers of an input group, split where their recipes differ."""
-    group.reduce()
-    recipes: list[tuple[Recipe, list[str]]] = []
-    for inner in group.layers:
-        own = _own(recipe, f"{block.name}.{inner}")
-        match = next((names for known, names in recipes if known == own), None)
-        if match is None:
-            recipes.append((own, [inner]))
-        else:
-            match.append(inner)
-    try:
-        hessian = group.hessian.mean()
-    except ValueError as error:
-        raise ValueError(f"{block.name}.{next(iter(group.layers))}: {error}") from error
-    return [
-        Job(
-            names=tuple(f"{block.name}.{inner}" for inner in names),
-            weights=tuple(group.layers[inner].weight for inner in names),
-            hessian=hessian,
-            holdout=group.holdout.mean() if group.holdout.tokens else None,
-            amax=group.amax,
-            sample=group.sample,
-            tokens=group.hessian.tokens,
-            recipe=own,
-        )
-        for own, names in recipes
-    ]
+def _jobs(block: CalibratedBlock, recipe: Recipe) -> list[Job]:
+    """The layers of every input group, split where their recipes differ."""
+    with together():
+        for group in block.groups:
+            group.reduce()
+    jobs = []
+    for group in block.groups:
+        rare = group.hessian.tokens < group.hessian.features
+        topped_up = rare and pool_key(block.module, next(iter(group.layers))) is not None
+        recipes: list[tuple[Recipe, list[str]]] = []
+        for inner in group.layers:
+            own = _own(recipe, f"{block.name}.{inner}")
+            match = next((names for known, names in recipes if known == own), None)
+            if match is None:
+                recipes.append((own, [inner]))
+            else:
+                match.append(inner)
+        jobs += [
+            Job(
+                names=tuple(f"{block.name}.{inner}" for inner in names),
+                weights=tuple(group.layers[inner].weight for inner in names),
+                hessian=block.hessian(group),
+                holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
+                amax=group.amax,
+                sample=group.sample,
+                tokens=group.hessian.tokens,
+                topped_up=topped_up,
+                recipe=own,
+            )
+            for own, names in recipes
+        ]
+    return jobs
 
 
 def _install(block: CalibratedBlock, solved: Solved, recipe: Recipe) -> QuantLinear:
     """Put the quantized layer in the place of the original one."""
     inner = solved.name.removeprefix(f"{block.name}.")
     own, old = _own(recipe, solved.name), block.module.get_submodule(inner)
+    bias = getattr(old, "bias", None)
     layer = QuantLinear.from_quantized(
-        solved.weight, solved.rotation, old.bias, quantize_inputs=own.quantize_inputs, input_global_scale=solved.input_scale,
+        solved.weight,
+        solved.rotation,
+        bias,
+        quantize_inputs=own.quantize_inputs,
+        input_global_scale=solved.input_scale,
         input_rule=own.input_rule or "default",
-    )  # fmt: skip
+    )
     layer.cache = True  # the block runs over all batches once more
     block.module.set_submodule(inner, layer)
     return layer
 
 
 def _write(
-    block: CalibratedBlock, layers: dict[str, QuantLinear], source: Source | MemorySource, out: CheckpointWriter,
-    reports: list[dict[str, Any]],
-) -> None:  # fmt: skip
-    """Quantized layers as they are; everything else of the block as the source stores it, not as it was computed with."""
-    tensors: dict[str, Tensor] = {}
-    infos = {name: layer.info for name, layer in layers.items()}
-    for name, layer in layers.items():
-        tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items() if key != "bias"}
-    tensors = to_disk(tensors, infos)
-    replaced = {f"{name}.weight" for name in layers}
-    for name in source.names():
-        module_name = source.module_name(name)
-        if module_name.startswith(f"{block.name}.") and module_name not in replaced:
-            tensors[name] = source.tensor(name)
-    out.add(block.name, tensors, infos, reports)
+    block: CalibratedBlock,
+    layers: dict[str, QuantLinear],
+    source: Source | MemorySource,
+    out: CheckpointWriter,
+    reports: list[dict[str, object]],
+) -> None:
+    """Quantized layers as they are; everything else of the block as the source stores it, not as it was computed
+    with."""
+    names = {name: _stored_name(source, name) for name in layers}
+    infos = {names[name]: layer.info for name, layer in layers.items()}
+    tensors = {
+        f"{names[name]}.{key}": value
+        for name, layer in layers.items()
+        for key, value in layer.state_dict().items()
+        if key != "bias"
+    }
+    tensors = to_disk(tensors, infos) | dict(source.kept(block.name, {f"{name}.weight" for name in layers}))
+    out.add(block.name, tensors, infos, [report | {"layer": names[str(report["layer"])]} for report in reports])
 
 
-def _reinstall(block: CalibratedBlock, out: CheckpointWriter, device: torch.device | str) -> None:
+def _stored_name(source: Source | MemorySource, name: str) -> str:
+    """What a checkpoint calls a layer of the model."""
+    return source.checkpoint_name(f"{name}.weight_packed").removesuffix(".weight_packed")
+
+
+def _reinstall(
+    block: CalibratedBlock, source: Source | MemorySource, out: CheckpointWriter, device: torch.device | str
+) -> None:
     """Replace the layers of a block that an earlier run finished."""
     infos = out.layers(block.name)
     tensors = from_disk(out.read(block.name), infos)
-    for name, info in infos.items():
+    for stored, info in infos.items():
+        name = source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
         inner = name.removeprefix(f"{block.name}.")
         old = block.module.get_submodule(inner)
-        layer = QuantLinear.from_info(info, old.in_features, old.out_features)
-        own = {key: tensors[f"{name}.{key}"].to(device) for key in layer.state_dict() if key != "bias"}
-        layer.load_state_dict(own, assign=True, strict=False)
-        layer.bias, layer.cache = (None if old.bias is None else old.bias.detach()), True
+        own = {key.removeprefix(f"{stored}."): t for key, t in tensors.items() if key.rpartition(".")[0] == stored}
+        layer = stored_layer(old, info, own, stored).to(device)
+        layer.bias = getattr(old, "bias", None)  # in the dtype of the computation
+        layer.cache = True
         block.module.set_submodule(inner, layer)
 
 
@@ -317,13 +345,22 @@ def _length(source: Source | MemorySource, recipe: Recipe) -> int:
     return min(recipe.seq_len, limit) if isinstance(limit, int) else recipe.seq_len
 
 
-def _config(source: Source | MemorySource) -> dict[str, Any]:
+def _dtype_name(source: Source | MemorySource) -> str:
+    """Of the computation; a run that continues in another one would not be the same run."""
+    return str(source.compute_dtype).removeprefix("torch.")
+
+
+def _config(source: Source | MemorySource) -> dict[str, object]:
     path = source.path / "config.json"
-    return json.loads(path.read_text()) if isinstance(source, Source) else source.config.to_dict()
+    return json.loads(path.read_text(encoding="utf-8")) if isinstance(source, Source) else source.config.to_dict()
 
 
-def _provenance(source: Source | MemorySource, calibration: dict[str, Any]) -> dict[str, Any]:
+def _provenance(source: Source | MemorySource, calibration: dict[str, object]) -> dict[str, object]:
     return {
-        "ptq": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "source": source.path.name,
-        "fingerprint": source.fingerprint, "calibration": calibration,
-    }  # fmt: skip
+        "ptq": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "source": source.path.name,
+        "fingerprint": source.fingerprint,
+        "calibration": calibration,
+    }

@@ -1,15 +1,17 @@
 """Recipe: every choice that changes the numbers in a checkpoint, and nothing else.
 
-A recipe is stored verbatim in the checkpoint. Rules for single modules are part of it: the first rule whose pattern matches a
-module's name replaces some of its fields for that module, or leaves the module unquantized.
+A recipe is stored verbatim in the checkpoint. Rules for single modules are part of it: the first rule whose pattern
+matches a module's name replaces some of its fields for that module, or leaves the module unquantized.
 """
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from torch import nn
 
 from ptq.algorithms import ALGORITHMS
 from ptq.formats import FORMATS, Format
@@ -27,8 +29,9 @@ PER_MODULE = (
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a module: ``re:`` and a regular expression matched from the start, a shell-style wildcard
-    pattern, or a name; a pattern without wildcard also selects by the last parts of the name (``down_proj``, ``mlp.gate``)."""
+    """Whether a pattern selects a module: ``re:`` and a regular expression matched from the start, a shell-style
+    wildcard pattern, or a name; a pattern without wildcard also selects by the last parts of the name (``down_proj``,
+    ``mlp.gate``)."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
@@ -56,14 +59,16 @@ class Recipe:
         scales: a rule of :data:`ptq.scales.RULES`, or ``in_loop_mse`` / ``trial`` (chosen inside the GPTQ sweep).
         weighted: a static scale search weights columns by the diagonal of the Hessian.
         order: column order of GPTQ: ``natural``, ``act`` or ``group``.
-        damping: share of the mean diagonal added to the Hessian; raised tenfold, and logged, if the factorisation fails.
+        damping: share of the mean diagonal added to the Hessian; raised tenfold, and logged, if the factorisation
+        fails.
         descent: sweeps of coordinate descent on the codes after the algorithm (0: none).
         global_scale: ``absmax`` or ``alternating`` (refitted by turns with the group scales).
         input_scale: global scale of activations in ``w4a4``: ``static`` (calibrated) or ``token``.
         input_rule: scale rule of activations; None is the format's default.
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins.
-        calibration, field, samples, seq_len, batch_size, seed: the calibration data; batch_size changes the order of summation.
+        calibration, field, samples, seq_len, batch_size, seed: the calibration data; batch_size changes the order of
+        summation.
     """
 
     format: str
@@ -100,9 +105,13 @@ class Recipe:
                 raise ValueError(f"unknown rotation {self.rotation!r}; give none, a power of two, or auto")
             Rotation(self.rotation)
         if self.scales in IN_LOOP and self.algorithm != "gptq":
-            raise ValueError(f"scales {self.scales!r} are chosen inside the GPTQ sweep; use --algorithm gptq, or --scales mse")
+            raise ValueError(
+                f"scales {self.scales!r} are chosen inside the GPTQ sweep; use --algorithm gptq, or --scales mse"
+            )
         if self.scales in IN_LOOP and self.order == "act":
-            raise ValueError(f"scales {self.scales!r} need the columns of a group together; use order group or natural, not act")
+            raise ValueError(
+                f"scales {self.scales!r} need the columns of a group together; use order group or natural, not act"
+            )
         _positive("damping", self.damping)
         for name in ("samples", "seq_len", "batch_size"):
             _positive(name, getattr(self, name))
@@ -149,7 +158,9 @@ class Recipe:
         if isinstance(change, str):  # a format alone: the best known recipe of that format, the run's own data
             change = {k: v for k, v in _defaults(change, self.scheme).items() if k in PER_MODULE}
         if unknown := sorted(change.keys() - set(PER_MODULE)):
-            raise ValueError(f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; {', '.join(PER_MODULE)} can")
+            raise ValueError(
+                f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; {', '.join(PER_MODULE)} can"
+            )
         return replace(self, ignore=(), rules=(), **change)
 
     @classmethod
@@ -190,8 +201,53 @@ class Recipe:
         """Plain JSON values."""
         values = asdict(self)
         values["ignore"] = list(self.ignore)
-        values["rules"] = [[pattern, change if isinstance(change, str) else dict(change)] for pattern, change in self.rules]
+        values["rules"] = [
+            [pattern, change if isinstance(change, str) else dict(change)] for pattern, change in self.rules
+        ]
         return values
+
+
+def chosen_layers(blocks: Sequence[tuple[str, nn.Module]], recipe: Recipe) -> dict[str, nn.Linear]:
+    """The layers that the recipe will quantize, by full name; refuses before any weight is read what cannot work.
+
+    Args:
+        blocks: names and modules of the decoder blocks; their Linear layers are what can be quantized.
+
+    Raises:
+        ValueError: a pattern that matches nothing, inputs that do not form groups or rotation blocks (all such layers
+        are
+            named), or a recipe that leaves nothing to quantize.
+    """
+    layers = {
+        f"{name}.{inner}": module
+        for name, block in blocks
+        for inner, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], layers)
+    chosen, ragged = {}, {}
+    for name, layer in layers.items():
+        own = recipe.for_module(name)
+        if own is None:
+            continue
+        chosen[name] = layer
+        if layer.in_features % own.fmt.group_size:
+            size = f"the group size {own.fmt.group_size} of {own.format}"
+            reason = f"{layer.in_features} input features are not divisible by {size}"
+            ragged.setdefault(reason, []).append(name)
+            continue
+        try:
+            own.rotations(layer.in_features)
+        except ValueError as error:
+            ragged.setdefault(str(error), []).append(name)
+    for reason, names in ragged.items():
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remedy = " ".join(f"--ignore {leaf}" for leaf in leaves)
+        raise ValueError(f"{names[0]}{more}: {reason}; leave them out with {remedy}, or change the format or rotation")
+    if not chosen:
+        raise ValueError("the recipe ignores every linear layer of the model; nothing would be quantized")
+    return chosen
 
 
 def _defaults(format: str, scheme: str) -> dict[str, Any]:

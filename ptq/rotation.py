@@ -2,8 +2,8 @@
 
     R = diag(Q, Q, …),  Q[i, j] = (-1)^popcount(i & j) / sqrt(size)
 
-Q is symmetric, orthogonal and its own inverse, hence ``x @ W.T == rotate(x) @ rotate(W).T``: the weight is rotated once, before
-it is quantized, and activations are rotated when they arrive.
+Q is symmetric, orthogonal and its own inverse, hence ``x @ W.T == rotate(x) @ rotate(W).T``: the weight is rotated
+once, before it is quantized, and activations are rotated when they arrive.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def hadamard(size: int) -> Float32[Tensor, "size size"]:
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Hadamard block must be a power of two, got {size}")
-    return torch.from_numpy(linalg.hadamard(size, dtype=np.float32))
+    return torch.from_numpy(linalg.hadamard(size).astype(np.float32))
 
 
 @lru_cache(maxsize=64)

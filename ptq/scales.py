@@ -1,7 +1,7 @@
 """The scale rules of spec F6–F15: a format says which scales can be stored, a rule says which are.
 
-A rule maps groups of numbers to scale bytes. Every search runs over storable bytes, never over unrounded scales, and every
-comparison of exponents is an exact operation on the bits of a float32.
+A rule maps groups of numbers to scale bytes. Every search runs over storable bytes, never over unrounded scales, and
+every comparison of exponents is an exact operation on the bits of a float32.
 """
 
 import math
@@ -21,7 +21,8 @@ ScaleRule = Callable[
     UInt8[Tensor, "rows groups"],
 ]
 
-# `theta` clips numbers up to theta/Q, which pays for elements with few values: measured optimum on Gaussian blocks (F6, section 9).
+# `theta` clips numbers up to theta/Q, which pays for elements with few values: measured optimum on Gaussian blocks (F6,
+# section 9).
 THETA = {"e2m1": 7.25, "int4": 9.5}
 # E4M3 codes tried around the absmax code: 3 either way loses 0.4 dB on NVFP4, 12 gains 0.01 dB (F10).
 WINDOW = 6
@@ -52,11 +53,14 @@ def _theta_of(element: Element, rule: str) -> float:
     raise AssertionError(rule)
 
 
-def scale_bytes(amax: Float32[Tensor, "*s"], fmt: Format, global_scale: Float32[Tensor, "*#s"], rule: str) -> UInt8[Tensor, "*s"]:
+def scale_bytes(
+    amax: Float32[Tensor, "*s"], fmt: Format, global_scale: Float32[Tensor, "*#s"], rule: str
+) -> UInt8[Tensor, "*s"]:
     """The byte that a rule without a search gives to groups with the largest magnitude ``amax``.
 
     Args:
-        rule: for E8M0 scales ``ceil`` (also called ``absmax``), ``ocp``, ``theta`` or ``round``; for E4M3 scales ``absmax``
+        rule: for E8M0 scales ``ceil`` (also called ``absmax``), ``ocp``, ``theta`` or ``round``; for E4M3 scales
+        ``absmax``
             (nearest) or ``up`` (the smallest storable scale that clips nothing).
 
     Raises:
@@ -65,7 +69,9 @@ def scale_bytes(amax: Float32[Tensor, "*s"], fmt: Format, global_scale: Float32[
     if not fmt.has_global_scale:
         rule = "ceil" if rule == "absmax" else rule
         if rule not in ("ceil", "ocp", "theta", "round"):
-            raise ValueError(f"scale rule {rule!r} is for E4M3 scales; {fmt.name} has absmax, ceil, ocp, theta, round, mse")
+            raise ValueError(
+                f"scale rule {rule!r} is for E4M3 scales; {fmt.name} has absmax, ceil, ocp, theta, round, mse"
+            )
         return _byte(smallest_exponent(amax, _theta_of(fmt.element, rule)))
     wanted = amax / fmt.element.max / global_scale
     nearest = fmt.encode_scale(wanted)
@@ -84,7 +90,9 @@ def candidates(
     ``window`` = (how many below, how many above). Bytes beyond the storable range repeat the last one inside it.
     """
     below, above = window
-    steps = [0] + [sign * d for d in range(1, max(window) + 1) for sign in (-1, 1) if d <= (below if sign < 0 else above)]
+    steps = [0] + [
+        sign * d for d in range(1, max(window) + 1) for sign in (-1, 1) if d <= (below if sign < 0 else above)
+    ]
     first = scale_bytes(amax, fmt, global_scale, "absmax").int()
     lowest, highest = (1, 0x7E) if fmt.has_global_scale else (E8M0_MIN + E8M0_BIAS, E8M0_MAX + E8M0_BIAS)
     return torch.stack([(first + step).clamp(lowest, highest) for step in steps]).to(torch.uint8)
@@ -119,25 +127,27 @@ def _search(
     return best
 
 
-def mse(groups, fmt, global_scale, importance):  # noqa: ANN001, ANN201 - ScaleRule
+def mse(groups, fmt, global_scale, importance):
     """The storable scale of least squared error; ties go to the absmax scale.
 
-    E8M0: the exponent that clips nothing and the one below; no other was ever best on Gaussian, Laplace or Student-t blocks (F7).
+    E8M0: the exponent that clips nothing and the one below; no other was ever best on Gaussian, Laplace or Student-t
+    blocks (F7).
     E4M3: the absmax code and 6 codes either way, which contains "absmax on 4 instead of 6" (F10).
     """
     window = (WINDOW, WINDOW) if fmt.has_global_scale else (1, 0)
     return _search(groups, fmt, global_scale, importance, candidates(groups.abs().amax(-1), fmt, global_scale, window))
 
 
-def four_six(groups, fmt, global_scale, importance):  # noqa: ANN001, ANN201 - ScaleRule
-    """The better of two scales: the largest magnitude on the largest element, or on 2/3 of it (on 4 instead of 6 for E2M1)."""
+def four_six(groups, fmt, global_scale, importance):
+    """The better of two scales: the largest magnitude on the largest element, or on 2/3 of it (on 4 instead of 6 for
+    E2M1)."""
     amax = groups.abs().amax(-1)
     tried = torch.stack([scale_bytes(a, fmt, global_scale, "absmax") for a in (amax, 1.5 * amax)])
     return _search(groups, fmt, global_scale, importance, tried)
 
 
 def _plain(rule: str) -> ScaleRule:
-    def apply(groups, fmt, global_scale, importance):  # noqa: ANN001, ANN202 - ScaleRule
+    def apply(groups, fmt, global_scale, importance):
         return scale_bytes(groups.abs().amax(-1), fmt, global_scale, rule)
 
     return apply
@@ -152,17 +162,20 @@ RULES: dict[str, ScaleRule] = {
 
 @dataclass(frozen=True)
 class Grid:
-    """What the weights of a layer may be rounded to: a format, a fixed global scale and the rule that chooses group scales."""
+    """What the weights of a layer may be rounded to: a format, a fixed global scale and the rule that chooses group
+    scales."""
 
     format: Format
     global_scale: Float32[Tensor, ""]
     rule: str
 
     def scales(self, weight: Float32[Tensor, "out in"], importance: Float32[Tensor, "in"] | None = None) -> Scales:
-        """Scales for all groups of ``weight``; ``importance`` weights the columns in a search (the diagonal of the Hessian).
+        """Scales for all groups of ``weight``; ``importance`` weights the columns in a search (the diagonal of the
+        Hessian).
 
         Raises:
-            ValueError: unknown rule, or one that the scales of the format do not have, or columns that do not form groups.
+            ValueError: unknown rule, or one that the scales of the format do not have, or columns that do not form
+            groups.
         """
         weights = None if importance is None else importance.unflatten(0, (-1, self.format.group_size))
         bits = RULES[self.rule](group(weight, self.format), self.format, self.global_scale, weights)
@@ -180,9 +193,9 @@ def alternate(
 ) -> Grid:
     """The grid with its global scale refitted by turns with the group scales (MR-GPTQ, ingredient 1b).
 
-    (a) given t, choose the group scales; (b) given codes q and scales s, ``t = <W, s·q> / <s·q, s·q>``. Only a decrease is
-    accepted; stops below a relative gain of 1e-4. Formats without a global scale are returned as they are. On Gaussian and
-    Laplace weights (a) over storable codes leaves nothing to gain (F15): offered for completeness.
+    (a) given t, choose the group scales; (b) given codes q and scales s, ``t = <W, s·q> / <s·q, s·q>``. Only a decrease
+    is accepted; stops below a relative gain of 1e-4. Formats without a global scale are returned as they are. On
+    Gaussian and Laplace weights (a) over storable codes leaves nothing to gain (F15): offered for completeness.
     """
     fmt = grid.format
     if not fmt.has_global_scale:
@@ -202,6 +215,7 @@ def alternate(
         if not norm > 0:
             break
         t = ((weight.double() * unit * weights).sum() / norm).float()
-        # global_scale(amax) maps amax to the top of the range; the same function applies the format's own restrictions to t
+        # global_scale(amax) maps amax to the top of the range; the same function applies the format's own restrictions
+        # to t
         trial = Grid(fmt, fmt.global_scale(t * (448.0 * fmt.element.max)), grid.rule)
     return best

@@ -1,12 +1,12 @@
 """One input group: rotation, grid, algorithm, refinement, and the report of what it cost.
 
-Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, so their weights
+Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, so their
+weights
 are solved as one matrix with the rows stacked: rows are independent given the Hessian (G25).
 """
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from ptq.metrics import output_error
 from ptq.recipe import Recipe
 from ptq.rotation import Rotation
 from ptq.scales import Grid, alternate
-from ptq.tensor import QuantizedTensor
+from ptq.tensor import QuantizedTensor, Scales
 
-# A sweep with in-loop scales meets compensated weights, which may exceed the original maximum (G20); costs at most 0.01 dB (F15).
+# A sweep with in-loop scales meets compensated weights, which may exceed the original maximum (G20); costs at most 0.01
+# dB (F15).
 IN_LOOP_MARGIN = 1.5
 # A static global scale of activations leaves room for tokens larger than any seen in calibration (G32).
 INPUT_MARGIN = 2.0
@@ -36,7 +37,8 @@ class Job:
         hessian: E[x xᵀ], not rotated, over the tokens that calibration solves with.
         holdout: the same over tokens kept aside, or None.
         amax: max |x R| per rotation size.
-        sample: (tokens, in) some inputs, for the error of quantized activations.
+        sample: (tokens, in) some inputs, for the error of quantized activations; may be empty.
+        tokens: that reached the layers; ``topped_up`` says that the Hessian has others as well.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class Job:
     sample: Tensor
     tokens: int
     recipe: Recipe
+    topped_up: bool = False
 
     @property
     def cost(self) -> int:
@@ -63,7 +66,14 @@ class Solved:
     weight: QuantizedTensor
     rotation: Rotation
     input_scale: Tensor | None
-    report: dict[str, Any] = field(compare=False)
+    report: dict[str, object] = field(compare=False)
+
+    def to(self, device: torch.device | str) -> "Solved":
+        """The same on another device."""
+        scales = self.weight.scales
+        moved = Scales(scales.bits.to(device), scales.global_scale.to(device), scales.format)
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(self, weight=QuantizedTensor(self.weight.codes.to(device), moved), input_scale=scale)
 
 
 @torch.no_grad()
@@ -71,14 +81,17 @@ def solve(job: Job) -> list[Solved]:
     """Quantize the layers of a group, with the rotation of least measured loss if the recipe leaves the choice.
 
     Raises:
-        ValueError: naming the layer: features that do not divide, weights or a Hessian that are not finite or stay indefinite at
+        ValueError: naming the layer: features that do not divide, weights or a Hessian that are not finite or stay
+        indefinite at
             the largest damping, no tokens.
     """
     first = job.names[0]
     try:
         for name, weight in zip(job.names, job.weights, strict=True):
             if not torch.isfinite(weight).all():
-                raise ValueError(f"the weight of {name} has entries that are NaN or infinite; the source checkpoint is damaged")
+                raise ValueError(
+                    f"the weight of {name} has entries that are NaN or infinite; the source checkpoint is damaged"
+                )
         sizes = job.recipe.rotations(job.weights[0].shape[1])
         attempts = [_attempt(job, size) for size in sizes]
     except ValueError as error:
@@ -96,16 +109,19 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
 
     amax = weight.abs().amax()
     static_rule = recipe.scales if recipe.in_loop is None else "mse"
-    plain = Grid(fmt, fmt.global_scale(amax), static_rule)
+    grid = Grid(fmt, fmt.global_scale(amax, 1.0 if recipe.in_loop is None else IN_LOOP_MARGIN), static_rule)
     if recipe.global_scale == "alternating":
-        plain = alternate(weight, plain, hessian.diagonal().float() if recipe.weighted else None)
-    nearest = rtn(weight, hessian, plain, weighted=recipe.weighted)
+        grid = alternate(weight, grid, hessian.diagonal().float() if recipe.weighted else None)
+    nearest = rtn(
+        weight, hessian, grid, weighted=recipe.weighted
+    )  # on the same global scale: layers may mix (G23, G34)
     quantized, damping = nearest, 0.0
     if recipe.algorithm == "gptq":
-        grid = plain if recipe.in_loop is None else Grid(fmt, fmt.global_scale(amax, IN_LOOP_MARGIN), static_rule)
         quantized, damping = _with_escalation(weight, hessian, grid, recipe)
     if recipe.descent:
-        quantized = coordinate_descent(weight, hessian, quantized, sweeps=recipe.descent, damping=damping or recipe.damping)
+        quantized = coordinate_descent(
+            weight, hessian, quantized, sweeps=recipe.descent, damping=damping or recipe.damping
+        )
 
     input_scale, input_error = None, 0.0
     if recipe.quantize_inputs:
@@ -126,23 +142,40 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
         chosen = (approximation if keep else rounded)[rows]
         losses.append(float(output_error(weight[rows], chosen, judge)))
         report = {
-            "layer": name, "out": len(layer), "in": weight.shape[1], "format": fmt.name, "rotation": size,
-            "algorithm": recipe.algorithm if keep else "rtn", "damping": damping, "error": min(error, rtn_error) if keep else rtn_error,
-            "held_out_error": None if holdout is None else losses[-1], "rtn_error": rtn_error,
-            "input_error": input_error if recipe.quantize_inputs else None, "tokens": job.tokens, "seconds": seconds,
-        }  # fmt: skip
+            "layer": name,
+            "out": len(layer),
+            "in": weight.shape[1],
+            "format": fmt.name,
+            "rotation": size,
+            "algorithm": recipe.algorithm if keep else "rtn",
+            "damping": damping,
+            "error": error if keep else rtn_error,
+            "held_out_error": None if holdout is None else losses[-1],
+            "rtn_error": rtn_error,
+            "input_error": input_error if recipe.quantize_inputs else None,
+            "tokens": job.tokens,
+            "topped_up": job.topped_up,
+            "seconds": seconds,
+        }
         solved.append(Solved(name, result, rotation, input_scale, report))
         row = rows.stop
     return sum(losses) / len(losses) + input_error, solved
 
 
 def _with_escalation(weight: Tensor, hessian: Tensor, grid: Grid, recipe: Recipe) -> tuple[QuantizedTensor, float]:
-    """GPTQ with the damping raised tenfold until the Hessian has a factor (G13); the damping used is part of the report."""
+    """GPTQ with the damping raised tenfold until the Hessian has a factor (G13); the damping used is part of the
+    report."""
     damping = recipe.damping
     while True:
         try:
             quantized = gptq(
-                weight, hessian, grid, order=recipe.order, in_loop=recipe.in_loop, weighted=recipe.weighted, damping=damping
+                weight,
+                hessian,
+                grid,
+                order=recipe.order,
+                in_loop=recipe.in_loop,
+                weighted=recipe.weighted,
+                damping=damping,
             )
             return quantized, damping
         except IndefiniteHessian:

@@ -1,8 +1,9 @@
-"""Time the column loop of GPTQ against the textbook loop, in one run: python scripts/bench_gptq.py [--out 1024 --in 4096].
+"""Time the column loop of GPTQ against the textbook loop, in one run: python scripts/bench_gptq.py [--out 1024 --in
+4096].
 
-The textbook loop rounds a column of the stored (out, in) weight and pays its error back within a block of 128 columns at once and
-to the rest after the block. Both loops round with the same function and get the same factor and scales; the factorisation, which
-they share, is timed apart. Prints the best of ``--repeats`` and the ratio.
+The textbook loop rounds a column of the stored (out, in) weight and pays its error back within a block of 128 columns
+at once and to the rest after the block. Both loops round with the same function and get the same factor and scales; the
+factorisation, which they share, is timed apart. Prints the best of ``--repeats`` and the ratio.
 """
 
 import argparse
@@ -10,12 +11,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from ptq.algorithms import coordinate_descent, gptq
 from ptq.algorithms.factor import column_order, damped, inverse_factor
 from ptq.formats import FORMATS
 from ptq.metrics import output_error
 from ptq.scales import Grid, Scales
-from torch import Tensor
 
 
 def textbook(weight: Tensor, factor: Tensor, scales: Scales, perm: Tensor, block: int = 128) -> Tensor:
@@ -79,9 +81,10 @@ def main() -> None:
     for name, action in rows:
         seconds = best(action, args.repeats)
         loop = max(seconds - factoring, 1e-9) if name.startswith("gptq") else seconds
-        print(f"{name:33s} {seconds:7.2f} s   loop alone {loop:6.2f} s, {slow / loop:5.1f} x the speed of the textbook loop")
+        print(f"{name:33s} {seconds:7.2f} s   loop alone {loop:6.2f} s, {slow / loop:5.1f} x the textbook loop")
     codes = textbook(weight, factor, scales, perm)
-    print(f"rows with a differing code: {(codes != start.codes).any(1).float().mean():.1%}; error {error(weight, start, hessian):.3e}")
+    differing = float((codes != start.codes).any(1).float().mean())
+    print(f"rows with a differing code: {differing:.1%}; error {error(weight, start, hessian):.3e}")
 
 
 def error(weight: Tensor, quantized: object, hessian: Tensor) -> float:

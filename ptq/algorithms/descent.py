@@ -19,8 +19,8 @@ def coordinate_descent(
 ) -> QuantizedTensor:
     """Move one code after the other to the exact minimiser of ``tr(Δ H̃ Δᵀ)`` given all others, until nothing changes.
 
-    The loss under the damped Hessian never rises. A code moves only if its own minimiser lies on another grid point. Blocks of
-    columns keep their gradient up to date among themselves; the rest is updated by one product per block.
+    The loss under the damped Hessian never rises. A code moves only if its own minimiser lies on another grid point.
+    Blocks of columns keep their gradient up to date among themselves; the rest is updated by one product per block.
 
     Raises:
         ValueError: see :func:`ptq.algorithms.factor.damped`.

@@ -32,15 +32,18 @@ def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float64[Tensor, "
 def inverse_factor(damped_hessian: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
     """Upper triangular U with ``Uᵀ U = H⁻¹``, by one Cholesky factorisation and one triangular inverse.
 
-    With V the upper triangular factor of ``H = V Vᵀ`` (Cholesky of H with both axes reversed), ``U = V⁻¹``. Half the work of
-    the usual Cholesky, inverse, Cholesky, and the same U. In float64 because cond(H) may reach 1 + in/damping (G12).
+    With V the upper triangular factor of ``H = V Vᵀ`` (Cholesky of H with both axes reversed), ``U = V⁻¹``. Half the
+    work of the usual Cholesky, inverse, Cholesky, and the same U. In float64 because cond(H) may reach 1 + in/damping
+    (G12).
 
     Raises:
         IndefiniteHessian: the matrix is not positive definite.
     """
     lower, info = torch.linalg.cholesky_ex(damped_hessian.flip(0, 1))
     if int(info):
-        raise IndefiniteHessian("the damped Hessian is not positive definite; raise the damping or calibrate on more tokens")
+        raise IndefiniteHessian(
+            "the damped Hessian is not positive definite; raise the damping or calibrate on more tokens"
+        )
     upper = lower.flip(0, 1)
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True)
@@ -49,8 +52,8 @@ def inverse_factor(damped_hessian: Float64[Tensor, "in in"]) -> Float64[Tensor, 
 def column_order(diagonal: Float[Tensor, "in"], group_size: int, order: str) -> Int64[Tensor, "in"]:
     """The order in which columns are rounded (G18), ties in their stored order.
 
-    ``natural``: as stored. ``act``: by falling mean square of the input. ``group``: groups by their mean, and by input inside a
-    group, so that the columns of a group stay together.
+    ``natural``: as stored. ``act``: by falling mean square of the input. ``group``: groups by their mean, and by input
+    inside a group, so that the columns of a group stay together.
 
     Raises:
         ValueError: unknown order.

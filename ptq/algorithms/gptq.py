@@ -1,9 +1,11 @@
-"""GPTQ (arXiv 2210.17323) on block-scaled grids, as MR-GPTQ (arXiv 2509.23202) uses it, with scales chosen inside the sweep.
+"""GPTQ (arXiv 2210.17323) on block-scaled grids, as MR-GPTQ (arXiv 2509.23202) uses it, with scales chosen inside the
+sweep.
 
-Columns are rounded one at a time; each rounding error is paid back by the columns not yet rounded, in the proportions that the
-inverse Hessian gives. The weight is held transposed, so that a column is a contiguous row of memory, and updates are applied at
-three distances: at once within a group, after a group within a block, after a block to the rest. Every such blocking gives the
-same result up to float32 rounding.
+Columns are rounded one at a time; each rounding error is paid back by the columns not yet rounded, in the proportions
+that the inverse Hessian gives. The weight is held transposed, so that a column is a contiguous row of memory, and
+updates are applied at
+three distances: at once within a group, after a group within a block, after a block to the rest. Every such blocking
+gives the same result up to float32 rounding.
 """
 
 from dataclasses import dataclass
@@ -39,18 +41,22 @@ def gptq(
     Args:
         grid: format, global scale and rule. The rule chooses all scales before the sweep unless ``in_loop`` is given.
         order: ``natural``, ``act`` or ``group`` (:func:`ptq.algorithms.factor.column_order`).
-        in_loop: choose the scales of a group when the sweep enters it, from the compensated weights: ``mse`` by squared error
+        in_loop: choose the scales of a group when the sweep enters it, from the compensated weights: ``mse`` by squared
+        error
             weighted with 1/U², ``trial`` by running the sweep inside the group once for every candidate scale.
         weighted: static rules that search weight the columns by the diagonal of the Hessian.
         damping: added to the diagonal, as a share of its mean.
 
     Raises:
         IndefiniteHessian: see :func:`ptq.algorithms.factor.inverse_factor`.
-        ValueError: a Hessian without activity or not finite, an unknown option, or ``in_loop`` with an order that tears groups
+        ValueError: a Hessian without activity or not finite, an unknown option, or ``in_loop`` with an order that tears
+        groups
             apart.
     """
     if in_loop is not None and (in_loop not in IN_LOOP or order == "act"):
-        raise ValueError(f"in-loop scales {in_loop!r} with order {order!r}: choose from {', '.join(IN_LOOP)} and natural or group")
+        raise ValueError(
+            f"in-loop scales {in_loop!r} with order {order!r}: choose from {', '.join(IN_LOOP)} and natural or group"
+        )
     fmt = grid.format
     weight = weight.float()
     h = damped(hessian, damping)
@@ -112,7 +118,9 @@ class _Sweep:
         steps = fmt.decode_scale(tried) * t
         if not trial:
             weights = 1 / self.factor.diagonal()[first:last].square()
-            losses = torch.stack([squared_error(group.T.unsqueeze(1), fmt, s.unsqueeze(1), weights.unsqueeze(0))[:, 0] for s in steps])
+            losses = torch.stack(
+                [squared_error(group.T.unsqueeze(1), fmt, s.unsqueeze(1), weights.unsqueeze(0))[:, 0] for s in steps]
+            )
             best = losses.argmin(0, keepdim=True)
             self.round(first, last, steps.gather(0, best).expand(last - first, -1))
             return tried.gather(0, best)[0]
@@ -123,7 +131,9 @@ class _Sweep:
             rungs[j] = fmt.element.round(copies[j] / steps)
             errors[j] = (copies[j] - rungs[j] * steps).div_(self.diagonal[first + j])
             if j + 1 < len(copies):
-                copies[j + 1 :].flatten(1).addr_(self.factor[first + j, first + j + 1 : last], errors[j].flatten(), alpha=-1)
+                copies[j + 1 :].flatten(1).addr_(
+                    self.factor[first + j, first + j + 1 : last], errors[j].flatten(), alpha=-1
+                )
         best = errors.square().sum(0).argmin(0, keepdim=True)
         index = best.expand(len(copies), 1, -1) if best.ndim == 3 else best.unsqueeze(0).expand(len(copies), 1, -1)
         self.rungs[first:last] = rungs.gather(1, index)[:, 0]

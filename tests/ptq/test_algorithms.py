@@ -1,13 +1,16 @@
 """Laws of RTN, GPTQ, in-loop scales and coordinate descent (G12–G26 and section 12 of the GPTQ specification)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import Tensor
+
 from ptq.algorithms import IndefiniteHessian, coordinate_descent, gptq, rtn
 from ptq.algorithms.factor import column_order, damped, inverse_factor
 from ptq.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4, Format
 from ptq.metrics import output_error, quadratic_form
 from ptq.scales import Grid, round_to
-from torch import Tensor
 
 deployed = pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVINT4, MXINT4], ids=lambda f: f.name)
 every = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
@@ -50,7 +53,9 @@ def test_white_inputs_make_gptq_rtn(fmt: Format, problem) -> None:
     """G24."""
     w, _, _ = problem
     for order in ("natural", "act", "group"):
-        assert torch.equal(gptq(w, torch.eye(128), grid(w, fmt), order=order).codes, rtn(w, torch.eye(128), grid(w, fmt)).codes)
+        assert torch.equal(
+            gptq(w, torch.eye(128), grid(w, fmt), order=order).codes, rtn(w, torch.eye(128), grid(w, fmt)).codes
+        )
 
 
 @deployed
@@ -75,7 +80,7 @@ def test_block_size_does_not_matter(fmt: Format, problem) -> None:
 
 @deployed
 def test_gptq_trades_weight_error_for_output_error(fmt: Format, problem) -> None:
-    w, x, h = problem
+    w, _, h = problem
     nearest, swept = rtn(w, h, grid(w, fmt)), gptq(w, h, grid(w, fmt), order="act")
     assert loss(w, swept, h) < 0.8 * loss(w, nearest, h)
     assert (w - swept.dequantize()).norm() > (w - nearest.dequantize()).norm()
@@ -86,7 +91,9 @@ def test_the_loss_is_the_output_error_on_the_same_tokens(fmt: Format, problem) -
     """G17: un-damped."""
     w, x, h = problem
     swept = gptq(w, h, grid(w, fmt))
-    direct = ((w - swept.dequantize()).double() @ x.double().T).square().sum() / (w.double() @ x.double().T).square().sum()
+    direct = ((w - swept.dequantize()).double() @ x.double().T).square().sum() / (
+        w.double() @ x.double().T
+    ).square().sum()
     assert abs(loss(w, swept, h) / float(direct) - 1) < 1e-5
 
 
@@ -159,7 +166,7 @@ def test_coordinate_descent_never_raises_the_damped_loss(fmt: Format, problem) -
             quadratic_form(w - q.dequantize(), damped(h, 0.01))
             for q in (start, *(coordinate_descent(w, h, start, sweeps=n, block_size=32) for n in (1, 2, 8)))
         ]
-        for before, after in zip(losses, losses[1:], strict=False):
+        for before, after in pairwise(losses):
             assert (after <= before * (1 + 1e-5)).all()
         assert losses[-1].sum() < losses[0].sum()
         refined = coordinate_descent(w, h, start, sweeps=50)
@@ -210,10 +217,16 @@ def test_an_indefinite_hessian_is_an_error_and_damping_cures_it(problem) -> None
     gptq(w, shifted, grid(w, NVFP4), damping=0.1)
 
 
-@pytest.mark.parametrize(("poison", "message"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "no tokens")])
+@pytest.mark.parametrize(
+    ("poison", "message"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "no tokens")]
+)
 def test_hessians_without_sense_are_refused(problem, poison: float, message: str) -> None:
     w, _, h = problem
-    bad = torch.zeros_like(h) if poison == 0 else h.clone().index_put_((torch.tensor(3), torch.tensor(4)), torch.tensor(poison).double())
+    bad = (
+        torch.zeros_like(h)
+        if poison == 0
+        else h.clone().index_put_((torch.tensor(3), torch.tensor(4)), torch.tensor(poison).double())
+    )
     with pytest.raises(ValueError, match=message):
         gptq(w, bad, grid(w, NVFP4))
 

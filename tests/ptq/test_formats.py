@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ptq.formats import E2M1, E2M3, E4M3, FORMATS, INT4, INT6, INT8, MXFP4, NVFP4, NVINT4, Element
 
 ELEMENTS = [E2M1, E2M3, E4M3, INT4, INT6, INT8]
@@ -38,14 +39,46 @@ def test_codes_decode_to_the_golden_values(element: Element, golden) -> None:
 
 
 def test_ties_of_the_specification() -> None:
-    ties = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5: 4, 5.0001: 6, 1e30: 6, -0.25: 0, -2.5: -2, -5: -4, -1e30: -6}
+    ties = {
+        0.25: 0,
+        0.75: 1,
+        1.25: 1,
+        1.75: 2,
+        2.5: 2,
+        3.5: 4,
+        5: 4,
+        5.0001: 6,
+        1e30: 6,
+        -0.25: 0,
+        -2.5: -2,
+        -5: -4,
+        -1e30: -6,
+    }
     x = torch.tensor(list(ties), dtype=torch.float32)
     assert E2M1.round(x).tolist() == list(ties.values())
-    codes = {0.0625: 0, 0.1875: 2, 0.9375: 8, 1.0625: 8, 1.9375: 0x10, 2.125: 0x10, 2.375: 0x12, 4.75: 0x1A, 7.25: 0x1E, 7.75: 0x1F}
+    codes = {
+        0.0625: 0,
+        0.1875: 2,
+        0.9375: 8,
+        1.0625: 8,
+        1.9375: 0x10,
+        2.125: 0x10,
+        2.375: 0x12,
+        4.75: 0x1A,
+        7.25: 0x1E,
+        7.75: 0x1F,
+    }
     assert E2M3.encode(torch.tensor(list(codes))).tolist() == list(codes.values())
     assert E4M3.encode(torch.tensor([2.0**-10, 1.5 * 2**-9, 1.0625, 17.0, 19.0, 432.0, 448.0, 1e9])).tolist() == [
-        0, 2, 0x38, 0x58, 0x5A, 0x7E, 0x7E, 0x7E,
-    ]  # fmt: skip
+        0,
+        2,
+        0x38,
+        0x58,
+        0x5A,
+        0x7E,
+        0x7E,
+        0x7E,
+    ]
     assert INT4.round(torch.tensor([0.5, 1.5, 2.5, 6.5, 7.5, -7.5, -8.0])).tolist() == [0, 2, 2, 6, 7, -7, -7]
 
 
@@ -83,7 +116,14 @@ def test_e8m0_scales_decode_as_ml_dtypes_and_encode_upwards() -> None:
     expected = np.arange(255, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     assert MXFP4.decode_scale(codes).tolist() == expected.tolist()
     assert torch.equal(MXFP4.encode_scale(MXFP4.decode_scale(codes[1:])), codes[1:])
-    assert MXFP4.encode_scale(torch.tensor([1.0, 1.0000001, 1.5, 2.0, 0.0, 3e38])).tolist() == [127, 128, 128, 128, 1, 254]
+    assert MXFP4.encode_scale(torch.tensor([1.0, 1.0000001, 1.5, 2.0, 0.0, 3e38])).tolist() == [
+        127,
+        128,
+        128,
+        128,
+        1,
+        254,
+    ]
 
 
 @formats
@@ -122,5 +162,12 @@ def test_nvint4_steps_are_exact_in_bfloat16() -> None:
 def test_bits_per_weight() -> None:
     bits = {f.name: f.bits_per_weight for f in FORMATS.values()}
     assert bits == {
-        "mxfp4": 4.25, "nvfp4": 4.5, "nvint4": 4.5, "mxint4": 4.25, "mxint6": 6.25, "mxfp6": 6.25, "mxint8": 8.25, "mxfp8": 8.25,
-    }  # fmt: skip
+        "mxfp4": 4.25,
+        "nvfp4": 4.5,
+        "nvint4": 4.5,
+        "mxint4": 4.25,
+        "mxint6": 6.25,
+        "mxfp6": 6.25,
+        "mxint8": 8.25,
+        "mxfp8": 8.25,
+    }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ptq.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4
 from ptq.inputs import default_rule, quantize_inputs
 from ptq.metrics import sqnr

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
 from ptq.calib.data import load_calibration, load_tokenizer
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.walk import walk
 from ptq.loading import load
-from ptq.pipeline import check, quantize, quantize_model
-from ptq.recipe import Recipe
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from ptq.pipeline import quantize, quantize_model
+from ptq.recipe import Recipe, chosen_layers
 
 Make = Callable[..., Path]
 
@@ -32,9 +33,13 @@ def quick(tiny_text: Path) -> Callable[..., Recipe]:
 
 def batches(path: Path, recipe: Recipe) -> list[Tensor]:
     return load_calibration(
-        load_tokenizer(path), recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, batch_size=recipe.batch_size,
+        load_tokenizer(path),
+        recipe.calibration,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
         seed=recipe.seed,
-    ).batches  # fmt: skip
+    ).batches
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
@@ -79,7 +84,10 @@ def test_study_formats_take_the_same_way(tiny_llama: Path, quick, tmp_path: Path
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokens = batches(tiny_llama, recipe)[0]
     with torch.no_grad():
-        expected, measured = original(tokens).logits, load(tmp_path / "out", dtype=torch.float32, inputs="quantized")(tokens).logits
+        expected, measured = (
+            original(tokens).logits,
+            load(tmp_path / "out", dtype=torch.float32, inputs="quantized")(tokens).logits,
+        )
     error = float((measured - expected).square().mean() / expected.square().mean())
     assert 0 < error < {"mxint4": 0.3, "mxint6": 0.02, "mxfp6": 0.02, "mxint8": 1e-3, "mxfp8": 0.02}[fmt]
 
@@ -110,7 +118,14 @@ def test_later_blocks_see_what_the_quantized_ones_produce(tiny_llama: Path, quic
 
 def _statistics(model: nn.Module, data: list[Tensor]):
     return walk(
-        MemorySource(model), data, probes={}, skip=lambda _: False, feed=None, ignore=lambda _: False, device="cpu", holdout_every=0
+        MemorySource(model),
+        data,
+        probes={},
+        skip=lambda _: False,
+        feed=None,
+        ignore=lambda _: False,
+        device="cpu",
+        holdout_every=0,
     )
 
 
@@ -119,7 +134,12 @@ def test_held_out_errors_agree_with_the_prediction_of_the_hessian(demo_model: Pa
     recipe = Recipe.default("nvfp4", samples=32, seq_len=256, batch_size=8)
     source = Source(demo_model, dtype=torch.float32)
     reports = []
-    for progress in quantize(MemorySource(AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)), batches(source.path, recipe), recipe, None):
+    for progress in quantize(
+        MemorySource(AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)),
+        batches(source.path, recipe),
+        recipe,
+        None,
+    ):
         reports += progress.reports
     assert len(reports) == 28
     ratios = torch.tensor([r["held_out_error"] / r["error"] for r in reports])
@@ -135,7 +155,14 @@ def test_ignored_layers_stay_as_they_are(tiny_llama: Path, quick, tmp_path: Path
     packed = {name.removesuffix(".weight_packed") for name in after if name.endswith(".weight_packed")}
     assert packed == {
         f"model.layers.1.{name}"
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        )
     }
     for name, tensor in before.items():
         if name.removesuffix(".weight") not in packed:
@@ -171,7 +198,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tiny_llama: Path, quick, tm
         quantize_model(tiny_llama, tmp_path / "parts", recipe=recipe, device="cpu", on_block=stop)
     assert not (tmp_path / "parts").exists()
     resumed = []
-    quantize_model(tiny_llama, tmp_path / "parts", recipe=recipe, device="cpu", on_block=lambda p: resumed.append(p.resumed))
+    quantize_model(
+        tiny_llama, tmp_path / "parts", recipe=recipe, device="cpu", on_block=lambda p: resumed.append(p.resumed)
+    )
     assert resumed == [True, False]
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
@@ -183,19 +212,27 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tiny_llama: Path, quick, tm
     [
         ({"ignore": ("donw_proj",)}, r"'donw_proj' matches no linear layer .* down_proj"),
         ({"ignore": ("*",)}, "ignores every linear layer"),
-        ({"rotation": 128}, r"layers.0.self_attn.q_proj and \d+ more: a rotation of 128 does not divide 64 .* is 64; leave them out with --ignore"),
+        (
+            {"rotation": 128},
+            r"layers.0.self_attn.q_proj and \d+ more: a rotation of 128 does not divide 64 .* is 64; .*--ignore",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_weight_is_read(tiny_llama: Path, quick, given: dict, message: str) -> None:
+def test_what_cannot_work_is_refused_before_any_weight_is_read(
+    tiny_llama: Path, quick, given: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        check(Source(tiny_llama), quick(**given))
+        chosen_layers(Source(tiny_llama).blocks(), quick(**given))
 
 
 def test_ragged_groups_name_the_layers_and_the_remedy(make_tiny_model: Make, quick) -> None:
     source = Source(make_tiny_model("llama", intermediate_size=72))
-    with pytest.raises(ValueError, match=r"mlp.down_proj and 1 more: 72 input features are not divisible .* 16 of nvfp4; .*--ignore down_proj"):
-        check(source, quick())
-    assert not any("down_proj" in name for name in check(source, quick(ignore=("down_proj",))))
+    with pytest.raises(
+        ValueError,
+        match=r"mlp.down_proj and 1 more: 72 input features are not divisible .* 16 of nvfp4; .*--ignore down_proj",
+    ):
+        chosen_layers(source.blocks(), quick())
+    assert not any("down_proj" in name for name in chosen_layers(source.blocks(), quick(ignore=("down_proj",))))
 
 
 def test_a_poisoned_weight_is_named_and_nothing_stays(tiny_llama: Path, quick, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from ptq.formats import FORMATS
 from ptq.recipe import Recipe, check_patterns, matches
 
@@ -10,7 +11,12 @@ from ptq.recipe import Recipe, check_patterns, matches
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
 def test_a_recipe_survives_json(fmt: str, scheme: str) -> None:
-    recipe = Recipe.default(fmt, scheme=scheme, ignore=("lm_head",), rules=(("down_proj", {"format": "mxfp8", "rotation": 1}), ("o_proj", "skip")))
+    recipe = Recipe.default(
+        fmt,
+        scheme=scheme,
+        ignore=("lm_head",),
+        rules=(("down_proj", {"format": "mxfp8", "rotation": 1}), ("o_proj", "skip")),
+    )
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
@@ -54,7 +60,9 @@ def test_patterns() -> None:
 
 
 def test_the_first_rule_that_matches_wins() -> None:
-    recipe = Recipe.default("nvfp4", rules=(("layers.0.*", "skip"), ("down_proj", "mxfp8"), ("*", {"rotation": 32})), ignore=("o_proj",))
+    recipe = Recipe.default(
+        "nvfp4", rules=(("layers.0.*", "skip"), ("down_proj", "mxfp8"), ("*", {"rotation": 32})), ignore=("o_proj",)
+    )
     assert recipe.for_module("model.layers.0.mlp.down_proj") is None
     assert recipe.for_module("model.layers.1.self_attn.o_proj") is None
     down = recipe.for_module("model.layers.1.mlp.down_proj")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ptq.rotation import Rotation, hadamard, largest_rotation
 
 sizes = pytest.mark.parametrize("size", [1, 2, 16, 32, 64, 128, 256])

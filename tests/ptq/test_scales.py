@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+
 from ptq.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4, Format
 from ptq.metrics import sqnr
 from ptq.scales import RULES, Grid, alternate, candidates, round_to, scale_bytes, smallest_exponent, squared_error
 from ptq.tensor import group
 
 ONE = torch.ones(())
-# amax: (k, resulting code value of amax itself) for MXFP4 ceil, ocp, theta and MXINT4 ceil, ocp, theta (formats spec, 7.3)
+# amax: (k, resulting code value of amax itself) for MXFP4 ceil, ocp, theta and MXINT4 ceil, ocp, theta (formats spec,
+# 7.3)
 E8M0_VECTORS = {
     0.7: [(-3, 6)] * 6,
     1.0: [(-2, 4), (-2, 4), (-2, 4), (-2, 4), (-2, 4), (-3, 7)],
@@ -41,7 +43,19 @@ def test_e8m0_vectors(amax: float) -> None:
 @pytest.mark.parametrize(
     ("fmt", "largest", "groups"),
     [
-        (NVFP4, 1.0, {1.0: (0x7E, 6), 0.5: (0x76, 6), 0.25: (0x6E, 6), 0.1: (0x63, 6), 3e-6: (1, 4), 2e-7: (1, 0.5), 0.0: (1, 0)}),
+        (
+            NVFP4,
+            1.0,
+            {
+                1.0: (0x7E, 6),
+                0.5: (0x76, 6),
+                0.25: (0x6E, 6),
+                0.1: (0x63, 6),
+                3e-6: (1, 4),
+                2e-7: (1, 0.5),
+                0.0: (1, 0),
+            },
+        ),
         (NVINT4, 1.0, {1.0: (0x7E, 7), 3e-6: (1, 5), 2e-7: (1, 0)}),
         (NVFP4, 2688.0, {6.0: (0x38, 6), 6.375: (0x38, 6), 12.75: (0x40, 6)}),
         (NVINT4, 3136.0, {7.0: (0x38, 7), 7.4375: (0x38, 7), 8.0: (0x39, 7)}),
@@ -58,7 +72,8 @@ def test_e4m3_vectors(fmt: Format, largest: float, groups: dict[float, tuple[int
         assert float(fmt.element.decode(quantized.codes)[0, 3]) == value, amax
 
 
-# Gaussian blocks z·2^u, u uniform in [0, 1) (formats spec, section 8): measured there over 6 seeds of 50 000 blocks, ±0.1 dB
+# Gaussian blocks z·2^u, u uniform in [0, 1) (formats spec, section 8): measured there over 6 seeds of 50 000 blocks,
+# ±0.1 dB
 ORACLE = {
     "mxint8": {"ceil": 41.89, "ocp": 41.96, "theta": 41.89, "mse": 42.03},
     "mxfp8": {"ceil": 31.54, "ocp": 30.42, "theta": 31.54, "mse": 31.54},
@@ -107,7 +122,9 @@ def test_a_search_is_at_least_as_good_as_every_candidate(fmt: Format) -> None:
             assert (error <= squared_error(groups, fmt, fmt.decode_scale(byte) * t, weights)).all()
     if fmt.has_global_scale:  # "absmax on 4 instead of 6" lies inside the window
         four = RULES["four_six"](groups, fmt, t, None)
-        assert (RULES["mse"](groups, fmt, t, None).int() - scale_bytes(groups.abs().amax(-1), fmt, t, "absmax").int()).abs().max() <= 6
+        assert (
+            RULES["mse"](groups, fmt, t, None).int() - scale_bytes(groups.abs().amax(-1), fmt, t, "absmax").int()
+        ).abs().max() <= 6
         best = squared_error(groups, fmt, fmt.decode_scale(RULES["mse"](groups, fmt, t, None)) * t, None)
         assert (best <= squared_error(groups, fmt, fmt.decode_scale(four) * t, None) * (1 + 1e-6)).float().mean() > 0.99
 
@@ -119,7 +136,7 @@ def test_up_never_clips_and_is_the_smallest_that_does_not() -> None:
     wanted = amax / 6 / t
     assert (NVFP4.decode_scale(bits) >= wanted).logical_or(bits == 0x7E).all()
     lower = bits > 1
-    assert (NVFP4.decode_scale((bits[lower] - 1)) < wanted[lower]).all()
+    assert (NVFP4.decode_scale(bits[lower] - 1) < wanted[lower]).all()
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
@@ -147,7 +164,11 @@ def test_rounding_errs_by_at_most_half_a_local_gap(fmt: Format) -> None:
     w = torch.randn(32, 64)
     quantized = round_to(w, Grid(fmt, fmt.global_scale(w.abs().amax()), "ceil" if fmt is MXFP4 else "up").scales(w))
     z = (group(w, fmt) / quantized.scales.step().unsqueeze(-1)).flatten(1)
-    gap = torch.where(z.abs() < 2, 0.5, torch.where(z.abs() < 4, 1.0, 2.0)) if fmt.element.name == "e2m1" else torch.ones_like(z)
+    gap = (
+        torch.where(z.abs() < 2, 0.5, torch.where(z.abs() < 4, 1.0, 2.0))
+        if fmt.element.name == "e2m1"
+        else torch.ones_like(z)
+    )
     assert ((z - fmt.element.decode(quantized.codes)).abs() <= gap / 2 * (1 + 1e-6)).all()
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from ptq.metrics import output_error
 from ptq.recipe import Recipe
 from ptq.rotation import Rotation
 from ptq.solve import Job, solve
-from torch import Tensor
 
 
 def job(recipe: Recipe, *, outliers: bool = False, outs: tuple[int, ...] = (48, 16)) -> Job:
@@ -19,10 +20,15 @@ def job(recipe: Recipe, *, outliers: bool = False, outs: tuple[int, ...] = (48, 
     weights = tuple(torch.randn(o, 128, generator=generator) * (i + 1) for i, o in enumerate(outs))
     fit, kept = x[:1536].double(), x[1536:].double()
     return Job(
-        names=tuple(f"block.layer{i}" for i in range(len(outs))), weights=weights, hessian=fit.T @ fit / len(fit),
-        holdout=kept.T @ kept / len(kept), amax={k: Rotation(k).exact(x).abs().amax() for k in (1, 16, 32, 64, 128)},
-        sample=x[:512], tokens=len(fit), recipe=recipe,
-    )  # fmt: skip
+        names=tuple(f"block.layer{i}" for i in range(len(outs))),
+        weights=weights,
+        hessian=fit.T @ fit / len(fit),
+        holdout=kept.T @ kept / len(kept),
+        amax={k: Rotation(k).exact(x).abs().amax() for k in (1, 16, 32, 64, 128)},
+        sample=x[:512],
+        tokens=len(fit),
+        recipe=recipe,
+    )
 
 
 def error_of(job: Job, index: int, approximation: Tensor, hessian: Tensor) -> float:
@@ -38,7 +44,9 @@ def test_reports_are_the_errors_of_what_is_returned(fmt: str, rotation: int) -> 
         approximation = Rotation(rotation).rotate(result.weight.dequantize())  # R undoes itself
         assert result.report["error"] == pytest.approx(error_of(given, index, approximation, given.hessian), rel=1e-4)
         assert given.holdout is not None
-        assert result.report["held_out_error"] == pytest.approx(error_of(given, index, approximation, given.holdout), rel=1e-4)
+        assert result.report["held_out_error"] == pytest.approx(
+            error_of(given, index, approximation, given.holdout), rel=1e-4
+        )
         assert result.report["error"] < result.report["rtn_error"]
         assert 0.5 < result.report["held_out_error"] / result.report["error"] < 2
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ptq.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4
 from ptq.tensor import QuantizedTensor, Scales, pack, unpack
 
@@ -36,9 +37,12 @@ def test_dequantize_is_the_product_of_value_scale_and_global_scale(fmt) -> None:
     codes = torch.arange(2 * size, dtype=torch.uint8).reshape(1, -1) % 8
     bits = torch.tensor([[120, 121]], dtype=torch.uint8)
     t = torch.tensor(0.3)
-    expected = torch.stack([
-        torch.tensor(fmt.element.values)[codes[0, j].int()] * (fmt.decode_scale(bits)[0, j // size] * t) for j in range(2 * size)
-    ])
+    expected = torch.stack(
+        [
+            torch.tensor(fmt.element.values)[codes[0, j].int()] * (fmt.decode_scale(bits)[0, j // size] * t)
+            for j in range(2 * size)
+        ]
+    )
     quantized = QuantizedTensor(codes, Scales(bits, t, fmt))
     assert torch.equal(quantized.dequantize()[0], expected)
 

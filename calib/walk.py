@@ -1,0 +1,197 @@
+"""Walk a decoder block by block: calibrate a block, let the caller change it, run what it became (gptq.md, 7)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ptq.calib.calls import Call, Recorder, hidden_states
+from ptq.calib.experts import pool_key, pooled, top_up
+from ptq.calib.observe import InputGroup, Observer, Probe
+from ptq.calib.source import MemorySource, Source
+from ptq.calib.spill import HiddenStates
+
+__all__ = ["CalibratedBlock", "InputGroup", "walk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedBlock:
+    """A block filled with its weights, and the groups of Linears in it (none when it was skipped)."""
+
+    name: str
+    module: nn.Module
+    groups: list[InputGroup]
+    index: int
+    count: int
+    _pools: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def hessian(self, group: InputGroup) -> Float[Tensor, "in in"]:
+        """The Hessian to solve ``group`` with: the mean over its tokens, topped up for rare experts (G30).
+
+        With several ranks, reduce all groups first; with experts, ask before layers are replaced. Raises ValueError,
+        naming the layer, when neither the group nor the pool saw a token.
+        """
+        seen, first = group.hessian, next(iter(group.layers))
+        try:
+            pool = pool_key(self.module, first)
+            if pool is None or seen.tokens >= seen.features:
+                return seen.mean()
+            if pool not in self._pools:
+                peers = [g for g in self.groups if pool_key(self.module, next(iter(g.layers))) == pool]
+                self._pools[pool] = pooled(g.hessian for g in peers)
+            return top_up(seen.mean() if seen.tokens else None, self._pools[pool], seen.tokens, seen.features)
+        except ValueError as error:
+            raise ValueError(f"{self.name}.{first}: {error}") from error
+
+
+@torch.no_grad()
+def walk(
+    source: Source | MemorySource,
+    batches: Sequence[Tensor],
+    *,
+    probes: dict[int, Probe],
+    skip: Callable[[str], bool],
+    feed: Callable[[str, Tensor], Tensor] | None,
+    ignore: Callable[[str], bool],
+    device: torch.device | str,
+    holdout_every: int = 8,
+    held: Sequence[Tensor | None] | None = None,
+    activations: str = "ram",
+    finished: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[CalibratedBlock]:
+    """Yield every decoder block with statistics of what its Linears read, and go on through what the caller made of it.
+
+    Whatever the caller did to ``block.module`` before asking for the next block is what the next block's inputs are
+    computed with. The last block is run again only for ``finished(batch, hidden_states)``.
+
+    ``batches``: token ids (sequences, length), all of the same length. ``probes``: for each key that divides a layer's
+    features, max |probe(x)| is recorded. ``skip(block)``: yield the block without statistics. ``feed(layer, x)``: what
+    a layer gets instead of ``x``; Hessians are of ``x``. ``ignore(layer)``: no statistics, no feed. Every
+    ``holdout_every``-th sequence goes into ``holdout`` instead of ``hessian`` (0, or fewer sequences than that: none);
+    ``held``, a mask of sequences per batch as :func:`held_out` makes it, overrides that.
+    ``activations``: where the hidden states of all batches live: "ram", "device" or "disk".
+
+    Raises ValueError for unusable batches, NaN or infinity in activations (naming the layer), and architectures that
+    cannot be run block by block.
+    """
+    device = torch.device(device)
+    blocks = source.blocks()
+    _check(batches, source.skeleton())
+    held = held_out([len(b) for b in batches], holdout_every) if held is None else held
+    held = [None if mask is None else mask.to(device) for mask in held]
+    with HiddenStates(activations, device) as states:
+        calls: list[list[Call]] = []
+        for i, (name, block) in enumerate(blocks):
+            try:
+                source.fill(block, name, device)
+                if i == 0:  # with its weights: the form of what blocks return is looked at
+                    calls = _record(source, blocks, batches, states, device)
+                groups: list[InputGroup] = []
+                if not skip(name):
+                    linears = {
+                        n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not ignore(f"{name}.{n}")
+                    }
+                    observer = Observer(
+                        block, linears, probes=probes, feed=feed, device=device, batches=len(batches), prefix=name
+                    )
+                    with observer.installed():
+                        for j, batch in enumerate(batches):
+                            observer.expect((batch.shape[0], batch.shape[1]), held[j])
+                            calls[j][i](block, states[j])
+                    groups = observer.groups()
+                yield CalibratedBlock(name=name, module=block, groups=groups, index=i, count=len(blocks))
+                if i + 1 < len(blocks) or finished is not None:
+                    for j in range(len(batches)):
+                        states[j] = _propagated(calls[j][i], block, states[j], name)
+            finally:
+                source.release(block)
+        if finished is not None:
+            for j in range(len(batches)):
+                finished(j, states[j])
+
+
+def _propagated(call: Call, block: nn.Module, before: Tensor, name: str) -> Tensor:
+    after = hidden_states(call(block, before))
+    assert after.dtype == before.dtype and after.shape == before.shape, (  # G28
+        f"{name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} {tuple(after.shape)}"
+    )
+    return after
+
+
+def _check(batches: Sequence[Tensor], model: nn.Module) -> None:
+    if not len(batches):
+        raise ValueError("there are no calibration batches")
+    if (
+        any(b.ndim != 2 or b.dtype != torch.int64 or not b.numel() for b in batches)
+        or len({b.shape[1] for b in batches}) > 1
+    ):
+        raise ValueError("calibration batches must be int64 token ids (sequences, length), all of the same length")
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    low, high = min(int(b.min()) for b in batches), max(int(b.max()) for b in batches)
+    if low < 0 or (size is not None and high >= size):
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"token id {bad} is outside the model's vocabulary of {size}: the tokenizer belongs to another model"
+        )
+
+
+def held_out(sizes: Sequence[int], every: int = 8) -> list[Tensor | None]:
+    """For each batch, which of its sequences are held out; None where none is."""
+    total = sum(sizes)
+    if every < 1 or total < every:
+        return [None] * len(sizes)
+    chosen = torch.arange(1, total + 1) % every == 0
+    return [part if part.any() else None for part in chosen.split(list(sizes))]
+
+
+def _record(
+    source: Source | MemorySource,
+    blocks: list[tuple[str, nn.Module]],
+    batches: Sequence[Tensor],
+    states: HiddenStates,
+    device: torch.device,
+) -> list[list[Call]]:
+    """Put the inputs of the first block into ``states``; return the arguments of every block, per batch."""
+    model, modules = source.skeleton(), [block for _, block in blocks]
+    recorder = Recorder(model, modules, torch.device("cpu"))
+    with _filled_on_demand(source, model, modules, device):
+        probe = batches[0][:1].to(device)
+        hidden, call = recorder.first(probe)
+        recorder.returned = call(modules[0], hidden)
+        hidden_states(recorder.returned)
+        recorder.check(probe)
+        calls = []
+        for j, batch in enumerate(batches):
+            states[j], arguments = recorder(batch.to(device))
+            calls.append(arguments)
+    return calls
+
+
+@contextmanager
+def _filled_on_demand(
+    source: Source | MemorySource, model: nn.Module, blocks: list[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Fill modules outside the blocks (embeddings, rotary tables) when they are called, release them at the end."""
+    inside = {id(m) for block in blocks for m in block.modules()}
+    filled: list[nn.Module] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def fill(module: nn.Module, _: tuple[object, ...]) -> None:
+            if not any(module is f for f in filled):
+                filled.append(module)
+                source.fill(module, name, device, recurse=False)
+
+        return fill
+
+    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if id(m) not in inside]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+        for module in filled:
+            source.release(module, recurse=False)

@@ -1,0 +1,88 @@
+"""Text from a model, token by token, with a cache of keys and values."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+CONTEXT = 8  # tokens before the first new one that are decoded with it
+UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character that the next token completes
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The next token from logits (vocab): the most likely at temperature 0, else a draw from softmax(logits / T).
+
+    Raises:
+        ValueError: NaN or infinite logits.
+    """
+    if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
+        raise ValueError("the model gives NaN or infinite logits; the weights are damaged, or try --dtype float32")
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits.double().cpu() / temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Iterable[int] = (),
+) -> Iterator[int]:
+    """Yield the tokens that follow ``prompt``, until one of ``stop``, which is not yielded, or ``max_new_tokens``.
+
+    The same seed gives the same text on the same machine.
+
+    Raises:
+        ValueError: an empty prompt, a negative temperature or length, or logits that are no numbers.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no tokens; give some text with --prompt")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature {temperature} is not a number of 0 or more")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: ask for at least one")
+    device = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue] - a model of transformers
+    generator = torch.Generator().manual_seed(seed)
+    ends = frozenset(stop)
+    fed, cache = torch.tensor([list(prompt)], device=device), None
+    for _ in range(max_new_tokens):
+        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        token = choose(output.logits[0, -1], temperature, generator)
+        if token in ends:
+            return
+        yield token
+        fed = torch.tensor([[token]], device=device)
+
+
+def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of ``tokens``, piece by piece, as the continuation of ``prompt``.
+
+    A piece is held back while it ends within a character. A token is decoded together with those before it, so that a
+    decoder which drops the space at the start of a text does not drop it here; only with a few, so that the time per
+    token does not grow.
+    """
+    ids = list(prompt)
+    start, read = max(0, len(ids) - CONTEXT), len(ids)
+    for token in tokens:
+        ids.append(token)
+        before, now = decode(ids[start:read]), decode(ids[start:])
+        if len(now) > len(before) and not now.endswith(UNFINISHED):
+            yield now[len(before) :]
+            start, read = read, len(ids)
+    rest = decode(ids[start:])[len(decode(ids[start:read])) :]
+    if rest:
+        yield rest
+
+
+def record(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+    """``tokens`` as they are, each appended to ``into`` as it passes."""
+    for token in tokens:
+        into.append(token)
+        yield token

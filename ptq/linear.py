@@ -1,0 +1,262 @@
+"""QuantLinear: a linear layer that keeps its weight as codes and scales, rotates its inputs and may quantize them.
+
+    y = x' Ŵᵀ + bias,   x' = rotate(x), rounded to the dtype of x          (16-bit inputs)
+                        x' = quantize_inputs(x), float32                   (quantized inputs)
+
+The product and the bias are float32; the result is rounded once, to the dtype of x.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.dialects import LayerInfo
+from ptq.formats import FORMATS, Format
+from ptq.inputs import quantize_inputs
+from ptq.rotation import Rotation
+from ptq.tensor import QuantizedTensor, Scales, group, pack, unpack
+
+# So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a product is computed chunk
+# by chunk whether or not the weight is cached, so that both give the same bits.
+CHUNK_BYTES = 64 << 20
+FIXED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+
+class QuantLinear(nn.Module):
+    """A quantized linear layer. Its buffers are its whole state, in the memory form of checkpoint.py.
+
+    Attributes:
+        weight_packed: uint8 (out, in / 2), two codes a byte, or (out, in) for elements of more than 4 bits.
+        weight_scale: uint8 (out, in / group_size), the bits of E4M3 or E8M0 scales.
+        weight_global_scale: float32 scalar that multiplies; None stands for 1 (E8M0 scales).
+        input_global_scale: float32 scalar that multiplies, for a calibrated range of inputs; None takes one per token.
+        bias: (out,) or None; the only buffer that follows the dtype of the model.
+        input_rule: scale rule of quantized inputs; ``"default"`` (given as None) is the format's own.
+        cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in less time. Replace the
+            buffers of a caching layer (or use load_state_dict), never write into them.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_global_scale: Tensor | None
+    input_global_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        rotation: Rotation,
+        *,
+        bias: bool,
+        quantize_inputs: bool,
+        static_inputs: bool,
+        input_rule: str | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        """Make a layer with uninitialised buffers.
+
+        Raises:
+            ValueError: ``in_features`` is not a multiple of the group size or of the rotation.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.rotation = format, rotation
+        self.quantize_inputs, self.input_rule, self.cache = quantize_inputs, input_rule or "default", False
+        self._dequantized: tuple[Tensor, Tensor] | None = None  # (the packed weight it was made of, the float32 weight)
+        groups = group(torch.empty(1, in_features, device="meta"), format).shape[1]
+        rotation.check(in_features)
+        width = in_features // 2 if format.packed else in_features
+        scalar = torch.empty((), dtype=torch.float32, device=device)
+        self.register_buffer("weight_packed", torch.empty(out_features, width, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_global_scale", scalar.clone() if format.has_global_scale else None)
+        self.register_buffer(
+            "input_global_scale", scalar.clone() if static_inputs and format.has_global_scale else None
+        )
+        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: QuantizedTensor,
+        rotation: Rotation,
+        bias: Tensor | None,
+        *,
+        quantize_inputs: bool,
+        input_global_scale: Tensor | None,
+        input_rule: str | None = None,
+    ) -> "QuantLinear":
+        """The layer of a ``weight`` (out, in) that was quantized after ``rotation``; takes the tensors as they are."""
+        fmt, (out_features, in_features) = weight.format, weight.codes.shape
+        layer = cls(
+            in_features,
+            out_features,
+            fmt,
+            rotation,
+            bias=bias is not None,
+            quantize_inputs=quantize_inputs,
+            static_inputs=input_global_scale is not None,
+            input_rule=input_rule,
+        )
+        layer.weight_packed, layer.weight_scale = pack(weight.codes, fmt), weight.scales.bits
+        t = weight.scales.global_scale
+        layer.weight_global_scale = t if fmt.has_global_scale or t.item() != 1 else None
+        if layer.input_global_scale is not None and input_global_scale is not None:
+            layer.input_global_scale = input_global_scale.float().reshape(())
+        layer.bias = None if bias is None else bias.detach()
+        return layer
+
+    @classmethod
+    def from_info(cls, info: LayerInfo, in_features: int, out_features: int) -> "QuantLinear":
+        """An empty layer on meta, as ``info`` describes it; raises ValueError as the constructor does."""
+        return cls(
+            in_features,
+            out_features,
+            FORMATS[info.format],
+            Rotation(info.rotation),
+            bias=info.bias,
+            quantize_inputs=info.quantize_inputs,
+            static_inputs=info.static_inputs,
+            input_rule=info.input_rule,
+        )
+
+    @property
+    def info(self) -> LayerInfo:
+        """What a checkpoint has to say about this layer; the inverse of :meth:`from_info`."""
+        return LayerInfo(
+            format=self.format.name,
+            rotation=self.rotation.size,
+            quantize_inputs=self.quantize_inputs,
+            static_inputs=self.input_global_scale is not None,
+            input_rule=self.input_rule,
+            bias=self.bias is not None,
+        )
+
+    @property
+    def scales(self) -> Scales:
+        """Of the weight: bits (out, groups), and the global scale, which multiplies."""
+        t = self.weight_global_scale
+        return Scales(
+            self.weight_scale, torch.ones((), device=self.weight_scale.device) if t is None else t, self.format
+        )
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Global scale of the inputs, which multiplies; None takes one per token."""
+        return self.input_global_scale
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight (out, in) as codes and scales, in the rotated basis."""
+        return QuantizedTensor(unpack(self.weight_packed, self.format), self.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""
+        # The one place that chooses between a kernel and the reference.
+        return self._reference(x)
+
+    def _reference(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)  # (tokens, in)
+        with _full_precision(x.device):
+            if self.quantize_inputs:
+                rule = None if self.input_rule == "default" else self.input_rule
+                wide = quantize_inputs(rows, self.format, self.rotation, self.input_scale, rule).dequantize()
+            else:
+                wide = self.rotation.rotate(rows).float()
+            y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device=x.device)
+            for start, weight in self._chunks():
+                y[:, start : start + len(weight)] = wide @ weight.T
+        if self.bias is not None:
+            y += self.bias.float()
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows of the dequantized weight), from the cache or remade."""
+        step = max(1, CHUNK_BYTES // (4 * self.in_features))
+        whole = self._cached() if self.cache else None
+        scales = self.scales
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            if whole is not None:
+                yield start, whole[start:stop]
+            else:
+                codes = unpack(self.weight_packed[start:stop], self.format)
+                rows = Scales(scales.bits[start:stop], scales.global_scale, self.format)
+                yield start, QuantizedTensor(codes, rows).dequantize()
+
+    def _cached(self) -> Tensor:
+        if self._dequantized is None or self._dequantized[0] is not self.weight_packed:
+            self._dequantized = (self.weight_packed, self.quantized_weight().dequantize())
+        return self._dequantized[1]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move with the model; only the bias changes its dtype: codes, scale bits and float32 factors keep theirs."""
+        fixed = {id(t) for name in FIXED if (t := getattr(self, name)) is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in fixed and moved.dtype != tensor.dtype else moved
+
+        self._dequantized = None
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._dequantized = None  # the buffers may be written in place
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_dequantized": None}  # neither copied nor pickled
+
+    def extra_repr(self) -> str:
+        inputs = f", inputs={self.format.name}" if self.quantize_inputs else ""
+        rotation = f", rotation={self.rotation.size}" if self.rotation.size > 1 else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format.name}{rotation}{inputs}"
+        )
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products with float32 operands: neither TF32 (GPU), nor bf16 (oneDNN), nor autocast."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    before = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.fp32_precision = before
+
+
+def stored_layer(old: nn.Module, info: LayerInfo, tensors: Mapping[str, Tensor], name: str) -> QuantLinear:
+    """The layer that ``tensors`` describe, for the place of the linear layer ``old``.
+
+    Args:
+        tensors: by the names of the buffers, in memory form; taken as they are.
+        name: of the layer, for messages.
+
+    Raises:
+        ValueError: ``old`` is not linear, has other shapes or a bias more or less, or a tensor is missing.
+    """
+    if not isinstance(old, nn.Linear):
+        raise ValueError(f"{name} is a quantized linear layer in the checkpoint and {type(old).__name__} in the model")
+    if (old.bias is not None) != info.bias:
+        raise ValueError(f"{name} has {'a' if info.bias else 'no'} bias in the checkpoint, and differs in the model")
+    layer = QuantLinear.from_info(info, old.in_features, old.out_features)
+    for leaf in (*FIXED, "bias"):
+        expected = layer._buffers[leaf]
+        if expected is None and leaf == "weight_global_scale":
+            layer.weight_global_scale = tensors.get(leaf)  # E8M0 scales with a factor, as other writers have it
+        elif expected is not None:
+            if leaf not in tensors:
+                raise ValueError(f"{name} has no {leaf} in the checkpoint: it is incomplete, copy or quantize it again")
+            if tensors[leaf].shape != expected.shape:
+                shapes = f"{tuple(tensors[leaf].shape)} in the checkpoint, {tuple(expected.shape)} in the model"
+                raise ValueError(f"{name}.{leaf} has shape {shapes}: the config.json is of another model")
+            setattr(layer, leaf, tensors[leaf])
+    return layer.train(old.training)
