@@ -6,17 +6,23 @@ from torch import Tensor
 
 
 def quadratic_form(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, "out"]:
-    """``δ H δᵀ`` of every row in float64: the mean squared output of that row, for ``H = E[x xᵀ]``."""
-    delta, hessian = delta.double(), hessian.double()
-    return ((delta @ hessian) * delta).sum(1)
+    """``δ H δᵀ`` of every row, summed in float64: the mean squared output of that row, for ``H = E[x xᵀ]``.
+
+    The product δH is computed in the dtype of the Hessian.
+    """
+    delta = delta.to(hessian.dtype)
+    return ((delta @ hessian).double() * delta).sum(1)
 
 
 def output_error(
     weight: Float[Tensor, "out in"], quantized: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
 ) -> Float[Tensor, ""]:
     """``‖(W - Ŵ) X‖² / ‖W X‖²``, read off the Hessian; 0 when the layer's output is zero and stays so."""
-    error = quadratic_form(weight - quantized, hessian).sum()
-    signal = quadratic_form(weight, hessian).sum()
+    return relative(quadratic_form(weight - quantized, hessian).sum(), quadratic_form(weight, hessian).sum())
+
+
+def relative(error: Float[Tensor, "*s"], signal: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """``error / signal``; 0 where both are zero."""
     return torch.where(signal > 0, error / signal, torch.where(error > 0, torch.inf, 0.0))
 
 

@@ -103,6 +103,7 @@ def quantize(
                 report["damping"],
                 report["seconds"],
             )
+            _warn(report, _own(recipe, str(report["layer"])))
         if out is not None and world()[0] == 0:
             _write(block, layers, source, out, reports)
         yield Progress(block.name, block.index, block.count, reports, False)
@@ -294,6 +295,20 @@ def _install(block: CalibratedBlock, solved: Solved, recipe: Recipe) -> QuantLin
     layer.cache = True  # the block runs over all batches once more
     block.module.set_submodule(inner, layer)
     return layer
+
+
+def _warn(report: dict[str, object], recipe: Recipe) -> None:
+    """What the user should know of a layer: nothing that changes the numbers happens silently."""
+    layer, damping = report["layer"], float(str(report["damping"]))
+    if damping > recipe.damping:
+        logger.warning(
+            "%s: its Hessian is not positive definite at damping %g; used %g", layer, recipe.damping, damping
+        )
+    if report["topped_up"]:
+        seen = (layer, report["tokens"], report["in"])
+        logger.warning("%s saw %s tokens for %s inputs; the rest came from the other experts' (raise --samples)", *seen)
+    if recipe.algorithm == "gptq" and report["algorithm"] == "rtn":
+        logger.warning("%s: GPTQ did not beat round to nearest, which was kept", layer)
 
 
 def _write(

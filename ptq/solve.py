@@ -1,19 +1,19 @@
 """One input group: rotation, grid, algorithm, refinement, and the report of what it cost.
 
-Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, so their
-weights
-are solved as one matrix with the rows stacked: rows are independent given the Hessian (G25).
+Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, and rows are
+independent given the Hessian (G25): what is made of the Hessian is made once, and rows are solved some at a time.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ptq.algorithms import IndefiniteHessian, coordinate_descent, gptq, rtn
+from ptq.algorithms import Factor, IndefiniteHessian, coordinate_descent, damped, factorize, gptq, rtn
 from ptq.inputs import quantize_inputs
-from ptq.metrics import output_error
+from ptq.metrics import quadratic_form, relative
 from ptq.recipe import Recipe
 from ptq.rotation import Rotation
 from ptq.scales import Grid, alternate
@@ -25,6 +25,8 @@ IN_LOOP_MARGIN = 1.5
 # A static global scale of activations leaves room for tokens larger than any seen in calibration (G32).
 INPUT_MARGIN = 2.0
 MAX_DAMPING = 1.0
+# Elements of a weight that are solved at a time: 64 MB in float32, of which about ten copies exist.
+PART_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,90 +105,147 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     """(loss to choose by, results) with one rotation."""
     start = time.perf_counter()
     recipe, fmt, rotation = job.recipe, job.recipe.fmt, Rotation(size)
-    weight = torch.cat([rotation.exact(w) for w in job.weights])
     hessian = rotation.rotate_hessian(job.hessian)
-    holdout = None if job.holdout is None else rotation.rotate_hessian(job.holdout)
-
-    amax = weight.abs().amax()
-    static_rule = recipe.scales if recipe.in_loop is None else "mse"
-    grid = Grid(fmt, fmt.global_scale(amax, 1.0 if recipe.in_loop is None else IN_LOOP_MARGIN), static_rule)
-    if recipe.global_scale == "alternating":
-        grid = alternate(weight, grid, hessian.diagonal().float() if recipe.weighted else None)
-    nearest = rtn(
-        weight, hessian, grid, weighted=recipe.weighted
-    )  # on the same global scale: layers may mix (G23, G34)
-    quantized, damping = nearest, 0.0
-    if recipe.algorithm == "gptq":
-        quantized, damping = _with_escalation(weight, hessian, grid, recipe)
-    if recipe.descent:
-        quantized = coordinate_descent(
-            weight, hessian, quantized, sweeps=recipe.descent, damping=damping or recipe.damping
-        )
+    grid = _grid(job, rotation, hessian)
+    solver = _Solver(recipe, grid, hessian)
+    measured = [hessian.float()] + ([] if job.holdout is None else [rotation.rotate_hessian(job.holdout).float()])
+    layers = [_layer(layer, rotation, solver, measured) for layer in job.weights]
 
     input_scale, input_error = None, 0.0
     if recipe.quantize_inputs:
         if fmt.has_global_scale and recipe.input_scale == "static":
             input_scale = fmt.global_scale(job.amax[size].float(), INPUT_MARGIN)
-        input_error = _input_error(job.sample, weight, recipe, rotation, input_scale)
+        input_error = _input_error(job, rotation, input_scale)
 
     seconds = (time.perf_counter() - start) / len(job.names)
-    solved, losses, row = [], [], 0
-    approximation, rounded = quantized.dequantize(), nearest.dequantize()
-    judge = hessian if holdout is None else holdout
-    for name, layer in zip(job.names, job.weights, strict=True):
-        rows = slice(row, row + len(layer))
-        error = float(output_error(weight[rows], approximation[rows], hessian))
-        rtn_error = float(output_error(weight[rows], rounded[rows], hessian))
-        keep = error < rtn_error or quantized is nearest  # G23
-        result = (quantized if keep else nearest).rows(rows.start, rows.stop)
-        chosen = (approximation if keep else rounded)[rows]
-        losses.append(float(output_error(weight[rows], chosen, judge)))
+    solved = []
+    for name, layer in zip(job.names, layers, strict=True):
+        rows, features = layer.weight.codes.shape
         report = {
             "layer": name,
-            "out": len(layer),
-            "in": weight.shape[1],
+            "out": rows,
+            "in": features,
             "format": fmt.name,
             "rotation": size,
-            "algorithm": recipe.algorithm if keep else "rtn",
-            "damping": damping,
-            "error": error if keep else rtn_error,
-            "held_out_error": None if holdout is None else losses[-1],
-            "rtn_error": rtn_error,
+            "algorithm": layer.algorithm,
+            "damping": solver.damping,
+            "error": layer.errors[0],
+            "held_out_error": layer.errors[1] if len(layer.errors) > 1 else None,
+            "rtn_error": layer.rtn_error,
             "input_error": input_error if recipe.quantize_inputs else None,
             "tokens": job.tokens,
             "topped_up": job.topped_up,
             "seconds": seconds,
         }
-        solved.append(Solved(name, result, rotation, input_scale, report))
-        row = rows.stop
-    return sum(losses) / len(losses) + input_error, solved
+        solved.append(Solved(name, layer.weight, rotation, input_scale, report))
+    return sum(layer.errors[-1] for layer in layers) / len(layers) + input_error, solved
 
 
-def _with_escalation(weight: Tensor, hessian: Tensor, grid: Grid, recipe: Recipe) -> tuple[QuantizedTensor, float]:
-    """GPTQ with the damping raised tenfold until the Hessian has a factor (G13); the damping used is part of the
-    report."""
-    damping = recipe.damping
-    while True:
-        try:
+def _grid(job: Job, rotation: Rotation, hessian: Tensor) -> Grid:
+    """The grid that all layers of the job share: its global scale covers the largest of their weights (G34)."""
+    recipe = job.recipe
+    amax = torch.stack([part.abs().amax() for layer in job.weights for part in _parts(layer, rotation)]).amax()
+    margin = 1.0 if recipe.in_loop is None else IN_LOOP_MARGIN
+    grid = Grid(recipe.fmt, recipe.fmt.global_scale(amax, margin), recipe.scales if recipe.in_loop is None else "mse")
+    if recipe.global_scale == "alternating":
+        whole = torch.cat([rotation.exact(layer).float() for layer in job.weights])
+        grid = alternate(whole, grid, hessian.diagonal().float() if recipe.weighted else None)
+    return grid
+
+
+def _parts(layer: Tensor, rotation: Rotation) -> Iterator[Tensor]:
+    """The rotated weight in float32, some rows at a time: rows are independent, so that memory stays bounded (G25)."""
+    step = max(1, PART_ELEMENTS // layer.shape[1])
+    for start in range(0, len(layer), step):
+        yield rotation.exact(layer[start : start + step]).float()
+
+
+class _Solver:
+    """The algorithm of a recipe for rows with one Hessian; what rows share is made once.
+
+    The damping is raised tenfold until the Hessian has a factor (G13), logged, and reported as ``damping``.
+    """
+
+    def __init__(self, recipe: Recipe, grid: Grid, hessian: Tensor) -> None:
+        self.recipe, self.grid, self.hessian, self.damping = recipe, grid, hessian, 0.0
+        self.factor = self._factorize() if recipe.algorithm == "gptq" else None
+        self.damped = None
+        if recipe.descent:
+            self.damped = damped(hessian, self.damping or recipe.damping).float()
+
+    def _factorize(self) -> Factor:
+        self.damping = self.recipe.damping
+        while True:
+            try:
+                return factorize(
+                    self.hessian, self.grid.format.group_size, order=self.recipe.order, damping=self.damping
+                )
+            except IndefiniteHessian:
+                if self.damping >= MAX_DAMPING:
+                    raise
+                self.damping = min(10 * self.damping, MAX_DAMPING)
+
+    def nearest(self, weight: Tensor) -> QuantizedTensor:
+        return rtn(weight, self.hessian, self.grid, weighted=self.recipe.weighted)
+
+    def solve(self, weight: Tensor) -> QuantizedTensor | None:
+        """None when the recipe asks for round to nearest and nothing else."""
+        quantized, recipe = None, self.recipe
+        if self.factor is not None:
             quantized = gptq(
-                weight,
-                hessian,
-                grid,
+                weight, self.hessian, self.grid, in_loop=recipe.in_loop, weighted=recipe.weighted, factor=self.factor,
                 order=recipe.order,
-                in_loop=recipe.in_loop,
-                weighted=recipe.weighted,
-                damping=damping,
+            )  # fmt: skip
+        if self.damped is not None:
+            quantized = coordinate_descent(
+                weight,
+                self.hessian,
+                quantized or self.nearest(weight),
+                sweeps=recipe.descent,
+                damped_hessian=self.damped,
             )
-            return quantized, damping
-        except IndefiniteHessian:
-            if damping >= MAX_DAMPING:
-                raise
-            damping = min(10 * damping, MAX_DAMPING)
+        return quantized
 
 
-def _input_error(sample: Tensor, weight: Tensor, recipe: Recipe, rotation: Rotation, scale: Tensor | None) -> float:
-    """``E‖(Q(xR) - xR) W'ᵀ‖² / E‖x Wᵀ‖²`` on the sample: what quantized activations alone cost."""
-    exact = rotation.exact(sample).float()
-    noise = quantize_inputs(sample, recipe.fmt, rotation, scale, recipe.input_rule).dequantize() - exact
-    signal = (exact @ weight.T).double().square().sum()
-    return float((noise @ weight.T).double().square().sum() / signal.clamp(min=1e-300))
+@dataclass(frozen=True)
+class _Layer:
+    """A solved layer; ``errors``: on the calibration tokens and, where there are any, on those kept aside."""
+
+    weight: QuantizedTensor
+    algorithm: str
+    errors: list[float]
+    rtn_error: float
+
+
+def _layer(layer: Tensor, rotation: Rotation, solver: _Solver, hessians: list[Tensor]) -> _Layer:
+    """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens (G23)."""
+    nearest, solved = [], []
+    losses = torch.zeros(3, len(hessians), dtype=torch.float64)  # of the weight itself, round to nearest, the result
+    for part in _parts(layer, rotation):
+        nearest.append(solver.nearest(part))
+        solved.append(solver.solve(part) or nearest[-1])
+        deltas = (part, part - nearest[-1].dequantize(), part - solved[-1].dequantize())
+        losses += torch.tensor([[float(quadratic_form(d, h).sum()) for h in hessians] for d in deltas])
+    signal, rounded, result = losses
+    keep = bool(result[0] < rounded[0])
+    errors = relative(result if keep else rounded, signal).tolist()
+    weight = _joined(solved if keep else nearest)
+    return _Layer(weight, solver.recipe.algorithm if keep else "rtn", errors, relative(rounded, signal).tolist()[0])
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    scales = [part.scales for part in parts]
+    bits = torch.cat([s.bits for s in scales])
+    return QuantizedTensor(torch.cat([p.codes for p in parts]), Scales(bits, scales[0].global_scale, scales[0].format))
+
+
+def _input_error(job: Job, rotation: Rotation, scale: Tensor | None) -> float:
+    """``E‖(Q(xR) - xR) W'ᵀ‖² / E‖x Wᵀ‖²`` on the sample: what quantized activations alone cost; 0 without a sample."""
+    exact = rotation.exact(job.sample).float()
+    quantized = quantize_inputs(job.sample, job.recipe.fmt, rotation, scale, job.recipe.input_rule)
+    noise = quantized.dequantize() - exact
+    sums = torch.zeros(2, dtype=torch.float64)
+    for layer in job.weights:
+        for part in _parts(layer, rotation):
+            sums += torch.stack([(x @ part.T).double().square().sum() for x in (noise, exact)]).cpu()
+    return float(relative(sums[0], sums[1]))

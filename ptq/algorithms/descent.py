@@ -16,17 +16,19 @@ def coordinate_descent(
     sweeps: int = 4,
     damping: float = 0.01,
     block_size: int = 128,
+    damped_hessian: Float[Tensor, "in in"] | None = None,
 ) -> QuantizedTensor:
     """Move one code after the other to the exact minimiser of ``tr(Δ H̃ Δᵀ)`` given all others, until nothing changes.
 
     The loss under the damped Hessian never rises. A code moves only if its own minimiser lies on another grid point.
     Blocks of columns keep their gradient up to date among themselves; the rest is updated by one product per block.
+    ``damped_hessian`` hands in what was made before of the Hessian and the damping.
 
     Raises:
         ValueError: see :func:`ptq.algorithms.factor.damped`.
     """
     fmt = quantized.format
-    h = damped(hessian, damping).float()
+    h = damped(hessian, damping).float() if damped_hessian is None else damped_hessian.float()
     steps = quantized.scales.step().T.repeat_interleave(fmt.group_size, dim=0)  # (in, out)
     values = fmt.element.decode(quantized.codes).T.contiguous()
     current = values * steps

@@ -1,12 +1,22 @@
 """The damped Hessian and the triangular factor that tells GPTQ how to pay back rounding errors."""
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 
 class IndefiniteHessian(ValueError):
     """The damped Hessian has no Cholesky factor; more damping may help."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The order in which columns are rounded, and U with ``Uᵀ U = H̃⁻¹`` for the damped Hessian in that order."""
+
+    perm: Int64[Tensor, "in"]
+    upper: Float32[Tensor, "in in"]
 
 
 def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float64[Tensor, "in in"]:
@@ -17,10 +27,9 @@ def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float64[Tensor, "
     Raises:
         ValueError: H has entries that are not finite (no damping repairs that), or no input was ever active.
     """
-    h = hessian.double()
-    if not torch.isfinite(h).all():
+    if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian is not finite: the calibration activations overflowed or contain NaN")
-    h = h.clone()
+    h = hessian.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     mean = diagonal.mean()
     if not mean > 0:
@@ -29,24 +38,39 @@ def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float64[Tensor, "
     return h
 
 
-def inverse_factor(damped_hessian: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
-    """Upper triangular U with ``Uᵀ U = H⁻¹``, by one Cholesky factorisation and one triangular inverse.
+def factorize(hessian: Float[Tensor, "in in"], group_size: int, *, order: str, damping: float) -> Factor:
+    """The factor that all rows of all layers with this input share.
 
-    With V the upper triangular factor of ``H = V Vᵀ`` (Cholesky of H with both axes reversed), ``U = V⁻¹``. Half the
-    work of the usual Cholesky, inverse, Cholesky, and the same U. In float64 because cond(H) may reach 1 + in/damping
-    (G12).
+    Raises:
+        IndefiniteHessian: the damped Hessian is not positive definite.
+        ValueError: see :func:`damped` and :func:`column_order`.
+    """
+    h = damped(hessian, damping)
+    perm = column_order(h.diagonal(), group_size, order)
+    return Factor(perm, inverse_factor(h, perm).float())
+
+
+def inverse_factor(
+    matrix: Float64[Tensor, "in in"], perm: Int64[Tensor, "in"] | None = None
+) -> Float64[Tensor, "in in"]:
+    """Upper triangular U with ``Uᵀ U = A⁻¹``, A = ``matrix`` permuted: one Cholesky factorisation and one inverse.
+
+    With V the upper triangular factor of ``A = V Vᵀ`` (Cholesky of A with both axes reversed), ``U = V⁻¹``. Half the
+    work of the usual Cholesky, inverse, Cholesky, and the same U. In float64 because cond(A) may reach 1 + in/damping
+    (G12). At most four matrices of this size are alive, the caller's among them.
 
     Raises:
         IndefiniteHessian: the matrix is not positive definite.
     """
-    lower, info = torch.linalg.cholesky_ex(damped_hessian.flip(0, 1))
+    backwards = torch.arange(len(matrix), device=matrix.device) if perm is None else perm
+    backwards = backwards.flip(0)
+    lower, info = torch.linalg.cholesky_ex(matrix[backwards.unsqueeze(1), backwards])
     if int(info):
         raise IndefiniteHessian(
             "the damped Hessian is not positive definite; raise the damping or calibrate on more tokens"
         )
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
 def column_order(diagonal: Float[Tensor, "in"], group_size: int, order: str) -> Int64[Tensor, "in"]:

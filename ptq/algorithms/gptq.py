@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from ptq.algorithms.factor import column_order, damped, inverse_factor
+from ptq.algorithms.factor import Factor, factorize
 from ptq.scales import Grid, candidates, squared_error
 from ptq.tensor import QuantizedTensor, Scales
 
@@ -33,6 +33,7 @@ def gptq(
     weighted: bool = False,
     damping: float = 0.01,
     block_size: int = 128,
+    factor: Factor | None = None,
 ) -> QuantizedTensor:
     """Quantize ``weight`` so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is small, for ``hessian = E[x xᵀ]`` (G24–G26).
 
@@ -42,16 +43,15 @@ def gptq(
         grid: format, global scale and rule. The rule chooses all scales before the sweep unless ``in_loop`` is given.
         order: ``natural``, ``act`` or ``group`` (:func:`ptq.algorithms.factor.column_order`).
         in_loop: choose the scales of a group when the sweep enters it, from the compensated weights: ``mse`` by squared
-        error
-            weighted with 1/U², ``trial`` by running the sweep inside the group once for every candidate scale.
+            error weighted with 1/U², ``trial`` by running the sweep inside the group once for every candidate scale.
         weighted: static rules that search weight the columns by the diagonal of the Hessian.
         damping: added to the diagonal, as a share of its mean.
+        factor: of this Hessian, order and damping, if it was made before: rows may come in slices.
 
     Raises:
         IndefiniteHessian: see :func:`ptq.algorithms.factor.inverse_factor`.
         ValueError: a Hessian without activity or not finite, an unknown option, or ``in_loop`` with an order that tears
-        groups
-            apart.
+            groups apart.
     """
     if in_loop is not None and (in_loop not in IN_LOOP or order == "act"):
         raise ValueError(
@@ -59,11 +59,10 @@ def gptq(
         )
     fmt = grid.format
     weight = weight.float()
-    h = damped(hessian, damping)
-    perm = column_order(h.diagonal(), fmt.group_size, order)
-    factor = inverse_factor(h[perm][:, perm]).float()
+    factor = factor or factorize(hessian, fmt.group_size, order=order, damping=damping)
+    perm = factor.perm
     static = None if in_loop else grid.scales(weight, hessian.diagonal().float() if weighted else None)
-    sweep = _Sweep(weight.T[perm].contiguous(), factor, grid)
+    sweep = _Sweep(weight.T[perm].contiguous(), factor.upper, grid)
     groups = weight.shape[1] // fmt.group_size
     bits = torch.zeros(groups, weight.shape[0], dtype=torch.uint8, device=weight.device)
     steps = None if static is None else static.step().T.contiguous()[perm // fmt.group_size]  # (in, out)
@@ -135,7 +134,7 @@ class _Sweep:
                     self.factor[first + j, first + j + 1 : last], errors[j].flatten(), alpha=-1
                 )
         best = errors.square().sum(0).argmin(0, keepdim=True)
-        index = best.expand(len(copies), 1, -1) if best.ndim == 3 else best.unsqueeze(0).expand(len(copies), 1, -1)
+        index = best.unsqueeze(0).expand(len(copies), 1, -1)
         self.rungs[first:last] = rungs.gather(1, index)[:, 0]
         self.errors[first:last] = errors.gather(1, index)[:, 0]
         return tried.gather(0, best)[0]
