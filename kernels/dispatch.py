@@ -1,0 +1,252 @@
+"""Which kernel and which tile: by architecture, format and shape, from tables that ship with the package.
+
+Pure Python: importing this needs neither Triton nor a device, and nothing is tuned at run time. A table
+(``configs/sm90.json``) has rows for (kernel, format, tokens, out, in); tokens are rounded up to a bucket, a shape
+without a row takes the nearest row of its bucket and is logged once. ``scripts/tune_kernels.py`` rewrites the tables
+from timings.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+ROTATIONS = (1, 16, 32, 64, 128)
+# Element and scale type → the format's name in tables; all of them pack two codes into a byte.
+FORMATS = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("int4", "e4m3"): "nvint4", ("int4", "e8m0"): "mxint4"}
+GROUP_SIZE = {"e8m0": 32, "e4m3": 16}
+# Compute capability → the architecture whose table it uses.
+FAMILIES = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
+# Tables are made for these; a device's own count is used when it is there.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+# Largest E8M0 byte that the bf16 decoding of the matmul kernels covers: a scale of 2^9, far above any weight's.
+LARGEST_E8M0_BYTE = 136
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How a kernel is cut into programs.
+
+    Attributes:
+        kernel: ``w4a16``, ``dense`` (dequantize, then a library matmul), ``w4a4`` (by pointers) or ``w4a4_tma``
+            (persistent).
+        order: of columns in the weight operand (``kernels/w4a16.py``): natural, words or fragments.
+        swap: the weights are the left operand of a W4A4 matmul.
+    """
+
+    kernel: str
+    block_m: int = 16
+    block_n: int = 128
+    block_k: int = 128
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+    order: str = "words"
+    swap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One entry of a table: the tile for a shape, and what it took when it was timed (0: it never was)."""
+
+    operation: str
+    format: str
+    tokens: int
+    n: int
+    k: int
+    tile: Tile
+    microseconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All rows of an architecture and where they come from."""
+
+    architecture: int
+    source: str
+    triton: str
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, object]) -> "Table":
+        """The table that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: a key that a table does not have.
+        """
+        names = {f.name for f in fields(Tile)}
+        rows = []
+        for entry in data["rows"]:  # pyright: ignore[reportGeneralTypeIssues]
+            unknown = set(entry) - names - {"operation", "format", "tokens", "n", "k", "microseconds"}
+            if unknown:
+                raise ValueError(f"tile table: unknown keys {sorted(unknown)}; a row has a shape and {sorted(names)}")
+            tile = Tile(**{key: value for key, value in entry.items() if key in names})
+            rows.append(Row(tile=tile, **{key: value for key, value in entry.items() if key not in names}))
+        header = {key: data[key] for key in ("architecture", "source", "triton")}
+        return cls(rows=tuple(rows), **header)  # pyright: ignore[reportArgumentType]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON; fields of a tile that have their default are left out."""
+        blank, rows = Tile(kernel=""), []
+        for row in self.rows:
+            entry: dict[str, object] = {
+                "operation": row.operation,
+                "format": row.format,
+                "tokens": row.tokens,
+                "n": row.n,
+                "k": row.k,
+            }
+            for field in fields(Tile):
+                value = getattr(row.tile, field.name)
+                if value != getattr(blank, field.name):
+                    entry[field.name] = value
+            rows.append({**entry, "microseconds": row.microseconds} if row.microseconds else entry)
+        return {"architecture": self.architecture, "source": self.source, "triton": self.triton, "rows": rows}
+
+
+# ---------------------------------------------------------------- devices
+
+
+def available(device: torch.device | str) -> bool:
+    """Whether the kernels run there: Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or
+    more.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+        return False
+    return importlib.util.find_spec("triton") is not None and architecture(device) is not None
+
+
+def architecture(device: torch.device | str) -> int | None:
+    """The architecture (80, 90, 100 or 120) whose table serves this CUDA device; None if there is none."""
+    return FAMILIES.get(_capability(torch.device(device)))
+
+
+def multiplies_fp4(device: torch.device | str) -> bool:
+    """Whether tensor cores of this device multiply FP4 numbers natively, so that quantized inputs are worth while."""
+    device = torch.device(device)
+    return device.type == "cuda" and available(device) and architecture(device) in (100, 120)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def obstacle(
+    element: str,
+    scale: str,
+    group_size: int,
+    in_features: int,
+    *,
+    rotation: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_bits: Tensor | None = None,
+) -> str | None:
+    """Why no kernel serves such a layer (its reference path does), or None.
+
+    Args:
+        scale_bits: the weight's scale bytes (uint8); looked at once, when a layer is loaded: it reads the device.
+    """
+    if (element, scale) not in FORMATS or GROUP_SIZE[scale] != group_size:
+        return f"there is no kernel for {element} elements with {scale} scales over {group_size}"
+    if in_features % group_size or in_features % 2:
+        return f"{in_features} input features are not groups of {group_size}"
+    if rotation not in ROTATIONS or in_features % rotation:
+        return f"a rotation of {rotation} is not one of {ROTATIONS} that divides {in_features} input features"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"kernels take bfloat16 or float16 inputs, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.float16 and scale == "e8m0":
+        return "float16 cannot hold E8M0 scales; load the model in bfloat16"
+    if scale == "e8m0" and scale_bits is not None and int(scale_bits.max()) > LARGEST_E8M0_BYTE:
+        return f"scale bytes above {LARGEST_E8M0_BYTE} (2^9) leave the range of the bf16 decoding"
+    return None
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@lru_cache(maxsize=8)
+def table(arch: int) -> Table:
+    """The shipped table of an architecture.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = CONFIGS / f"sm{arch}.json"
+    if not path.is_file():
+        raise ValueError(f"no tile table for sm_{arch} in {CONFIGS}; make one with scripts/tune_kernels.py")
+    return Table.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def bucket(tokens: int) -> int:
+    """The table's token count for ``tokens``: the next larger one, or the largest."""
+    return next((b for b in BUCKETS if b >= tokens), BUCKETS[-1])
+
+
+@lru_cache(maxsize=4096)
+def choose(arch: int, operation: str, format: str, tokens: int, n: int, k: int, sms: int = 0) -> Tile:
+    """The tile for ``operation`` (w4a16, w4a4, grouped) on a weight of n × k; a neighbour's if the shape has no row.
+
+    Raises:
+        ValueError: the table has no row at all for this operation and format.
+    """
+    nearest = _nearest(table(arch).rows, operation, format, bucket(tokens), n, k)
+    if nearest is None:
+        raise ValueError(
+            f"the tile table of sm_{arch} has no row for {operation} {format}; run scripts/tune_kernels.py"
+        )
+    if (nearest.n, nearest.k) == (n, k):
+        return nearest.tile
+    _log_missing(arch, operation, format, n, k, nearest.n, nearest.k)
+    if nearest.tile.split == 1 and (nearest.operation == "grouped" or nearest.tile.kernel in ("dense", "w4a4_tma")):
+        return nearest.tile
+    return replace(nearest.tile, split=split_rule(nearest.tile, tokens, n, k, sms or MULTIPROCESSORS[arch]))
+
+
+def _nearest(rows: Sequence[Row], operation: str, format: str, tokens: int, n: int, k: int) -> Row | None:
+    def distance(row: Row) -> float:
+        return abs(math.log(row.n / n)) + abs(math.log(row.k / k))
+
+    fits = [row for row in rows if (row.operation, row.format, row.tokens) == (operation, format, tokens)]
+    return min(fits, key=distance, default=None)
+
+
+@lru_cache(maxsize=4096)
+def _log_missing(arch: int, operation: str, format: str, n: int, k: int, row_n: int, row_k: int) -> None:
+    """Once per shape, thanks to the cache."""
+    log.info("no tile for %s %s %d×%d on sm_%d: using that of %d×%d", operation, format, n, k, arch, row_n, row_k)
+
+
+def split_rule(tile: Tile, tokens: int, n: int, k: int, sms: int) -> int:
+    """How many programs share a tile's K: the smallest power of two that makes two programs per multiprocessor.
+
+    Each keeps at least 4 steps of K, all have the same number, and there are at most 16.
+    """
+    tiles, split = -(-n // tile.block_n) * -(-tokens // tile.block_m), 1
+    while (
+        tiles * split < 2 * sms
+        and split < 16
+        and k % (2 * split * tile.block_k) == 0
+        and k // (2 * split * tile.block_k) >= 4
+    ):
+        split *= 2
+    return split

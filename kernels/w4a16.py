@@ -1,0 +1,311 @@
+"""Kernel 2: 4-bit weights times 16-bit activations, y = (x · Ŵᵀ) · t + bias, for few and for several hundred tokens.
+
+The weights are the left operand (Ŵ xᵀ), so that few tokens fill the narrow side of the tensor core, and they are read
+as the checkpoint stores them: bytes (N, K/2), scale bytes (N, K/group). Inline assembly turns eight codes into 16-bit
+numbers with 15 integer operations, which leaves them in another order; a dot sums over K, so x is permuted alike
+instead. ``order``:
+
+    natural     the conversion instructions of sm_100 and sm_120 keep the columns where they are (E2M1 only)
+    words       0 4 1 5 2 6 3 7 inside every eight columns; for mma.sync and tcgen05
+    fragments   further, the order in which row-major loads already are a register operand of wgmma: weights never pass
+                through shared memory (sm_90)
+
+K is split over programs when there are few tiles (``kernels/epilogue.py``).
+"""
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# ruff: noqa: SIM108
+
+import triton
+import triton.language as tl
+
+from ptq.kernels.codec import operand_factor, weight_operand, weight_operand_plain
+from ptq.kernels.epilogue import finish, store_output
+
+# ---------------------------------------------------------------- orders of rows and columns
+
+
+@triton.jit
+def word_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of every eight in the order 0 4 1 5 2 6 3 7, as ``unpack_operand`` delivers them."""
+    return x.reshape(ROWS, COLUMNS // 8, 2, 4).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def fragment_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of the other operand, in word order, as the dot meets them when the weights are in fragment order."""
+    return x.reshape(ROWS, COLUMNS // 128, 4, 8, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def fragment_weights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Weights in word order → the order in which row-major 16-byte loads already are a left operand of ``wgmma``.
+
+    A warp that reads 8 rows × 4 lanes × 16 bytes has lane = 4 · row + part, which is (row, part) of such a fragment.
+    The dot sums over columns, so they may be permuted if the other operand is permuted alike; rows are put back when
+    the result is stored. The compiler turns this into a renaming of registers: a courtesy, which the compile tests
+    watch.
+    """
+    x = x.reshape(ROWS // 64, 2, 4, 8, COLUMNS // 128, 4, 8, 2, 2).permute(0, 2, 1, 3, 4, 6, 7, 5, 8)
+    return x.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def fragment_rows(x, ROWS: tl.constexpr):
+    """Row numbers in the order of :func:`fragment_weights`."""
+    return x.reshape(ROWS // 64, 2, 4, 8).permute(0, 2, 1, 3).reshape(ROWS)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _accumulate(
+    x_rows,
+    x_mask,
+    packed_rows,
+    scale_rows,
+    n_mask,
+    part,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Σ over part ``part`` of SPLIT of K: fp32 (BLOCK_N, BLOCK_M), weight rows in ORDER, divided by ``operand_factor``.
+
+    x_rows, packed_rows, scale_rows: pointers to the beginning of every row of the tile.
+    """
+    half: tl.constexpr = x_rows.dtype.element_ty
+    STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
+    EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    columns = tl.arange(0, BLOCK_K)
+    halves = tl.arange(0, BLOCK_K // 2)
+    groups = tl.arange(0, GROUPS)
+    x_place = x_rows[:, None] + columns[None, :] + part * (STEPS * BLOCK_K)
+    packed_place = packed_rows[:, None] + halves[None, :] + part * (STEPS * BLOCK_K // 2)
+    scale_place = scale_rows[:, None] + groups[None, :] + part * (STEPS * GROUPS)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        if EVEN_K:
+            if EVEN_N:
+                packed = tl.load(packed_place + step * (BLOCK_K // 2))
+                scale_bytes = tl.load(scale_place + step * GROUPS)
+            else:
+                packed = tl.load(packed_place + step * (BLOCK_K // 2), mask=n_mask[:, None], other=0)
+                scale_bytes = tl.load(scale_place + step * GROUPS, mask=n_mask[:, None], other=0)
+            x = tl.load(x_place + step * BLOCK_K, mask=x_mask[:, None], other=0.0)
+        else:
+            start = (part * STEPS + step) * BLOCK_K
+            mask = n_mask[:, None] & (start // 2 + halves[None, :] < K // 2)
+            packed = tl.load(packed_place + step * (BLOCK_K // 2), mask=mask, other=0)
+            mask = n_mask[:, None] & (start // GROUP + groups[None, :] < K // GROUP)
+            scale_bytes = tl.load(scale_place + step * GROUPS, mask=mask, other=0)
+            mask = x_mask[:, None] & (start + columns[None, :] < K)
+            x = tl.load(x_place + step * BLOCK_K, mask=mask, other=0.0)
+        if INTERPRETED:
+            weight = weight_operand_plain(packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE)
+            if ORDER != "natural":
+                weight = word_order(weight, BLOCK_N, BLOCK_K)
+            x = x.to(tl.float32)
+        else:
+            weight = weight_operand(
+                packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE, half, ORDER == "natural"
+            )
+        if ORDER != "natural":
+            x = word_order(x, BLOCK_M, BLOCK_K)
+        if ORDER == "fragments":
+            weight = fragment_weights(weight, BLOCK_N, BLOCK_K)
+            x = fragment_columns(x, BLOCK_M, BLOCK_K)
+        if INTERPRETED:
+            acc += tl.dot(weight, x.T, input_precision="ieee")
+        else:
+            acc = tl.dot(weight, x.T, acc)
+    return acc
+
+
+@triton.jit
+def w4a16_kernel(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    global_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    workspace_ptr,
+    ticket_ptr,
+    M,
+    N,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT): those of one weight tile are neighbours, so it stays in L2."""
+    tile_m, tile_n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_mask, n_mask = m < M, n < N
+    wide = n.to(tl.int64)
+    acc = _accumulate(
+        x_ptr + m.to(tl.int64) * K,
+        m_mask,
+        packed_ptr + wide * (K // 2),
+        scale_ptr + wide * (K // GROUP),
+        n_mask,
+        part,
+        K,
+        ELEMENT,
+        SCALE,
+        GROUP,
+        ORDER,
+        EVEN_N,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SPLIT,
+        STAGES,
+        INTERPRETED,
+    )
+    row = tl.arange(0, BLOCK_N)
+    if ORDER == "fragments":
+        row = fragment_rows(row, BLOCK_N)
+    n = tile_n * BLOCK_N + row
+    n_mask = n < N
+    factor = tl.load(global_scale_ptr)
+    if not INTERPRETED:
+        factor = factor * operand_factor(ELEMENT, x_ptr.dtype.element_ty, ORDER == "natural")
+    finish(
+        acc,
+        out_ptr,
+        bias_ptr,
+        workspace_ptr,
+        ticket_ptr,
+        tile_n * tl.num_programs(0) + tile_m,
+        part,
+        m[None, :],
+        n[:, None],
+        m_mask[None, :],
+        n_mask[:, None],
+        factor,
+        N,
+        BLOCK_N,
+        BLOCK_M,
+        SPLIT,
+        HAS_BIAS,
+        INTERPRETED,
+    )
+
+
+@triton.jit
+def grouped_w4a16_kernel(
+    x_ptr,
+    rows_ptr,
+    offsets_ptr,
+    packed_ptr,
+    scale_ptr,
+    global_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    EXPERTS: tl.constexpr,
+    EXPERTS_POWER: tl.constexpr,
+    GATHER: tl.constexpr,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The same for a list of experts: rows offsets[e] … offsets[e+1] − 1 of the output use the weights of expert e.
+
+    Grid (cdiv(N, BLOCK_N), an upper bound of Σ cdiv(count, BLOCK_M)): how many tokens an expert got stays on the
+    device, each program finds its expert by a prefix sum over the counts, and programs beyond the last tile leave at
+    once.
+    """
+    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
+    expert_ids = tl.arange(0, EXPERTS_POWER)
+    real = expert_ids < EXPERTS
+    begins = tl.load(offsets_ptr + expert_ids, mask=real, other=0)
+    ends = tl.load(offsets_ptr + expert_ids + 1, mask=real, other=0)
+    tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
+    last = tl.cumsum(tiles, 0)
+    expert = tl.sum((real & (last <= tile_m)).to(tl.int32), 0)
+    if expert < EXPERTS:
+        here = expert_ids == expert
+        begin = tl.sum(tl.where(here, begins, 0), 0)
+        end = tl.sum(tl.where(here, ends, 0), 0)
+        before = tl.sum(tl.where(here, last - tiles, 0), 0)
+        m = begin + (tile_m - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_mask = m < end
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < N
+        if GATHER:
+            x_row = tl.load(rows_ptr + m, mask=m_mask, other=0)
+        else:
+            x_row = m
+        weight_row = expert.to(tl.int64) * N + n
+        acc = _accumulate(
+            x_ptr + x_row.to(tl.int64) * K,
+            m_mask,
+            packed_ptr + weight_row * (K // 2),
+            scale_ptr + weight_row * (K // GROUP),
+            n_mask,
+            0,
+            K,
+            ELEMENT,
+            SCALE,
+            GROUP,
+            ORDER,
+            EVEN_N,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            1,
+            STAGES,
+            INTERPRETED,
+        )
+        row = tl.arange(0, BLOCK_N)
+        if ORDER == "fragments":
+            row = fragment_rows(row, BLOCK_N)
+        n = tile_n * BLOCK_N + row
+        factor = tl.load(global_scale_ptr + expert)
+        if not INTERPRETED:
+            factor = factor * operand_factor(ELEMENT, x_ptr.dtype.element_ty, ORDER == "natural")
+        store_output(
+            acc,
+            out_ptr,
+            bias_ptr + expert * N,
+            m[None, :],
+            n[:, None],
+            m_mask[None, :],
+            (n < N)[:, None],
+            factor,
+            N,
+            HAS_BIAS,
+            INTERPRETED,
+        )

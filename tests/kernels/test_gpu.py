@@ -1,0 +1,136 @@
+"""What only a device can show: the assembly and orders of columns on hardware, graphs, streams, poisoned outputs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ptq.formats import FORMATS, Format
+from ptq.kernels import launch, ops
+from ptq.kernels.dispatch import Tile, architecture, multiplies_fp4
+
+pytestmark = pytest.mark.gpu
+
+
+def on_device(weight, packed):
+    scales = weight.scales
+    return packed.cuda(), scales.bits.cuda(), scales.global_scale.cuda()
+
+
+def in_range(weight, fmt: Format) -> None:
+    """Keep random scale bytes where sums of thousands of products stay finite in bf16."""
+    weight.scales.bits.clamp_(0x08 if fmt.has_global_scale else 120, 0x50 if fmt.has_global_scale else 130)
+
+
+@pytest.mark.parametrize("order", ["words", "fragments", "natural"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, random_weight, scale_kind) -> None:
+    """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or columns shows."""
+    arch = architecture(torch.device("cuda"))
+    if (order == "natural" and (arch not in (100, 120) or fmt.element.name == "int4")) or (
+        order == "fragments" and arch != 90
+    ):
+        pytest.skip(f"order {order} is not for sm_{arch} {fmt.element.name}")
+    if dtype == torch.float16 and not fmt.has_global_scale:
+        pytest.skip("float16 cannot hold E8M0 scales")
+    weight, packed = random_weight(fmt, 128, 256, t=1.0)
+    tile = Tile(kernel="w4a16", block_m=16, block_n=128, order=order, stages=3)
+    dense = weight.dequantize().cuda()
+    for start in range(0, 256, 16):
+        x = torch.zeros(16, 256, dtype=dtype, device="cuda")
+        x[torch.arange(16), start + torch.arange(16)] = 1
+        y = torch.full((16, 128), torch.nan, dtype=dtype, device="cuda")
+        launch.w4a16(x, *on_device(weight, packed), None, y, fmt.element.name, scale_kind(fmt), tile)
+        assert torch.equal(y, dense[:, start : start + 16].T.to(dtype)), f"columns {start} …"
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 130, 600])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1000, 4128)])
+def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(fmt: Format, m, n, k, random_weight, scale_kind) -> None:
+    weight, packed = random_weight(fmt, n, k)
+    in_range(weight, fmt)
+    arguments = on_device(weight, packed)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    dense = weight.dequantize().cuda()
+    reference = x.double() @ dense.double().T
+    y = ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))
+    error = ((y.double() - reference).norm() / reference.norm()).item()
+    library = torch.nn.functional.linear(x, dense.bfloat16())
+    theirs = ((library.double() - reference).norm() / reference.norm()).item()
+    assert error < 4e-3 and error < 2 * theirs
+    assert torch.equal(y, ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))), "two runs differ"
+
+
+def test_a_graph_replays_and_two_streams_do_not_meet(random_weight) -> None:
+    fmt = FORMATS["nvfp4"]
+    weight, packed = random_weight(fmt, 512, 4096)
+    in_range(weight, fmt)
+    arguments = on_device(weight, packed)
+    x = torch.randn(3, 4096, device="cuda").bfloat16()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return ops.w4a16_matmul(ops.rotate(x, 32), *arguments, "e2m1", "e4m3")
+
+    expected = layer(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out = layer(x)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results: list[list[torch.Tensor]] = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, found in zip(streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(layer(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for found in results for y in found)
+
+
+@pytest.mark.parametrize("m", [1, 40, 200, 1000])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_w4a4_on_fp4_tensor_cores(name, m, random_weight, scale_kind) -> None:
+    if not multiplies_fp4("cuda"):
+        pytest.skip("this GPU has no FP4 tensor cores")
+    fmt = FORMATS[name]
+    kind = scale_kind(fmt)
+    weight, packed = random_weight(fmt, 1024, 2048)
+    in_range(weight, fmt)
+    packed, bits, t = on_device(weight, packed)
+    x = torch.randn(m, 2048, device="cuda").bfloat16()
+    blocked = ops.wants_blocked_scales(x.device, kind, m, 1024, 2048)
+    for given in (torch.tensor(1e-3, device="cuda"), None):
+        inputs = ops.rotate_quantize(x, 32, "e2m1", kind, given, swizzle=blocked)
+        plain = ops.rotate_quantize(x, 32, "e2m1", kind, given)
+        values = ops.dequantize(
+            plain.packed, plain.scale_bits, torch.ones((), device="cuda"), "e2m1", kind, torch.float32
+        )
+        t_inputs = 1.0 if plain.global_scale is None else plain.global_scale
+        reference = (values * t_inputs).double() @ weight.dequantize().cuda().double().T
+        y = ops.w4a4_matmul(inputs, packed, ops.swizzle_scales(bits) if blocked else bits, t, kind)
+        assert ((y.double() - reference).norm() / reference.norm()).item() < 4e-3
+
+
+def test_experts_on_a_device(random_weight) -> None:
+    fmt = FORMATS["mxfp4"]
+    counts = [0, 5, 130, 1, 0, 64]
+    made = [random_weight(fmt, 256, 1024) for _ in counts]
+    for weight, _ in made:
+        in_range(weight, fmt)
+    packed = torch.stack([p for _, p in made]).cuda()
+    bits = torch.stack([w.scales.bits for w, _ in made]).cuda()
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device="cuda")
+    x = torch.randn(sum(counts), 1024, device="cuda").bfloat16()
+    y = ops.grouped_w4a16(x, offsets, packed, bits, torch.ones(len(counts), device="cuda"), "e2m1", "e8m0")
+    for e, (weight, _) in enumerate(made):
+        mine = slice(int(offsets[e]), int(offsets[e + 1]))
+        if counts[e]:
+            reference = x[mine].double() @ weight.dequantize().cuda().double().T
+            assert ((y[mine].double() - reference).norm() / reference.norm()).item() < 4e-3

@@ -1,0 +1,199 @@
+"""Matmul kernels against float64, for every format, order of columns, number of splits and odd shapes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ptq.formats import FORMATS, Format
+from ptq.inputs import quantize_inputs
+from ptq.kernels import launch, ops, register
+from ptq.kernels.dispatch import Tile
+from ptq.linear import QuantLinear
+from ptq.rotation import Rotation
+
+if not launch.INTERPRETED:
+    pytest.skip("for the interpreter; test_gpu.py is for devices", allow_module_level=True)
+FP4 = [FORMATS["mxfp4"], FORMATS["nvfp4"]]
+
+
+def error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((y.double() - reference).norm() / reference.norm()).item()
+
+
+def run_w4a16(tile: Tile, x, packed, weight, fmt, kind, bias=None) -> torch.Tensor:
+    out = torch.full((len(x), len(packed)), torch.nan)  # fp32 out: the sums themselves are tested
+    launch.w4a16(x, packed, weight.scales.bits, weight.scales.global_scale, bias, out, fmt.element.name, kind, tile)
+    return out
+
+
+@pytest.mark.parametrize("order", ["natural", "words", "fragments"])
+@pytest.mark.parametrize(("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 128, 512, 4), (33, 104, 608, 2)])
+def test_w4a16_is_the_product_with_the_dequantized_weight(
+    fmt: Format, order, m, n, k, split, random_weight, scale_kind
+) -> None:
+    weight, packed = random_weight(fmt, n, k)
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+    tile = Tile(kernel="w4a16", block_m=16, block_n=64, block_k=128, split=split, order=order, stages=2)
+    y = run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt), bias)
+    assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
+
+
+def test_split_k_is_deterministic_and_leaves_its_tickets_at_zero(fmt: Format, random_weight, scale_kind) -> None:
+    weight, packed = random_weight(fmt, 128, 2048)
+    x = torch.randn(9, 2048).bfloat16()
+    tile = Tile(kernel="w4a16", block_m=16, block_n=64, split=8, stages=2)
+    first = run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt))
+    scratch, tickets = launch.workspace(x.device, 1, 1)
+    assert not tickets.any()
+    scratch.fill_(torch.nan)  # nothing of an earlier run may be read
+    assert torch.equal(run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt)), first)
+
+
+def test_w4a16_in_float16(random_weight) -> None:
+    weight, packed = random_weight(FORMATS["nvfp4"], 64, 512)
+    x = torch.randn(5, 512).half()
+    y = ops.w4a16_matmul(x, packed, weight.scales.bits, weight.scales.global_scale, "e2m1", "e4m3")
+    assert y.dtype == torch.float16
+    reference = x.double() @ weight.dequantize().double().T
+    assert error(y, reference) < 2.0**-11
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 256), (256,), (1, 256)])
+def test_leading_dimensions_pass_through(shape, random_weight) -> None:
+    weight, packed = random_weight(FORMATS["nvint4"], 40, 256)
+    x = torch.randn(shape).bfloat16()
+    y = ops.w4a16_matmul(x, packed, weight.scales.bits, weight.scales.global_scale, "int4", "e4m3", torch.randn(40))
+    assert y.shape == (*shape[:-1], 40) and y.dtype == torch.bfloat16
+
+
+def test_the_dense_path_is_the_same_product(fmt: Format, monkeypatch, random_weight, scale_kind) -> None:
+    weight, packed = random_weight(fmt, 48, 256)
+    x, bias = torch.randn(70, 256).bfloat16(), torch.randn(48).bfloat16()
+    monkeypatch.setitem(register.INTERPRETED_TILE, "w4a16", Tile(kernel="dense"))
+    y = ops.w4a16_matmul(
+        x, packed, weight.scales.bits, weight.scales.global_scale, fmt.element.name, scale_kind(fmt), bias
+    )
+    assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 4e-3
+
+
+@pytest.mark.parametrize("rotation", [1, 32, 128])
+def test_rotate_and_multiply_is_the_forward_of_a_layer(fmt: Format, rotation: int, random_weight, scale_kind) -> None:
+    """The operators in a row against ``QuantLinear.forward``, which rounds at the same places."""
+    weight, packed = random_weight(fmt, 48, 256)
+    x, bias = torch.randint(-8, 9, (5, 256)).bfloat16(), torch.randn(48).bfloat16()
+    layer = QuantLinear.from_quantized(weight, Rotation(rotation), bias, quantize_inputs=False, input_global_scale=None)
+    scales = (weight.scales.bits, weight.scales.global_scale)
+    y = ops.w4a16_matmul(ops.rotate(x, rotation), packed, *scales, fmt.element.name, scale_kind(fmt), bias)
+    expected = layer(x)
+    assert y.dtype == expected.dtype
+    assert ((y - expected).abs() <= 2.0**-7 * expected.abs() + 1e-6).all(), "more than one unit in the last place"
+    assert (y != expected).float().mean() < 0.02
+
+
+def test_the_fp8_path_is_the_product_of_its_roundings(fmt: Format, random_weight, scale_kind) -> None:
+    weight, packed = random_weight(fmt, 48, 256)
+    weight.scales.bits.clamp_(min=0x20 if fmt.has_global_scale else 124)
+    x, bits, t = torch.randn(2, 9, 256).bfloat16(), weight.scales.bits, weight.scales.global_scale
+    y = ops.w4a8_matmul(x, 32, packed, bits, t, fmt.element.name, scale_kind(fmt), torch.zeros(48).bfloat16())
+    inputs, tokens = ops.rotate_fp8(x, 32)
+    dense, rows = ops.dequantize_fp8(packed, bits, fmt.element.name, scale_kind(fmt))
+    rounded = (inputs.double() * tokens.double()) @ (dense.double() * rows.double() * t.double()).T
+    assert y.shape == (2, 9, 48) and error(y.flatten(0, 1), rounded) < 2.0**-8
+    true = Rotation(32).exact(x.flatten(0, 1)).double() @ weight.dequantize().double().T
+    assert error(y.flatten(0, 1), true) < 0.06, "E4M3 has three mantissa bits"
+
+
+# ---------------------------------------------------------------- 4-bit inputs
+
+
+def quantized(fmt: Format, tokens: int, k: int, kind: str, t: torch.Tensor | None, *, swizzle: bool = False):
+    """Inputs as the kernel makes them, and the numbers they stand for."""
+    x = torch.randint(-8, 9, (tokens, k)).bfloat16()
+    inputs = ops.rotate_quantize(x, 16, "e2m1", kind, t, swizzle=swizzle)
+    return inputs, quantize_inputs(x, fmt, Rotation(16), t).dequantize()
+
+
+@pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("m", "n", "k", "split"), [(1, 64, 512, 2), (33, 104, 352, 1)])
+def test_w4a4_is_the_product_of_the_dequantized_operands(
+    fmt4, swap, per_token, m, n, k, split, random_weight, scale_kind
+) -> None:
+    kind = scale_kind(fmt4)
+    weight, packed = random_weight(fmt4, n, k)
+    inputs, values = quantized(fmt4, m, k, kind, None if per_token else torch.tensor(0.02))
+    bias, out = torch.randn(n), torch.full((m, n), torch.nan)
+    tile = Tile(kernel="w4a4", block_m=16, block_n=64, block_k=128, split=split, swap=swap, stages=2)
+    launch.w4a4(*inputs, packed, weight.scales.bits, weight.scales.global_scale, bias, out, kind, tile)
+    assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
+
+
+@pytest.mark.skipif(not launch.NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds")
+@pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
+@pytest.mark.parametrize(("m", "n", "k"), [(130, 136, 256)])
+def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight, scale_kind) -> None:
+    kind = scale_kind(fmt4)
+    weight, packed = random_weight(fmt4, n, k)
+    for t in (torch.tensor(0.02), None):
+        inputs, values = quantized(fmt4, m, k, kind, t, swizzle=True)
+        blocked = ops.swizzle_scales(weight.scales.bits)
+        bias, out = torch.randn(n), torch.full((m, n), torch.nan)
+        tile = Tile(kernel="w4a4_tma", block_m=128, block_n=128, block_k=128, stages=2)
+        launch.w4a4(*inputs, packed, blocked, weight.scales.global_scale, bias, out, kind, tile)
+        assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
+
+
+def test_w4a4_operator(random_weight) -> None:
+    fmt4 = FORMATS["nvfp4"]
+    weight, packed = random_weight(fmt4, 72, 256)
+    inputs, values = quantized(fmt4, 5, 256, "e4m3", torch.tensor(0.02))
+    y = ops.w4a4_matmul(inputs, packed, weight.scales.bits, weight.scales.global_scale, "e4m3")
+    assert y.dtype == torch.bfloat16 and error(y, values.double() @ weight.dequantize().double().T) < 2.0**-8
+    with pytest.raises(ValueError, match="both"):
+        ops.w4a4_matmul(inputs, packed, ops.swizzle_scales(weight.scales.bits), weight.scales.global_scale, "e4m3")
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 20, 1], [0, 0, 0, 5], [16, 16, 17, 0], [1, 1, 1, 1, 1, 0, 0]])
+@pytest.mark.parametrize("gather", [False, True])
+def test_every_expert_sees_its_own_tokens(fmt: Format, counts, gather, random_weight, scale_kind) -> None:
+    experts, n, k, total = len(counts), 72, 288, sum(counts)
+    made = [random_weight(fmt, n, k, t=0.1 * (e + 1)) for e in range(experts)]
+    packed = torch.stack([p for _, p in made])
+    bits = torch.stack([w.scales.bits for w, _ in made])
+    scales = torch.stack([w.scales.global_scale for w, _ in made])
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
+    x, bias = torch.randn(total if not gather else 6, k).bfloat16(), torch.randn(experts, n)
+    rows = torch.randint(0, 6, (total,), dtype=torch.int32) if gather else None
+    y = ops.grouped_w4a16(x, offsets, packed, bits, scales, fmt.element.name, scale_kind(fmt), bias, rows)
+    inputs = x if rows is None else x[rows]
+    for e, (weight, _) in enumerate(made):
+        mine = slice(int(offsets[e]), int(offsets[e + 1]))
+        reference = inputs[mine].double() @ weight.dequantize().double().T + bias[e].double()
+        if counts[e]:
+            assert error(y[mine], reference) < 2.0**-8
+
+
+def test_shapes_that_do_not_fit_are_named(random_weight) -> None:
+    weight, packed = random_weight(FORMATS["nvfp4"], 8, 64)
+    bits, t = weight.scales.bits, weight.scales.global_scale
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.w4a16_matmul(torch.zeros(1, 128).bfloat16(), packed, bits, t, "e2m1", "e4m3")
+    with pytest.raises(ValueError, match="float32"):
+        ops.w4a16_matmul(torch.zeros(1, 64), packed, bits, t, "e2m1", "e4m3")
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        ops.w4a16_matmul(torch.zeros(1, 64).half(), packed, bits, t, "e2m1", "e8m0")
+    with pytest.raises(ValueError, match="int32 offsets"):
+        ops.grouped_w4a16(
+            torch.zeros(1, 64).bfloat16(), torch.zeros(2), packed[None], bits[None], t[None], "e2m1", "e4m3"
+        )
+
+
+def test_tiles_are_told_apart_by_value() -> None:
+    assert replace(Tile(kernel="w4a16"), split=2) != Tile(kernel="w4a16") == Tile(kernel="w4a16")

@@ -1,0 +1,191 @@
+"""rotate_quantize against ``ptq.inputs.quantize_inputs``: the same codes, scale bytes and row scales, bit for bit."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ptq.formats import FORMATS, Format
+from ptq.inputs import quantize_inputs
+from ptq.kernels import ops
+from ptq.kernels.quantize import rms_norm, silu_mul
+from ptq.rotation import Rotation
+from ptq.tensor import unpack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not ops.launch.INTERPRETED:
+    pytest.skip("kernels were imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+
+def kind(fmt: Format) -> str:
+    return "e4m3" if fmt.has_global_scale else "e8m0"
+
+
+def exact_inputs(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Small integers times a power of two per token: every order of summation gives the same rotation."""
+    x = torch.randint(-8, 9, (tokens, features)) * torch.exp2(torch.randint(-6, 6, (tokens, 1)).float())
+    return x.to(dtype).to(DEVICE)
+
+
+def same_codes(packed: torch.Tensor, codes: torch.Tensor, fmt: Format) -> bool:
+    """Equal but for the sign of zero, which a kernel may keep in E2M1 (F4)."""
+    got = unpack(packed.cpu(), fmt)
+    if fmt.element.name == "e2m1":
+        got = torch.where(got == 8, 0, got)
+    return torch.equal(got, codes.cpu())
+
+
+@pytest.mark.parametrize("rotation", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 128), (17, 384), (33, 640)])
+def test_codes_and_scales_equal_the_oracle(fmt: Format, rotation: int, tokens: int, features: int) -> None:
+    x = exact_inputs(tokens, features)
+    t = torch.tensor(0.0123, device=DEVICE)
+    for given in (t, None) if fmt.has_global_scale else (None,):
+        got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
+        expected = quantize_inputs(x.cpu(), fmt, Rotation(rotation), None if given is None else given.cpu())
+        assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
+        assert same_codes(got.packed, expected.codes, fmt)
+        if fmt.has_global_scale:
+            assert torch.equal(got.global_scale.cpu(), expected.scales.global_scale)
+        else:
+            assert got.global_scale is None
+
+
+@pytest.mark.parametrize("rule", ["ocp", "ceil", "theta"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
+def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
+    """Each group has one number; together they pass every mantissa edge of the rules, zero and both ends."""
+    fmt = FORMATS[name]
+    edges = torch.tensor([1.0, 1.1875, 1.25, 1.5, 1.75, 1.8125, 1.9921875])  # bf16 numbers
+    near = torch.cat(
+        [edges, edges * (1 + 2.0**-7), edges * (1 - 2.0**-7), torch.tensor([0.0, 2.0**-133, 2.0**-126, 3.0e38, 0.7])]
+    )
+    x = torch.zeros(len(near), 32).bfloat16()
+    x[:, 5] = (near * torch.where(torch.arange(len(near)) % 2 == 0, 1.0, -1.0)).bfloat16()
+    got = ops.rotate_quantize(x.to(DEVICE), 1, fmt.element.name, "e8m0", rule=rule)
+    expected = quantize_inputs(x, fmt, Rotation(1), None, rule)
+    assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
+    assert same_codes(got.packed, expected.codes, fmt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype) -> None:
+    """With inexact sums the order of additions shows: a code may differ where the number lies within 1e-5 of a tie."""
+    x = (torch.randn(19, 512) * torch.logspace(-1, 1, 512)).to(dtype)
+    t = torch.tensor(0.02)
+    got = ops.rotate_quantize(x.to(DEVICE), 128, fmt.element.name, kind(fmt), t.to(DEVICE))
+    expected = quantize_inputs(x, fmt, Rotation(128), t)
+    same = got.scale_bits.cpu() == expected.scales.bits
+    assert same.float().mean() > 0.995
+    z = Rotation(128).exact(x).unflatten(1, (-1, fmt.group_size)) / expected.scales.step()[..., None]
+    a, b = fmt.element.round((z * (1 + 1e-5)).contiguous()), fmt.element.round((z * (1 - 1e-5)).contiguous())
+    value = fmt.element.decode(unpack(got.packed.cpu(), fmt)).view_as(z)
+    assert ((value == a) | (value == b))[same].all()
+
+
+def test_a_learned_rotation_is_any_block(fmt: Format) -> None:
+    block = torch.randint(-3, 4, (32, 32)).bfloat16()
+    x = exact_inputs(5, 96)
+    t = torch.tensor(0.5)
+    got = ops.rotate_quantize(x, block.to(DEVICE), fmt.element.name, kind(fmt), t.to(DEVICE))
+    y = (x.cpu().float().unflatten(1, (-1, 32)) @ block.float()).flatten(1)
+    expected = quantize_inputs(y, fmt, Rotation(1), t)
+    assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
+    assert same_codes(got.packed, expected.codes, fmt)
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(3, 64), (130, 320)])
+def test_blocked_scales_are_those_of_the_twin(tokens: int, features: int) -> None:
+    x = exact_inputs(tokens, features)
+    t = torch.tensor(0.1, device=DEVICE)
+    plain = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t)
+    blocked = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t, swizzle=True)
+    got = blocked.scale_bits.cpu()
+    assert torch.equal(blocked.packed, plain.packed)
+    assert torch.equal(got, ops.swizzle_scales(plain.scale_bits.cpu()))
+    # F25, spelled out: row 33, group 2 is at 1·16 + 1·4 + 2 of the first block
+    if tokens > 33:
+        assert got.flatten()[1 * 16 + 1 * 4 + 2] == plain.scale_bits[33, 2]
+
+
+@pytest.mark.parametrize("rotation", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotating_alone_rounds_once(rotation: int, dtype: torch.dtype) -> None:
+    x = exact_inputs(7, 384, dtype)
+    assert torch.equal(
+        ops.rotate(x.view(1, 7, 384), rotation).cpu(), Rotation(rotation).rotate(x.cpu().view(1, 7, 384))
+    )
+
+
+@pytest.mark.parametrize("rotation", [1, 32, 128])
+def test_fp8_inputs_have_a_scale_per_token(rotation: int) -> None:
+    x = exact_inputs(19, 384)
+    x[3] = 0
+    fp8, scale = ops.rotate_fp8(x, rotation)
+    y = Rotation(rotation).exact(x.cpu())
+    amax = y.abs().amax(-1, keepdim=True)
+    expected = torch.where(amax > 0, amax / 448, torch.ones(()))
+    assert torch.equal(scale.cpu(), expected)
+    assert torch.equal(fp8.cpu().float(), (y * (1 / expected)).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+def test_rotation_one_is_no_launch() -> None:
+    x = exact_inputs(3, 64)
+    assert ops.rotate(x, 1) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prologues_round_like_separate_operations(dtype: torch.dtype) -> None:
+    """exp and rsqrt may differ by an ulp from torch's, and sums in order; the roundings to 16 bits are the same."""
+    x, gain = torch.randn(6, 320).to(dtype), torch.randn(320).to(dtype)
+    device = {"x": x.to(DEVICE), "gain": gain.to(DEVICE)}
+    normed = ops.rotate(device["x"], 1, prologue="rms_norm", gain=device["gain"], epsilon=1e-5).cpu()
+    ulp = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+    expected = rms_norm(x, gain, 1e-5)
+    assert ((normed.double() - expected.double()).abs() <= ulp * expected.double().abs()).all()
+    assert (normed != expected).float().mean() < 0.01
+    gate_up = torch.randn(6, 640).to(dtype)
+    acted = ops.rotate(gate_up.to(DEVICE), 1, prologue="silu_mul").cpu()
+    expected = silu_mul(gate_up)
+    assert ((acted.double() - expected.double()).abs() <= ulp * expected.double().abs() + 1e-7).all()
+    assert (acted != expected).float().mean() < 0.01
+
+
+def test_a_prologue_and_the_rotation_in_one_launch() -> None:
+    """The normalised rows are exact here (all of one magnitude), so fused and separate launches must agree on every
+    code.
+    """
+    x = torch.where(torch.rand(5, 256) < 0.5, -2.0, 2.0).bfloat16().to(DEVICE)
+    gain = torch.randint(1, 4, (256,)).bfloat16().to(DEVICE)
+    for t in (torch.tensor(0.01, device=DEVICE), None):
+        fused = ops.rotate_quantize(x, 32, "e2m1", "e4m3", t, prologue="rms_norm", gain=gain)
+        normed = rms_norm(x.cpu(), gain.cpu(), 0.0).to(DEVICE)
+        apart = ops.rotate_quantize(normed, 32, "e2m1", "e4m3", t)
+        assert all(torch.equal(a, b) for a, b in zip(fused, apart, strict=True))
+
+
+def test_zeros_give_zero_codes_and_the_smallest_scale(fmt: Format) -> None:
+    got = ops.rotate_quantize(torch.zeros(3, 64).bfloat16().to(DEVICE), 32, fmt.element.name, kind(fmt))
+    assert not got.packed.any() and (got.scale_bits == 1).all()
+    assert got.global_scale is None or (got.global_scale == 1).all()
+
+
+def test_no_tokens_no_work() -> None:
+    got = ops.rotate_quantize(
+        torch.zeros(0, 64).bfloat16().to(DEVICE), 16, "e2m1", "e4m3", torch.ones((), device=DEVICE)
+    )
+    assert got.packed.shape == (0, 32) and got.scale_bits.shape == (0, 4)
+
+
+def test_mistakes_are_named() -> None:
+    x = torch.zeros(2, 96).bfloat16()
+    with pytest.raises(ValueError, match="rotation of 64"):
+        ops.rotate_quantize(x, 64, "e2m1", "e4m3")
+    with pytest.raises(ValueError, match="choose theta"):
+        ops.rotate_quantize(x, 32, "e2m1", "e8m0", rule="absmax")
+    with pytest.raises(ValueError, match="no kernel for e4m3"):
+        ops.rotate_quantize(x, 1, "e4m3", "e8m0")
+    with pytest.raises(ValueError, match="gain"):
+        ops.rotate(x, 16, prologue="rms_norm")
+    with pytest.raises(ValueError, match="float32"):
+        ops.rotate(x.float(), 16)
