@@ -27,6 +27,7 @@ from torch import nn
 from ptq.calib.blueprint import blueprint
 from ptq.calib.hessian import WIDE
 from ptq.calib.shards import Shards
+from ptq.calib.structure import find_head
 from ptq.recipe import Recipe, chosen_layers
 
 PROGRAM = 0.75e9  # measured: torch, transformers and the compiled parts of a CPU run, before any model
@@ -84,7 +85,8 @@ def forecast(
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)
     blocks = [(name, skeleton.get_submodule(name)) for name in names]
-    chosen = chosen_layers(blocks, recipe)
+    head = find_head(skeleton) if recipe.lm_head else None
+    chosen = chosen_layers(blocks, recipe, (head, skeleton.get_submodule(head)) if head else None)
 
     tied = getattr(skeleton, "all_tied_weights_keys", {})
     everything = {n: p.numel() for n, p in skeleton.named_parameters(remove_duplicate=False) if n not in tied}
@@ -99,7 +101,8 @@ def forecast(
     output_bytes = round(source_bytes - quantized * source_bytes / total + packed)
 
     hidden = _hidden(config)
-    length = min(recipe.seq_len, getattr(config, "max_position_embeddings", None) or recipe.seq_len)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(recipe.seq_len, positions or recipe.seq_len)
     tokens = recipe.samples * length // ranks
     widest = max((layer.in_features for layer in chosen.values()), default=hidden)
     batch = recipe.batch_size * length * (6 * hidden + 3 * widest) * max(computed.itemsize, 4)
@@ -108,6 +111,7 @@ def forecast(
     embedding = max((m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Embedding)), default=0)
     block = max(max(sizes), embedding) * (computed.itemsize + stored.itemsize)
     groups = [list(_groups(name, module, chosen)) for name, module in blocks]
+    groups += [[(chosen[head].in_features, chosen[head].out_features)]] if head in chosen else []
     hessians = max(sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)
     work = [(n, rows) for block in groups for n, rows in block]
     solver = max((WEIGHT_COPIES * 4 * rows * n + HESSIAN_COPIES * 8 * n * n for n, rows in work), default=0)

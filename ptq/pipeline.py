@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ptq import __version__
 from ptq.calib.data import load_calibration, load_tokenizer
 from ptq.calib.experts import pool_key
+from ptq.calib.observe import InputGroup
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint import from_disk, to_disk
@@ -69,7 +70,7 @@ def quantize(
     Yields:
         One :class:`Progress` per block.
     """
-    chosen = chosen_layers(source.blocks(), recipe)
+    chosen = chosen_layers(source.blocks(), recipe, source.head() if recipe.lm_head else None)
     probes = {size: Rotation(size).exact for size in _rotations(recipe, chosen)}
     feed = partial(_feed, recipe) if any(_own(recipe, name).quantize_inputs for name in chosen) else None
     blocks = walk(
@@ -83,13 +84,16 @@ def quantize(
         activations=activations,
         held=held,
         finished=finished,
+        route_all=recipe.route_all_experts,
+        head=recipe.lm_head,
     )
     for block in blocks:
         if out is not None and out.has(block.name):
             _reinstall(block, source, out, device)
             yield Progress(block.name, block.index, block.count, [], True)
             continue
-        solved = [result.to(device) for results in share(_jobs(block, recipe), _solve) for result in results]
+        shared = share(_tasks(block, recipe), _Task.solve)
+        solved = [result.to(device) for results in shared for result in results]
         layers = {result.name: _install(block, result, recipe) for result in solved}
         reports = [result.report for result in solved]
         for report in reports:
@@ -148,10 +152,10 @@ def quantize_model(
             raise ValueError("give a directory for the checkpoint")
         source = Source(model, dtype=dtype or (torch.float32 if device.type == "cpu" else None))
         tokenizer = tokenizer or load_tokenizer(source.path)
-    chosen = chosen_layers(source.blocks(), recipe)
+    chosen = chosen_layers(source.blocks(), recipe, source.head() if recipe.lm_head else None)
     if out is not None and dialect != "auto":
         planned = plan(recipe, {name: layer.bias is not None for name, layer in chosen.items()})
-        choose(planned, dialect, dtype=config_dtype(_config(source)) or "float32")
+        choose(planned, dialect, dtype=config_dtype(_config(source)) or "float32", foreign=_foreign(source, recipe))
     data = load_calibration(
         tokenizer,
         recipe.calibration,
@@ -181,10 +185,12 @@ def quantize_model(
         fingerprint=source.fingerprint,
         overwrite=overwrite,
         dialect=dialect,
+        foreign=_foreign(source, recipe),
     )
+    heads = [source.head()[0]] if recipe.lm_head else []
     with _opened(writer):
         _drive(run(out=writer), on_block)
-        return from_first(writer.finish(source.rest(), companion_files(source.path)) if rank == 0 else None)
+        return from_first(writer.finish(source.rest(heads), companion_files(source.path)) if rank == 0 else None)
 
 
 @contextmanager
@@ -200,10 +206,9 @@ def _opened(writer: CheckpointWriter) -> Iterator[None]:
         yield
 
 
-def _solve(job: Job) -> list[Solved]:
-    """Results travel between ranks through host memory."""
-    results = solve(job)
-    return results if world()[1] == 1 else [result.to("cpu") for result in results]
+def _foreign(source: Source | MemorySource, recipe: Recipe) -> str | None:
+    """Why engines cannot find the layers of a checkpoint under their names; None if they can."""
+    return "engines do not look for a quantized output head" if recipe.lm_head else source.foreign()
 
 
 def _drive(steps: Iterator[Progress], on_block: Callable[[Progress], None] | None) -> None:
@@ -245,43 +250,63 @@ def _feed(recipe: Recipe, name: str, x: Tensor) -> Tensor:
     return torch.stack(quantized).reshape(x.shape)
 
 
-def _jobs(block: CalibratedBlock, recipe: Recipe) -> list[Job]:
+@dataclass(frozen=True)
+class _Task:
+    """A job before its Hessian is made: one group's at a time, on the rank that solves it."""
+
+    block: CalibratedBlock
+    group: InputGroup
+    inner: list[str]
+    recipe: Recipe
+
+    @property
+    def cost(self) -> int:
+        """Work in multiply-adds: the sweep over all rows and the factorisation."""
+        features = self.group.hessian.features
+        return features * features * (sum(self.group.layers[name].out_features for name in self.inner) + features)
+
+    def solve(self) -> list[Solved]:
+        """Results travel between ranks through host memory."""
+        block, group = self.block, self.group
+        rare = group.hessian.tokens < group.hessian.features
+        topped_up = rare and pool_key(block.module, next(iter(group.layers))) is not None
+        job = Job(
+            names=tuple(f"{block.prefix}{name}" for name in self.inner),
+            weights=tuple(group.layers[name].weight for name in self.inner),
+            hessian=block.hessian(group),
+            holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
+            amax=group.amax,
+            sample=group.sample,
+            tokens=group.hessian.tokens,
+            topped_up=topped_up,
+            recipe=self.recipe,
+        )
+        results = solve(job)
+        return results if world()[1] == 1 else [result.to("cpu") for result in results]
+
+
+def _tasks(block: CalibratedBlock, recipe: Recipe) -> list[_Task]:
     """The layers of every input group, split where their recipes differ."""
     with together():
         for group in block.groups:
             group.reduce()
-    jobs = []
+    tasks = []
     for group in block.groups:
-        rare = group.hessian.tokens < group.hessian.features
-        topped_up = rare and pool_key(block.module, next(iter(group.layers))) is not None
-        recipes: list[tuple[Recipe, list[str]]] = []
+        own: list[_Task] = []
         for inner in group.layers:
-            own = _own(recipe, f"{block.name}.{inner}")
-            match = next((names for known, names in recipes if known == own), None)
-            if match is None:
-                recipes.append((own, [inner]))
+            chosen = _own(recipe, f"{block.prefix}{inner}")
+            task = next((task for task in own if task.recipe == chosen), None)
+            if task is None:
+                own.append(_Task(block, group, [inner], chosen))
             else:
-                match.append(inner)
-        jobs += [
-            Job(
-                names=tuple(f"{block.name}.{inner}" for inner in names),
-                weights=tuple(group.layers[inner].weight for inner in names),
-                hessian=block.hessian(group),
-                holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
-                amax=group.amax,
-                sample=group.sample,
-                tokens=group.hessian.tokens,
-                topped_up=topped_up,
-                recipe=own,
-            )
-            for own, names in recipes
-        ]
-    return jobs
+                task.inner.append(inner)
+        tasks += own
+    return tasks
 
 
 def _install(block: CalibratedBlock, solved: Solved, recipe: Recipe) -> QuantLinear:
     """Put the quantized layer in the place of the original one."""
-    inner = solved.name.removeprefix(f"{block.name}.")
+    inner = solved.name.removeprefix(block.prefix)
     own, old = _own(recipe, solved.name), block.module.get_submodule(inner)
     bias = getattr(old, "bias", None)
     layer = QuantLinear.from_quantized(
@@ -345,7 +370,7 @@ def _reinstall(
     tensors = from_disk(out.read(block.name), infos)
     for stored, info in infos.items():
         name = source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
-        inner = name.removeprefix(f"{block.name}.")
+        inner = name.removeprefix(block.prefix)
         old = block.module.get_submodule(inner)
         own = {key.removeprefix(f"{stored}."): t for key, t in tensors.items() if key.rpartition(".")[0] == stored}
         layer = stored_layer(old, info, own, stored).to(device)
@@ -356,7 +381,7 @@ def _reinstall(
 
 def _length(source: Source | MemorySource, recipe: Recipe) -> int:
     """The length of a calibration sequence: the recipe's, but no more positions than the model has."""
-    limit = getattr(source.config, "max_position_embeddings", None)
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     return min(recipe.seq_len, limit) if isinstance(limit, int) else recipe.seq_len
 
 

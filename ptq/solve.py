@@ -1,7 +1,7 @@
 """One input group: rotation, grid, algorithm, refinement, and the report of what it cost.
 
-Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, and rows are
-independent given the Hessian (G25): what is made of the Hessian is made once, and rows are solved some at a time.
+Layers that read the same activation share its Hessian, its rotation, their global scale and the factorisation, and rows
+are independent given the Hessian (G25): what is made of the Hessian is made once, and rows are solved some at a time.
 """
 
 import time
@@ -52,12 +52,6 @@ class Job:
     tokens: int
     recipe: Recipe
     topped_up: bool = False
-
-    @property
-    def cost(self) -> int:
-        """Work in multiply-adds: the sweep over all rows and the factorisation."""
-        features = self.weights[0].shape[1]
-        return features * features * (sum(len(w) for w in self.weights) + features)
 
 
 @dataclass(frozen=True)

@@ -47,30 +47,34 @@ def factorize(hessian: Float[Tensor, "in in"], group_size: int, *, order: str, d
     """
     h = damped(hessian, damping)
     perm = column_order(h.diagonal(), group_size, order)
-    return Factor(perm, inverse_factor(h, perm).float())
+    backwards = perm.flip(0)
+    h = h[backwards.unsqueeze(1), backwards]
+    return Factor(perm, _inverse_of_reversed(h).float().flip(0, 1))
 
 
-def inverse_factor(
-    matrix: Float64[Tensor, "in in"], perm: Int64[Tensor, "in"] | None = None
-) -> Float64[Tensor, "in in"]:
-    """Upper triangular U with ``Uᵀ U = A⁻¹``, A = ``matrix`` permuted: one Cholesky factorisation and one inverse.
+def inverse_factor(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
+    """Upper triangular U with ``Uᵀ U = A⁻¹``: one Cholesky factorisation and one triangular inverse.
 
     With V the upper triangular factor of ``A = V Vᵀ`` (Cholesky of A with both axes reversed), ``U = V⁻¹``. Half the
     work of the usual Cholesky, inverse, Cholesky, and the same U. In float64 because cond(A) may reach 1 + in/damping
-    (G12). At most four matrices of this size are alive, the caller's among them.
+    (G12).
 
     Raises:
         IndefiniteHessian: the matrix is not positive definite.
     """
-    backwards = torch.arange(len(matrix), device=matrix.device) if perm is None else perm
-    backwards = backwards.flip(0)
-    lower, info = torch.linalg.cholesky_ex(matrix[backwards.unsqueeze(1), backwards])
+    return _inverse_of_reversed(matrix.flip(0, 1)).flip(0, 1)
+
+
+def _inverse_of_reversed(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
+    """L⁻¹ for ``L Lᵀ = matrix``; at most three matrices of this size are alive besides the argument."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         raise IndefiniteHessian(
             "the damped Hessian is not positive definite; raise the damping or calibrate on more tokens"
         )
+    del matrix
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
 
 
 def column_order(diagonal: Float[Tensor, "in"], group_size: int, order: str) -> Int64[Tensor, "in"]:
