@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ptq.dialects import LayerInfo
 from ptq.formats import FORMATS, Format
-from ptq.inputs import quantize_inputs
+from ptq.inputs import default_rule, quantize_inputs
+from ptq.kernels import dispatch
 from ptq.rotation import Rotation
 from ptq.tensor import QuantizedTensor, Scales, group, pack, unpack
 
@@ -67,6 +68,8 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.format, self.rotation = format, rotation
         self.quantize_inputs, self.input_rule, self.cache = quantize_inputs, input_rule or "default", False
+        self.kernel_dtype: torch.dtype | None = None  # inputs of this dtype go through the Triton kernels
+        self._blocked_scales: Tensor | None = None
         self._dequantized: tuple[Tensor, Tensor] | None = None  # (the packed weight it was made of, the float32 weight)
         groups = group(torch.empty(1, in_features, device="meta"), format).shape[1]
         rotation.check(in_features)
@@ -156,8 +159,58 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""
-        # The one place that chooses between a kernel and the reference.
-        return self._reference(x)
+        # The one place that chooses between the kernels and the reference.
+        return self._reference(x) if x.dtype != self.kernel_dtype else self._kernel(x)
+
+    def prepare(self, dtype: torch.dtype) -> str | None:
+        """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run.
+
+        Looks at the device and at the scales once, so that nothing has to be asked in ``forward``.
+
+        Returns:
+            Why the reference path stays in use, or None.
+        """
+        self.kernel_dtype = self._blocked_scales = None
+        device, fmt = self.weight_packed.device, self.format
+        scale = "e4m3" if fmt.has_global_scale else "e8m0"
+        if not dispatch.available(device):
+            return f"Triton kernels do not run on {device.type}"
+        if self.quantize_inputs and not (dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"):
+            return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
+        reason = dispatch.obstacle(
+            fmt.element.name,
+            scale,
+            fmt.group_size,
+            self.in_features,
+            rotation=self.rotation.size,
+            dtype=dtype,
+            scale_bits=self.weight_scale,
+        )
+        if reason is None:
+            self.kernel_dtype = dtype
+        return reason
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        from ptq.kernels import ops  # imports Triton
+
+        fmt = self.format
+        scale, t = "e4m3" if fmt.has_global_scale else "e8m0", self.scales.global_scale
+        if not self.quantize_inputs:
+            x = ops.rotate(x, self.rotation.size)
+            return ops.w4a16_matmul(x, self.weight_packed, self.weight_scale, t, fmt.element.name, scale, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        weight_scale = self.weight_scale
+        blocked = ops.wants_blocked_scales(x.device, scale, len(rows), self.out_features, self.in_features)
+        if blocked:
+            if self._blocked_scales is None:
+                self._blocked_scales = ops.swizzle_scales(self.weight_scale)
+            weight_scale = self._blocked_scales
+        rule = default_rule(fmt) if self.input_rule == "default" else self.input_rule
+        inputs = ops.rotate_quantize(
+            rows, self.rotation.size, fmt.element.name, scale, self.input_scale, rule=rule, swizzle=blocked
+        )
+        y = ops.w4a4_matmul(inputs, self.weight_packed, weight_scale, t, scale, self.bias, x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _reference(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
@@ -202,14 +255,17 @@ class QuantLinear(nn.Module):
             return tensor.to(moved.device) if id(tensor) in fixed and moved.dtype != tensor.dtype else moved
 
         self._dequantized = None
-        return super()._apply(keep_dtype, recurse)
+        moved = super()._apply(keep_dtype, recurse)
+        if self.kernel_dtype is not None:
+            self.prepare(self.kernel_dtype)  # the device may be another one
+        return moved
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._dequantized = None  # the buffers may be written in place
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_dequantized": None}  # neither copied nor pickled
+        return self.__dict__ | {"_dequantized": None, "_blocked_scales": None}  # neither copied nor pickled
 
     def extra_repr(self) -> str:
         inputs = f", inputs={self.format.name}" if self.quantize_inputs else ""

@@ -1,6 +1,7 @@
 """From a checkpoint directory to a model that runs."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -78,7 +79,19 @@ def load(
     settle_inputs(model, inputs)
     if device_map:
         distribute(model, device_map, max_memory, offload_folder)
+    else:
+        prepare_kernels(model, source.compute_dtype)
     return model.eval()
+
+
+def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the quantized layers use the Triton kernels where those can run, and say once what runs how."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    reasons = Counter(reason for layer in layers if (reason := layer.prepare(dtype)) is not None)
+    if served := len(layers) - sum(reasons.values()):
+        logger.info("%d of %d quantized layers run in Triton kernels", served, len(layers))
+    for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
+        logger.info("%d quantized layers run in the reference path: %s", count, reason)
 
 
 def settle_inputs(model: nn.Module, inputs: str) -> None:

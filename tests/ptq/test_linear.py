@@ -14,7 +14,7 @@ from ptq.formats import FORMATS
 from ptq.inputs import quantize_inputs
 from ptq.linear import QuantLinear, stored_layer
 from ptq.rotation import Rotation
-from ptq.scales import Grid
+from ptq.scales import Grid, round_to
 from ptq.tensor import QuantizedTensor, Scales
 
 OUT, IN = 24, 64
@@ -194,3 +194,46 @@ def test_a_new_layer_is_on_meta_and_says_what_it_is():
     assert all(b.is_meta for b in layer.buffers())
     text = "in_features=64, out_features=24, bias=True, format=nvfp4, rotation=16, inputs=nvfp4"
     assert text in repr(layer)
+
+
+@pytest.mark.parametrize(("name", "rotation"), [("nvfp4", 16), ("mxfp4", 32), ("nvint4", 1)])
+def test_the_kernel_path_computes_what_the_reference_computes(
+    name: str, rotation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter: the same rotated bf16 inputs, packed weight and bias, to the rounding of bf16."""
+    pytest.importorskip("triton")
+    from ptq.kernels import dispatch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(dispatch, "available", lambda device: True)
+        monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    fmt = FORMATS[name]
+    w = torch.randn(64, 128)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "mse")
+    layer = QuantLinear.from_quantized(
+        round_to(w, grid.scales(w)), Rotation(rotation), torch.randn(64), quantize_inputs=False, input_global_scale=None
+    )
+    if torch.cuda.is_available():
+        layer = layer.cuda()
+    x = torch.randn(3, 5, 128, device=layer.weight_packed.device).bfloat16()
+    expected = layer(x)
+    assert layer.prepare(torch.bfloat16) is None
+    measured = layer(x)
+    assert measured.shape == expected.shape
+    assert measured.dtype == expected.dtype
+    assert float((measured.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
+    assert layer(x.float()).dtype == torch.float32  # not the dtype that the kernels were prepared for
+
+
+def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptq.kernels import dispatch
+
+    w = torch.randn(8, 256)
+    fmt = FORMATS["nvfp4"]
+    quantized = round_to(w, Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax").scales(w))
+    layer = QuantLinear.from_quantized(quantized, Rotation(256), None, quantize_inputs=False, input_global_scale=None)
+    if not torch.cuda.is_available():
+        assert "do not run on cpu" in str(layer.prepare(torch.bfloat16))
+    monkeypatch.setattr(dispatch, "available", lambda device: True)
+    assert "rotation of 256" in str(layer.prepare(torch.bfloat16))
+    assert layer.kernel_dtype is None
