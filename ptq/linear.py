@@ -246,6 +246,10 @@ class QuantLinear(nn.Module):
             self._dequantized = (self.weight_packed, self.quantized_weight().dequantize())
         return self._dequantized[1]
 
+    def forget(self) -> None:
+        """Drop what is kept between calls, to be made again when needed; the walk does so when it leaves a block."""
+        self._dequantized = None
+
     def _apply(self, fn, recurse: bool = True):
         """Move with the model; only the bias changes its dtype: codes, scale bits and float32 factors keep theirs."""
         fixed = {id(t) for name in FIXED if (t := getattr(self, name)) is not None}

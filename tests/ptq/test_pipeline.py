@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ptq.calib.data import load_calibration, load_tokenizer
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.walk import walk
+from ptq.linear import QuantLinear
 from ptq.loading import load
 from ptq.pipeline import quantize, quantize_model
 from ptq.recipe import Recipe, chosen_layers
@@ -244,3 +245,25 @@ def test_a_poisoned_weight_is_named_and_nothing_stays(tiny_llama: Path, quick, t
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight contains NaN"):
         quantize_model(source, tmp_path / "out", recipe=quick(), device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_finished_blocks_leave_nothing_in_memory(tiny_llama: Path, quick, tmp_path: Path, monkeypatch) -> None:
+    """Neither weights nor what layers cache: memory must not grow with the number of blocks."""
+    made: list[QuantLinear] = []
+    original = QuantLinear.from_quantized.__func__
+
+    def remember(cls, *args, **kwargs):
+        made.append(original(cls, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "from_quantized", classmethod(remember))
+    held = []
+
+    def count(progress) -> None:
+        if progress.index:
+            first = made[:7]  # the layers of the first block, while the second has just been solved
+            held.append(sum(b.nbytes for layer in first for b in layer.buffers() if not b.is_meta))
+            held.append(sum(layer._dequantized is not None for layer in first))
+
+    quantize_model(tiny_llama, tmp_path / "out", recipe=quick(), device="cpu", on_block=count)
+    assert held == [0, 0]
