@@ -92,6 +92,19 @@ class Recorder:
                     f"{name} gives block {i} arguments that depend on earlier blocks: it cannot be run block by block"
                 )
 
+    def reach_head(self, tokens: Tensor, last: Tensor) -> None:
+        """Go on from ``last``, which the last block returned for ``tokens``, to the output layer the model's own way.
+
+        The output layer itself is not computed; forward pre-hooks that it has see what it would read.
+        """
+        answers = iter([None] * (len(self.blocks) - 1) + [last])
+
+        def answer(hidden: Tensor) -> Tensor:
+            given = next(answers)
+            return hidden if given is None else given
+
+        self._run(tokens, len(self.blocks), answer, to_the_end=True)
+
     def _run(
         self, tokens: Tensor, count: int, answer: Callable[[Tensor], Tensor], *, to_the_end: bool = False
     ) -> tuple[list[Tensor], list[Call]]:
@@ -163,13 +176,13 @@ class _Done(Exception):
 
 @contextmanager
 def _stopped_at_output(model: nn.Module) -> Iterator[None]:
-    """The output layer is not run: it is large and nobody needs it."""
+    """The output layer is not run, only its other hooks: it is large and nobody needs it."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
 
     def stop(*_: object) -> None:
         raise _Done
 
-    hook = output.register_forward_pre_hook(stop, prepend=True) if isinstance(output, nn.Module) else None
+    hook = output.register_forward_pre_hook(stop) if isinstance(output, nn.Module) else None
     try:
         yield
     finally:

@@ -35,7 +35,9 @@ class Hessian:
     def mean(self) -> Float[Tensor, "in in"]:
         """``Σ xᵀx / tokens``, exactly symmetric, in the dtype of the sum; ValueError when no token came by."""
         if not self.tokens or self._sum is None:
-            raise ValueError("no tokens reached this layer during calibration; use more or longer samples")
+            raise ValueError(
+                "no tokens reached this layer during calibration; use more or longer samples, or leave the layer out"
+            )
         return (self._sum + self._sum.T) / (2 * self.tokens)
 
     def total(self) -> Float[Tensor, "in in"]:

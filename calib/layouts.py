@@ -92,6 +92,7 @@ def unpack_mxfp4(
     bits = torch.where(scales == 0, 1 << 22, scales.int() << 23).int()  # 2^-127 is subnormal in float32
     factor = bits.view(torch.float32).to(torch.bfloat16)[..., None]
     result = torch.empty(*blocks.shape[:-1], 2 * blocks.shape[-1], dtype=torch.bfloat16)
-    torch.mul(values[(blocks & 0x0F).int()], factor, out=result[..., 0::2])
-    torch.mul(values[(blocks >> 4).int()], factor, out=result[..., 1::2])
+    for codes, scale, out in zip(blocks, factor, result, strict=True):  # one expert after the other: little memory
+        torch.mul(values[(codes & 0x0F).int()], scale, out=out[..., 0::2])
+        torch.mul(values[(codes >> 4).int()], scale, out=out[..., 1::2])
     return result.flatten(-2)

@@ -94,6 +94,10 @@ class NameMap:
             return ExpertNames()  # fused in the checkpoint as well: the names that most models have
         return ExpertNames(*gate_up, *down)
 
+    def stacked(self, path: str) -> bool:
+        """Whether checkpoints of this model have the experts at ``path`` in one tensor as well."""
+        return self._merged(f"{path}.{FUSED[1]}") is None
+
     def _merged(self, parameter: str) -> list[str] | None:
         """Leaf names of the Linears that a plain fused parameter is merged from, or None."""
         for converter in self._converters:
@@ -206,7 +210,8 @@ def _by_expert(origin: Origin | None) -> list[dict[int, str]] | None:
 def apart(origins: dict[str, Origin], names: Iterable[str], parameters: Collection[str], names_of: NameMap) -> None:
     """Add the origins of parameters that a checkpoint has under the model's own names although others have them
     fused: what :meth:`ptq.calib.source.Source.kept` makes of partly quantized experts."""
-    for name in names:
+    used = {name for origin in origins.values() for name in origin.names}
+    for name in (n for n in names if n not in used):
         for candidate in names_of.candidates(name):
             if candidate in parameters and candidate not in origins:
                 origins[candidate] = Origin(((name, (name,)),), None, candidate)

@@ -51,8 +51,9 @@ class _Reading:
 class Observer:
     """Watches the Linears of one block while batches run through it.
 
-    ``linears``: the layers to watch, by name within the block. ``probes`` apply where their size divides the features.
-    ``feed(name, x)`` says what a layer gets instead of ``x``; statistics are those of ``x``.
+    ``linears``: the layers to watch, by name within the block; ``prefix`` before that makes the full name. ``probes``
+    apply where their size divides the features. ``feed(name, x)`` says what a layer gets instead of ``x``; statistics
+    are those of ``x``.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Observer:
         def observe(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             x = args[0]
             self._read(name, x, experts)
-            return None if self._feed is None else (self._feed(f"{self._prefix}.{name}", x), *args[1:])
+            return None if self._feed is None else (self._feed(f"{self._prefix}{name}", x), *args[1:])
 
         return observe
 
@@ -178,7 +179,7 @@ class Observer:
             return
         if not rows.abs().amax().isfinite():
             raise ValueError(
-                f"{self._prefix}.{name}: its inputs contain NaN or infinity during calibration; "
+                f"{self._prefix}{name}: its inputs contain NaN or infinity during calibration; "
                 "try a wider dtype (bfloat16 or float32 instead of float16) and check the checkpoint"
             )
         for size, seen in group.amax.items():

@@ -22,7 +22,10 @@ from ptq.calib.experts import unfuse
 from ptq.calib.layouts import Part
 from ptq.calib.names import NameMap, Origin, apart, dtype_plan, split_experts
 from ptq.calib.shards import Shards
-from ptq.calib.structure import build_model, find_blocks, linearize, load_config, resolve
+from ptq.calib.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
+
+CONV1D = "its Conv1D layers are linear layers here, which other programs do not look for"
+STACKED = "its experts are stored in one tensor, and other programs do not look for single ones"
 
 
 class Source:
@@ -54,7 +57,8 @@ class Source:
         self._names = NameMap(model)
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         origins = self._names.origins(self._shards.names())
-        for name in linearize(model):
+        self._head, self._linearized = "", linearize(model)
+        for name in self._linearized:
             if name in origins:
                 origins[name] = replace(origins[name], part=Part(transposed=True))
         experts = unfuse(model, self._names.expert_names)
@@ -76,6 +80,21 @@ class Source:
         self._refuse_quantized()
         model = self._model
         return [(name, model.get_submodule(name)) for name in self._blocks]
+
+    def head(self) -> tuple[str, nn.Module]:
+        """The output head and its full name; ValueError when it is tied to the embedding, or no linear layer."""
+        model = self._model
+        self._head = self._head or find_head(model)
+        return self._head, model.get_submodule(self._head)
+
+    def foreign(self) -> str | None:
+        """Why other programs would not find the layers of this model in a checkpoint that has them as here, or None."""
+        assert self._model is not None
+        if self._linearized:
+            return CONV1D
+        if any(origin.part is not None for origin in self._origins.values()):
+            return STACKED
+        return None
 
     def names(self) -> list[str]:
         """The names of all tensors of the checkpoint."""
@@ -107,10 +126,11 @@ class Source:
             self._module_names[name] = next(known, candidates[0])
         return self._module_names[name]
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the checkpoint that belong to no block, one at a time, as stored."""
+    def rest(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the checkpoint that belong to no block, nor to modules in ``without``, one at a time, as
+        stored."""
         assert self._model is not None
-        prefixes = tuple(f"{name}." for name in self._blocks)
+        prefixes = tuple(f"{name}." for name in (*self._blocks, *without))
         inside = {
             source for name, origin in self._origins.items() if name.startswith(prefixes) for source in origin.names
         }
@@ -131,8 +151,8 @@ class Source:
                 users.setdefault(origin.whole(), []).append(name)
         for whole, parameters in users.items():
             left = [name for name in parameters if name not in replaced]
-            apart = any(self._origins[n].direct is None and _weight_of(n) in replaced for n in parameters)
-            if len(left) == len(parameters) and not apart:
+            divided = any(self._origins[n].direct is None and _weight_of(n) in replaced for n in parameters)
+            if len(left) == len(parameters) and not divided:
                 yield from ((name, self.tensor(name)) for name in whole.names)
             elif left:
                 made = whole.load(self.tensor, self._names)
@@ -215,8 +235,10 @@ class MemorySource:
     """
 
     def __init__(self, model: nn.Module):
-        unfuse(model, NameMap(model).expert_names if isinstance(model, PreTrainedModel) else lambda path: _refuse(path))
-        self._transposed = linearize(model)
+        names = NameMap(model) if isinstance(model, PreTrainedModel) else None
+        experts = unfuse(model, names.expert_names if names else _refuse)
+        self._stacked = names is not None and any(names.stacked(path) for path in experts)
+        self._head, self._transposed = "", linearize(model)
         self._model = model.requires_grad_(False).eval()
         self.path = Path(getattr(model, "name_or_path", "") or "memory")
         self.config = copy.deepcopy(cast(PretrainedConfig, model.config))
@@ -242,6 +264,15 @@ class MemorySource:
         """The decoder's blocks in order, with their full names."""
         return [(name, self._model.get_submodule(name)) for name in self._blocks]
 
+    def head(self) -> tuple[str, nn.Module]:
+        """The output head and its full name; ValueError when it is tied to the embedding, or no linear layer."""
+        self._head = self._head or find_head(self._model)
+        return self._head, self._model.get_submodule(self._head)
+
+    def foreign(self) -> str | None:
+        """Why other programs would not find the layers of this model in a checkpoint, or None."""
+        return CONV1D if self._transposed else STACKED if self._stacked else None
+
     def names(self) -> list[str]:
         """The names of all tensors that the model had at the start; a tied output layer has none of its own."""
         tied = getattr(self._model, "all_tied_weights_keys", {})
@@ -262,9 +293,9 @@ class MemorySource:
         """The model's own names are the names."""
         return name
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that belong to no block, one at a time."""
-        prefixes = tuple(f"{name}." for name in self._blocks)
+    def rest(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that belong to no block, nor to modules in ``without``, one at a time."""
+        prefixes = tuple(f"{name}." for name in (*self._blocks, *without))
         yield from ((name, self.tensor(name)) for name in self.names() if not name.startswith(prefixes))
 
     def kept(self, block: str, replaced: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -291,6 +322,9 @@ def release(module: nn.Module, *, recurse: bool = True) -> None:
             owner._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for name, buffer in owner.named_buffers(recurse=False):
             owner._buffers[name] = buffer.to("cpu" if name in owner._non_persistent_buffers_set else "meta")
+        forget = getattr(owner, "forget", None)
+        if callable(forget):  # what a replaced layer keeps besides its buffers
+            forget()
 
 
 def _stored(module: nn.Module, recurse: bool) -> Iterator[tuple[str, nn.Module, bool]]:

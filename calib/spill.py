@@ -18,7 +18,7 @@ class HiddenStates:
     def __init__(self, storage: str, device: torch.device):
         if storage not in ("ram", "device", "disk"):
             raise ValueError(f"activations must be 'ram', 'device' or 'disk', not {storage!r}")
-        self._device, self._storage = device, storage
+        self.device, self._storage = device, storage
         self._tensors: dict[int, Tensor] = {}
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -43,7 +43,7 @@ class HiddenStates:
             self._tensors[batch] = value if self._storage == "device" else value.to("cpu")
 
     def __getitem__(self, batch: int) -> Tensor:
-        return self._tensors[batch].to(self._device, copy=True)
+        return self._tensors[batch].to(self.device, copy=True)
 
 
 def _mapped(path: Path, like: Tensor) -> Tensor:

@@ -120,6 +120,23 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for i in range(len(lists[name]))]
 
 
+def find_head(model: nn.Module) -> str:
+    """The name of the output head. Raises ValueError when it is no ``nn.Linear`` of its own, but tied or missing."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    kind = type(model).__name__
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{kind} has no linear output head that could be quantized; leave the output head as it is")
+    name = next(n for n, m in model.named_modules() if m is head)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    shared = isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+    if shared or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        raise ValueError(
+            f"the output head {name} of {kind} is tied to the embedding, which must stay exact; "
+            "leave the output head as it is"
+        )
+    return name
+
+
 def linearize(model: nn.Module, only: Collection[str] | None = None) -> set[str]:
     """Replace every ``Conv1D`` (GPT-2's linear layer with a transposed weight) by the ``nn.Linear`` that computes the
     same, in place; return the names of the weights. ``only``: names of the modules to replace, None for all."""
@@ -132,19 +149,3 @@ def linearize(model: nn.Module, only: Collection[str] | None = None) -> set[str]
             model.set_submodule(name, new.train(old.training))
             weights.add(f"{name}.weight")
     return weights
-
-
-def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a module decides which experts a token goes to, or how much they count: it, or what holds it, is called
-    ``router``, or ``gate`` or ``…_gate`` beside experts. The gate projections of an MLP are none."""
-    parts = name.split(".")
-    if any("router" in part for part in parts[-2:]):
-        return True
-    for depth in (1, 2):
-        leaf = parts[-depth] if len(parts) >= depth else ""
-        if (leaf == "gate" or leaf.endswith("_gate")) and any(
-            "experts" in child or isinstance(module, nn.ModuleList)
-            for child, module in model.get_submodule(".".join(parts[:-depth])).named_children()
-        ):
-            return True
-    return False

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq.calib.calls import Call, Recorder, hidden_states
-from ptq.calib.experts import pool_key, pooled, top_up
+from ptq.calib.experts import pool_key, pooled, routed_everywhere, top_up
 from ptq.calib.observe import InputGroup, Observer, Probe
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.spill import HiddenStates
@@ -19,9 +20,13 @@ __all__ = ["CalibratedBlock", "InputGroup", "walk"]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedBlock:
-    """A block filled with its weights, and the groups of Linears in it (none when it was skipped)."""
+    """A block filled with its weights, and the groups of Linears in it (none when it was skipped).
+
+    ``prefix`` makes a name within ``module`` a full name: ``name`` and a dot, but for the output head.
+    """
 
     name: str
+    prefix: str
     module: nn.Module
     groups: list[InputGroup]
     index: int
@@ -44,7 +49,7 @@ class CalibratedBlock:
                 self._pools[pool] = pooled(g.hessian for g in peers)
             return top_up(seen.mean() if seen.tokens else None, self._pools[pool], seen.tokens, seen.features)
         except ValueError as error:
-            raise ValueError(f"{self.name}.{first}: {error}") from error
+            raise ValueError(f"{self.prefix}{first}: {error}") from error
 
 
 @torch.no_grad()
@@ -61,6 +66,8 @@ def walk(
     held: Sequence[Tensor | None] | None = None,
     activations: str = "ram",
     finished: Callable[[int, Tensor], None] | None = None,
+    route_all: bool = False,
+    head: bool = False,
 ) -> Iterator[CalibratedBlock]:
     """Yield every decoder block with statistics of what its Linears read, and go on through what the caller made of it.
 
@@ -73,37 +80,45 @@ def walk(
     ``holdout_every``-th sequence goes into ``holdout`` instead of ``hessian`` (0, or fewer sequences than that: none);
     ``held``, a mask of sequences per batch as :func:`held_out` makes it, overrides that.
     ``activations``: where the hidden states of all batches live: "ram", "device" or "disk".
+    ``route_all``: statistics of experts are those of all tokens, instead of the tokens that the router sends to them.
+    ``head``: the output head follows as a last block of one layer, which reads what the model makes of the last hidden
+    states (final norm and whatever else).
 
     Raises ValueError for unusable batches, NaN or infinity in activations (naming the layer), and architectures that
     cannot be run block by block.
     """
     device = torch.device(device)
     blocks = source.blocks()
+    head_name = source.head()[0] if head else ""
+    go_on = finished is not None or (head and not skip(head_name))
     _check(batches, source.skeleton())
     held = held_out([len(b) for b in batches], holdout_every) if held is None else held
     held = [None if mask is None else mask.to(device) for mask in held]
     with HiddenStates(activations, device) as states:
+        recorder = Recorder(source.skeleton(), [block for _, block in blocks], torch.device("cpu"))
         calls: list[list[Call]] = []
         for i, (name, block) in enumerate(blocks):
             try:
                 source.fill(block, name, device)
                 if i == 0:  # with its weights: the form of what blocks return is looked at
-                    calls = _record(source, blocks, batches, states, device)
+                    calls = _record(recorder, source, batches, states, device)
                 groups: list[InputGroup] = []
                 if not skip(name):
                     linears = {
                         n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not ignore(f"{name}.{n}")
                     }
                     observer = Observer(
-                        block, linears, probes=probes, feed=feed, device=device, batches=len(batches), prefix=name
+                        block, linears, probes=probes, feed=feed, device=device, batches=len(batches), prefix=f"{name}."
                     )
-                    with observer.installed():
+                    with observer.installed(), routed_everywhere(block, route_all):
                         for j, batch in enumerate(batches):
                             observer.expect((batch.shape[0], batch.shape[1]), held[j])
                             calls[j][i](block, states[j])
                     groups = observer.groups()
-                yield CalibratedBlock(name=name, module=block, groups=groups, index=i, count=len(blocks))
-                if i + 1 < len(blocks) or finished is not None:
+                yield CalibratedBlock(
+                    name=name, prefix=f"{name}.", module=block, groups=groups, index=i, count=len(blocks) + head
+                )
+                if i + 1 < len(blocks) or go_on:
                     for j in range(len(batches)):
                         states[j] = _propagated(calls[j][i], block, states[j], name)
             finally:
@@ -111,6 +126,40 @@ def walk(
         if finished is not None:
             for j in range(len(batches)):
                 finished(j, states[j])
+        if head:
+            observe = partial(Observer, probes=probes, feed=None, device=device, batches=len(batches))
+            yield from _head(source, recorder, batches, states, observe, skip=skip, ignore=ignore, held=held)
+
+
+def _head(
+    source: Source | MemorySource,
+    recorder: Recorder,
+    batches: Sequence[Tensor],
+    states: HiddenStates,
+    observe: Callable[..., Observer],
+    *,
+    skip: Callable[[str], bool],
+    ignore: Callable[[str], bool],
+    held: Sequence[Tensor | None],
+) -> Iterator[CalibratedBlock]:
+    """The output head as a block of one layer, with statistics of what the model makes of ``states`` for it to read."""
+    (name, linear), device, count = source.head(), states.device, len(recorder.blocks)
+    parent, _, leaf = name.rpartition(".")
+    holder, prefix = nn.ModuleDict({leaf: linear}), f"{parent}." if parent else ""
+    groups: list[InputGroup] = []
+    try:
+        source.fill(linear, name, device)
+        if not skip(name) and not ignore(name):
+            observer = observe(holder, {leaf: linear}, prefix=prefix)
+            with observer.installed(), _filled_on_demand(source, [*recorder.blocks, linear], device):
+                for j, batch in enumerate(batches):
+                    observer.expect((batch.shape[0], batch.shape[1]), held[j])
+                    recorder.reach_head(batch.to(device), states[j])
+            groups = observer.groups()
+        yield CalibratedBlock(name=name, prefix=prefix, module=holder, groups=groups, index=count, count=count + 1)
+        source.skeleton().set_submodule(name, holder[leaf])
+    finally:
+        source.release(holder)
 
 
 def _propagated(call: Call, block: nn.Module, before: Tensor, name: str) -> Tensor:
@@ -149,19 +198,17 @@ def held_out(sizes: Sequence[int], every: int = 8) -> list[Tensor | None]:
 
 
 def _record(
+    recorder: Recorder,
     source: Source | MemorySource,
-    blocks: list[tuple[str, nn.Module]],
     batches: Sequence[Tensor],
     states: HiddenStates,
     device: torch.device,
 ) -> list[list[Call]]:
     """Put the inputs of the first block into ``states``; return the arguments of every block, per batch."""
-    model, modules = source.skeleton(), [block for _, block in blocks]
-    recorder = Recorder(model, modules, torch.device("cpu"))
-    with _filled_on_demand(source, model, modules, device):
+    with _filled_on_demand(source, recorder.blocks, device):
         probe = batches[0][:1].to(device)
         hidden, call = recorder.first(probe)
-        recorder.returned = call(modules[0], hidden)
+        recorder.returned = call(recorder.blocks[0], hidden)
         hidden_states(recorder.returned)
         recorder.check(probe)
         calls = []
@@ -172,11 +219,9 @@ def _record(
 
 
 @contextmanager
-def _filled_on_demand(
-    source: Source | MemorySource, model: nn.Module, blocks: list[nn.Module], device: torch.device
-) -> Iterator[None]:
-    """Fill modules outside the blocks (embeddings, rotary tables) when they are called, release them at the end."""
-    inside = {id(m) for block in blocks for m in block.modules()}
+def _filled_on_demand(source: Source | MemorySource, but: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Fill modules (embeddings, rotary tables) when they are called, release them at the end; not those in ``but``."""
+    inside = {id(m) for block in but for m in block.modules()}
     filled: list[nn.Module] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
@@ -187,7 +232,7 @@ def _filled_on_demand(
 
         return fill
 
-    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if id(m) not in inside]
+    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in source.skeleton().named_modules() if id(m) not in inside]
     try:
         yield
     finally:

@@ -1,17 +1,16 @@
-"""What a run will need, from the model's configuration alone: memory, time, size of the result. ``ptq quantize
---dry-run``.
+"""What a run will need, from the model's configuration alone: memory, time, size of the result.
+
+``ptq quantize --dry-run`` prints it.
 
     peak = program + activations + block + Hessians + solver
 
 - program: Python and its libraries.
-- activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a block. On the host,
-on the
-  device or on disk (``--activations``).
-- block: the largest decoder block's parameters in the dtype of the computation, and once more as they lie on disk while
-they
-  are read; the token embedding takes its place at the start if it is larger.
+- activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a block. On the
+  host, on the device or on disk (``--activations``).
+- block: the largest decoder block's parameters in the dtype of the computation, and once more as they lie on disk
+  while they are read; the token embedding takes its place at the start if it is larger.
 - Hessians: two (calibration, held out) of in² entries for every input group of a block.
-- solver: for the input group that needs most, copies of its weights and of its Hessian in float64.
+- solver: for the input group that needs most, copies of the rows that are solved at a time and of its Hessian.
 """
 
 import math
@@ -29,11 +28,11 @@ from ptq.calib.hessian import WIDE
 from ptq.calib.shards import Shards
 from ptq.calib.structure import find_head
 from ptq.recipe import Recipe, chosen_layers
+from ptq.solve import PART_ELEMENTS
 
 PROGRAM = 0.75e9  # measured: torch, transformers and the compiled parts of a CPU run, before any model
-# Copies of a group's weights (float32) and of its Hessian (float64) that are alive at the same time, counted in
-# solve.py.
-WEIGHT_COPIES, HESSIAN_COPIES = 11, 8
+# Copies of the rows that are solved at a time (float32) and of the Hessian (float64) that are alive together: solve.py.
+WEIGHT_COPIES, HESSIAN_COPIES = 11, 2
 # Layers that read what no neighbour reads. Others of one module with the same number of inputs count as one group.
 ALONE = ("o_proj", "down_proj", "out_proj", "dense", "c_proj", "dense_4h_to_h", "w2", "fc2", "fc_out", "wo")
 EFFICIENCY = 0.35  # of the measured rate of a large product; the rest are passes over memory and the steps of the sweep
@@ -98,7 +97,7 @@ def forecast(
         packed += layer.weight.numel() * own.fmt.bits_per_weight / 8 + 4 * own.fmt.has_global_scale
     total = sum(everything.values())
     source_bytes = _stored_bytes(Path(model)) or total * stored.itemsize
-    output_bytes = round(source_bytes - quantized * source_bytes / total + packed)
+    output_bytes = round((total - quantized) * stored.itemsize + packed)
 
     hidden = _hidden(config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -114,7 +113,7 @@ def forecast(
     groups += [[(chosen[head].in_features, chosen[head].out_features)]] if head in chosen else []
     hessians = max(sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)
     work = [(n, rows) for block in groups for n, rows in block]
-    solver = max((WEIGHT_COPIES * 4 * rows * n + HESSIAN_COPIES * 8 * n * n for n, rows in work), default=0)
+    solver = max((_solver(n, rows, device) for n, rows in work), default=0)
     parts = {
         "program": round(PROGRAM), "activations": held + batch, "block": block, "hessians": hessians, "solver": solver,
     }  # fmt: skip
@@ -144,6 +143,15 @@ def _groups(name: str, block: nn.Module, chosen: dict[str, nn.Linear]) -> Iterab
             key = (inner if leaf in ALONE else parent, module.in_features)
             rows[key] = rows.get(key, 0) + module.out_features
     return [(features, count) for (_, features), count in rows.items()]
+
+
+def _solver(features: int, rows: int, device: torch.device) -> int:
+    """Bytes for one input group: rows being solved, codes of all rows (of two results, and joined), Hessians.
+
+    Of the Hessian there are the mean of both parts, those rotated, and the factor in float32.
+    """
+    weights = WEIGHT_COPIES * 4 * min(rows * features, PART_ELEMENTS) + 3 * rows * features
+    return weights + features**2 * (HESSIAN_COPIES * 8 + 4 * _width(features, device) + 4)
 
 
 def _width(features: int, device: torch.device) -> int:

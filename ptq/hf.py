@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 
 from ptq.calib.experts import FUSED, unfuse
 from ptq.calib.names import NameMap
+from ptq.calib.structure import linearize
 from ptq.checkpoint import parse
 from ptq.compressed import GUARD, is_rotation_tensor, parse_ct
 from ptq.dialects import LayerInfo
@@ -30,6 +31,8 @@ from ptq.loading import INPUTS, settle_inputs
 from ptq.rotation import Rotation
 from ptq.storage import read_header
 from ptq.tensor import Scales
+
+PACKED = ".weight_packed"
 
 
 class StoredLinear(QuantLinear):
@@ -121,6 +124,10 @@ class PtqQuantizer(HfQuantizer):
         self._fused = {f"{path}.{leaf}" for path in unfused for leaf in FUSED}
         stored, quantization = _tensor_names(checkpoint_files), self.quantization_config.parsed
         assert quantization is not None
+        packed = {c.rpartition(".")[0] for n in stored if n.endswith(PACKED) for c in names.candidates(n)}
+        for weight in linearize(model, packed):
+            parent = model.get_submodule(weight.rpartition(".")[0].rpartition(".")[0])
+            parent.__dict__["_is_hf_initialized"] = True  # GPT-2's initialization would touch the weights of its layers
         for target, name in _packed_layers(model, names, stored).items():
             old = model.get_submodule(target)
             assert isinstance(old, nn.Linear)
@@ -169,9 +176,9 @@ def _tensor_names(checkpoint_files: Iterable[str] | None) -> list[str]:
 
 def _packed_layers(model: nn.Module, names: NameMap, stored: Iterable[str]) -> dict[str, str]:
     """{name in the model: name in the checkpoint} of packed layers; ValueError if one is not linear in the model."""
-    modules, suffix, result = dict(model.named_modules()), ".weight_packed", {}
-    for name in (n.removesuffix(suffix) for n in stored if n.endswith(suffix)):
-        candidates = (c.removesuffix(suffix) for c in names.candidates(name + suffix))
+    modules, result = dict(model.named_modules()), {}
+    for name in (n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)):
+        candidates = (c.removesuffix(PACKED) for c in names.candidates(name + PACKED))
         target = next((c for c in candidates if isinstance(modules.get(c), nn.Linear)), None)
         if target is None:
             raise ValueError(f"{name} is quantized in the checkpoint, and no linear layer of {type(model).__name__}")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ptq.algorithms import ALGORITHMS
+from ptq.calib.routers import is_router
 from ptq.formats import FORMATS, Format
 from ptq.rotation import Rotation
 from ptq.scales import RULES
@@ -66,7 +67,10 @@ class Recipe:
         input_scale: global scale of activations in ``w4a4``: ``static`` (calibrated) or ``token``.
         input_rule: scale rule of activations; None is the format's default.
         ignore: patterns of modules that stay as they are.
-        rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins.
+        rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers and gates of shared
+            experts stay as they are unless a rule selects them and nothing else.
+        lm_head: quantize the output head too.
+        route_all_experts: calibrate experts with all tokens, not only with those that the router sends to them.
         calibration, field, samples, seq_len, batch_size, seed: the calibration data; batch_size changes the order of
         summation.
     """
@@ -85,6 +89,8 @@ class Recipe:
     input_rule: str | None = None
     ignore: tuple[str, ...] = ()
     rules: tuple[tuple[str, Mapping[str, Any] | str], ...] = ()
+    lm_head: bool = False
+    route_all_experts: bool = False
     calibration: str = "builtin"
     field: str | None = None
     samples: int = 128
@@ -207,11 +213,14 @@ class Recipe:
         return values
 
 
-def chosen_layers(blocks: Sequence[tuple[str, nn.Module]], recipe: Recipe) -> dict[str, nn.Linear]:
+def chosen_layers(
+    blocks: Sequence[tuple[str, nn.Module]], recipe: Recipe, head: tuple[str, nn.Module] | None = None
+) -> dict[str, nn.Linear]:
     """The layers that the recipe will quantize, by full name; refuses before any weight is read what cannot work.
 
     Args:
         blocks: names and modules of the decoder blocks; their Linear layers are what can be quantized.
+        head: name and module of the output head, if it is to be quantized.
 
     Raises:
         ValueError: a pattern that matches nothing, inputs that do not form groups or rotation blocks (all such layers
@@ -224,11 +233,15 @@ def chosen_layers(blocks: Sequence[tuple[str, nn.Module]], recipe: Recipe) -> di
         for inner, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
+    routers = {f"{name}.{n}" for name, block in blocks for n, _ in block.named_modules() if is_router(block, n)}
+    if head is not None and isinstance(head[1], nn.Linear):
+        layers[head[0]] = head[1]
     check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], layers)
+    asked = [p for p, _ in recipe.rules if all(name in routers for name in layers if matches(p, name))]
     chosen, ragged = {}, {}
     for name, layer in layers.items():
         own = recipe.for_module(name)
-        if own is None:
+        if own is None or (name in routers and not any(matches(pattern, name) for pattern in asked)):
             continue
         chosen[name] = layer
         if layer.in_features % own.fmt.group_size:

@@ -57,6 +57,7 @@ def choose(
     *,
     dtype: str | None,
     scales: Mapping[str, Tensor] | None = None,
+    foreign: str | None = None,
 ) -> Choice:
     """The dialect in which to write ``layers``, or a refusal.
 
@@ -65,6 +66,7 @@ def choose(
             exactly, an explicit one is held to what vLLM does.
         dtype: of the rest of the model, as in config.json (``"bfloat16"``); None is unknown.
         scales: weight global scales (any convention) by layer, once they are known.
+        foreign: why other programs do not look for these layers at all, if so: only ours reads them then.
 
     Raises:
         ValueError: an unknown dialect, or an explicit one that cannot express the layers.
@@ -73,7 +75,8 @@ def choose(
         raise ValueError(f"unknown dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
     if dialect == "ptq":
         return Choice("ptq", "as asked")
-    reason = ct_refusal(
+    reason = f"{foreign}; use dialect ptq" if foreign else None
+    reason = reason or ct_refusal(
         layers, targets=("vLLM", "transformers") if dialect == "auto" else ("vLLM",), dtype=dtype, scales=scales
     )
     if dialect == "auto" and reason is None and dtype != "bfloat16":

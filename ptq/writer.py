@@ -81,6 +81,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         dialect: str = "auto",
         shard_bytes: int = SHARD_BYTES,
+        foreign: str | None = None,
     ) -> None:
         """Check that the run can start or continue. Nothing is written yet.
 
@@ -89,12 +90,13 @@ class CheckpointWriter:
             recipe, provenance: plain JSON; a continued run must have the same ``provenance["calibration"]``.
             fingerprint: identifies the weights of the source.
             overwrite: replace a checkpoint at ``path``, once the new one is complete.
-            dialect: see :func:`ptq.refusals.choose`; it may differ between the runs of one checkpoint.
+            dialect, foreign: see :func:`ptq.refusals.choose`; they may differ between the runs of one checkpoint.
 
         Raises:
             FileExistsError: ``path`` exists and is not an empty directory.
             ValueError: ``<path>.partial`` is of a different run.
         """
+        self.foreign = foreign
         self.path = Path(os.path.abspath(path))
         self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.previous = self.path.with_name(self.path.name + ".previous")
@@ -273,7 +275,7 @@ class CheckpointWriter:
             for name, entry in part.items()
             if name.endswith(suffix)
         }
-        return choose(layers, self.dialect, dtype=config_dtype(self.source_config), scales=scales)
+        return choose(layers, self.dialect, dtype=config_dtype(self.source_config), scales=scales, foreign=self.foreign)
 
     def _convert(
         self, order: list[str], parts: list[dict[str, Entry]], layers: Mapping[str, LayerInfo]

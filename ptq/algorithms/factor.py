@@ -41,6 +41,8 @@ def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float64[Tensor, "
 def factorize(hessian: Float[Tensor, "in in"], group_size: int, *, order: str, damping: float) -> Factor:
     """The factor that all rows of all layers with this input share.
 
+    Besides the argument, at most two float64 matrices of this size and the float32 result are alive.
+
     Raises:
         IndefiniteHessian: the damped Hessian is not positive definite.
         ValueError: see :func:`damped` and :func:`column_order`.
@@ -48,8 +50,9 @@ def factorize(hessian: Float[Tensor, "in in"], group_size: int, *, order: str, d
     h = damped(hessian, damping)
     perm = column_order(h.diagonal(), group_size, order)
     backwards = perm.flip(0)
-    h = h[backwards.unsqueeze(1), backwards]
-    return Factor(perm, _inverse_of_reversed(h).float().flip(0, 1))
+    lower = _cholesky(h[backwards.unsqueeze(1), backwards])
+    del h
+    return Factor(perm, _inverse(lower, torch.float32).flip(0, 1))
 
 
 def inverse_factor(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
@@ -62,19 +65,30 @@ def inverse_factor(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]
     Raises:
         IndefiniteHessian: the matrix is not positive definite.
     """
-    return _inverse_of_reversed(matrix.flip(0, 1)).flip(0, 1)
+    return _inverse(_cholesky(matrix.flip(0, 1)), torch.float64).flip(0, 1)
 
 
-def _inverse_of_reversed(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
-    """L⁻¹ for ``L Lᵀ = matrix``; at most three matrices of this size are alive besides the argument."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
+def _cholesky(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
+    """Lower triangular L with ``L Lᵀ = matrix``, in the memory of ``matrix``."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if int(info):
         raise IndefiniteHessian(
             "the damped Hessian is not positive definite; raise the damping or calibrate on more tokens"
         )
-    del matrix
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
+    return matrix
+
+
+def _inverse(lower: Float64[Tensor, "in in"], dtype: torch.dtype, block: int = 1024) -> Float[Tensor, "in in"]:
+    """``L⁻¹``, some columns at a time: what lies above the diagonal is neither computed nor held in float64."""
+    size = len(lower)
+    inverse = torch.zeros(size, size, dtype=dtype, device=lower.device)
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        columns = torch.zeros(size - start, stop - start, dtype=lower.dtype, device=lower.device)
+        columns.fill_diagonal_(1)
+        inverse[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], columns, upper=False)
+    return inverse
 
 
 def column_order(diagonal: Float[Tensor, "in"], group_size: int, order: str) -> Int64[Tensor, "in"]:

@@ -1,14 +1,17 @@
 """Fused experts as modules of Linears: the same function, the hub's names, refusals by name."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from ptq.calib.experts import ExpertNames, Experts, fused_experts, pool_key, unfuse
+from ptq.calib.experts import Experts, fused_experts, pool_key, routed_everywhere, unfuse
+from ptq.calib.layouts import ExpertNames, Layout, fused_layout, unpack_mxfp4
 from ptq.calib.source import MemorySource, Source
 
 Build = Callable[..., transformers.PreTrainedModel]
@@ -55,8 +58,34 @@ def test_real_weights_become_views_not_copies(tiny_model: Build):
     assert model.get_parameter("model.layers.0.mlp.experts.0.down_proj.weight").data_ptr() == fused
 
 
+def small_experts() -> Experts:
+    """Three experts on 4 features; the gate projection alone decides what goes on."""
+    return Experts(
+        Layout(names=ExpertNames(), count=3, hidden=4, intermediate=8), lambda x: x[..., :8], torch.float32
+    ).requires_grad_(False)
+
+
+def test_with_every_token_everywhere_all_experts_see_all_tokens_and_outputs_stay() -> None:
+    experts = small_experts()
+    x, weights, chosen = torch.randn(5, 4), torch.rand(5, 2), torch.tensor([[0, 2], [2, 0], [3, 2], [0, 0], [2, 3]])
+    seen: dict[str, tuple[int, Any]] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = (len(args[0]), experts.routed)
+
+    for name in ("0.gate_proj", "1.up_proj", "2.down_proj"):
+        experts.get_submodule(name).register_forward_pre_hook(partial(note, name))
+    expected = experts(x, chosen, weights)
+    assert seen["0.gate_proj"][0] < 5 and "1.up_proj" not in seen
+    with routed_everywhere(nn.ModuleList([experts])):
+        torch.testing.assert_close(experts(x, chosen, weights), expected)
+    assert {name: count for name, (count, _) in seen.items()} == {"0.gate_proj": 5, "1.up_proj": 5, "2.down_proj": 5}
+    assert all(torch.equal(routed, torch.arange(5)) for _, routed in seen.values())
+    assert not experts.everywhere and experts.routed is None
+
+
 def test_experts_tell_which_tokens_they_run():
-    experts = Experts(3, 4, 8, ExpertNames(), lambda x: x[..., :8], torch.float32)
+    experts = small_experts()
     seen: dict[int, list[int]] = {}
 
     def note(expert: int) -> None:
@@ -73,27 +102,54 @@ def test_experts_tell_which_tokens_they_run():
 
 
 class Fused(nn.Module):
-    """What a class of fused experts looks like; each flag may deviate from the plain layout."""
+    """Two experts of 4 features as transformers stacks them; each flag changes the layout, the function stays."""
 
     def __init__(self, **flags: bool):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
-        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
         self.__dict__.update(flags)
+        gate, up, down = torch.randn(2, 8, 4), torch.randn(2, 8, 4), torch.randn(2, 4, 8)
+        biases = torch.randn(2, 16), torch.randn(2, 4)
+        if flags.get("is_concatenated", True):
+            both = torch.cat([gate, up], dim=1)
+        else:
+            both = torch.stack([gate, up], dim=2).flatten(1, 2)
+        turned = flags.get("is_transposed", False)
+        self.gate_up_proj = nn.Parameter(both.mT.contiguous() if turned else both)
+        self.down_proj = nn.Parameter(down.mT.contiguous() if turned else down)
+        if flags.get("has_bias"):
+            self.gate_up_proj_bias, self.down_proj_bias = (nn.Parameter(b) for b in biases)
 
     def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+        gate, up = (x[..., ::2], x[..., 1::2]) if not self.__dict__.get("is_concatenated", True) else x.chunk(2, -1)
+        return gate.sigmoid() * up
+
+    def expert(self, x: torch.Tensor, e: int) -> torch.Tensor:
+        turned, biased = self.__dict__.get("is_transposed"), self.__dict__.get("has_bias")
+        first, second = (w[e].T if turned else w[e] for w in (self.gate_up_proj, self.down_proj))
+        b1, b2 = (self.gate_up_proj_bias[e], self.down_proj_bias[e]) if biased else (0, 0)
+        return self._apply_gate(x @ first.T + b1) @ second.T + b2
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"is_transposed": True}, {"is_concatenated": False}, {"has_bias": True},
+    {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+])  # fmt: skip
+def test_every_layout_computes_what_the_stack_does(flags: dict[str, bool]):
+    fused = Fused(**flags)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = torch.stack([fused.expert(x, e) for e in range(2)])
+        model = nn.ModuleDict({"experts": fused})
+        layouts = unfuse(model, lambda _: ExpertNames())
+        ones = torch.ones(3, 1)
+        for e in range(2):
+            torch.testing.assert_close(model["experts"](x, torch.full((3, 1), e), ones), expected[e])
+    assert layouts["experts"].biased is flags.get("has_bias", False)
+    assert layouts["experts"].hidden == 4 and layouts["experts"].intermediate == 8
 
 
 @pytest.mark.parametrize(
-    "flags, why",
-    [
-        ({"is_transposed": True}, "transposed"),
-        ({"has_bias": True}, "biases"),
-        ({"is_concatenated": False}, "interleaved"),
-        ({"has_gate": False}, "without a gate"),
-        ({"has_post_expert_norm": True}, "norm after each expert"),
-    ],
+    "flags, why", [({"has_gate": False}, "without a gate"), ({"has_post_expert_norm": True}, "norm after each expert")]
 )
 def test_other_layouts_are_refused_by_name(flags: dict[str, bool], why: str):
     model = nn.ModuleDict({"experts": Fused(**flags)})
@@ -101,13 +157,23 @@ def test_other_layouts_are_refused_by_name(flags: dict[str, bool], why: str):
         unfuse(model, lambda _: ExpertNames())
 
 
-def test_gpt_oss_is_refused():
-    config = transformers.GptOssConfig(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
-        vocab_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"GptOssExperts.*not supported"):
-        MemorySource(transformers.GptOssForCausalLM(config))
+def test_parts_cover_every_stacked_value_once():
+    for flags in ({}, {"is_transposed": True, "is_concatenated": False, "has_bias": True}):
+        module = Fused(**flags)
+        stacked = {n: torch.arange(p.numel()).view(p.shape) for n, p in module.named_parameters()}
+        taken: dict[str, list[int]] = {n: [] for n in stacked}
+        for _, source, _, part in fused_layout(module, ExpertNames()).parts():
+            taken[source] += part.take(stacked[source]).flatten().tolist()
+        assert all(sorted(values) == list(range(stacked[n].numel())) for n, values in taken.items())
+
+
+def test_mxfp4_values_are_those_of_the_definition():
+    blocks = torch.tensor([[0x10, 0x32, 0x54, 0x76], [0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8).repeat(1, 4)
+    scales = torch.tensor([130, 0], dtype=torch.uint8)
+    values = unpack_mxfp4(blocks.view(1, 2, 16), scales.view(1, 2))
+    assert values.dtype == torch.bfloat16 and values.shape == (1, 64)
+    assert values[0, :8].tolist() == [0, 4, 8, 12, 16, 24, 32, 48]
+    assert (values[0, 32:40].double() * 2.0**127).tolist() == [0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def test_pools_are_formed_by_layer_and_projection(tiny_model: Build):

@@ -421,3 +421,87 @@ def test_real_models(name: str, shared_data: Path):
     expected = seen_by(model, blocks[-1].name, data, outputs=True)
     assert all(torch.equal(a, b) for a, b in zip(finals, expected, strict=True))
     assert all(g.hessian.tokens > 0 for b in blocks for g in b.groups)
+
+
+HEADS = ["llama", "qwen3_moe", "phi3"]
+
+
+@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("from_disk", [False, True], ids=["memory", "disk"])
+def test_the_output_head_is_a_last_block_that_reads_what_it_reads_in_the_model(
+    family: str, from_disk: bool, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
+):
+    source = Source(tiny_checkpoint(family)) if from_disk else MemorySource(tiny_model(family))
+    count = len(source.blocks())
+    *_, last = run(source, batches, head=True)
+    assert (last.name, last.prefix, last.index, last.count) == ("lm_head", "", count, count + 1)
+    (group,) = last.groups
+    x = torch.cat([s.flatten(0, 1) for s in seen_by(tiny_model(family), "lm_head", batches)]).double()
+    kept = torch.arange(len(x)) // 24 != 7
+    for hessian, rows in ((group.hessian, x[kept]), (group.holdout, x[~kept])):
+        exact = rows.T @ rows / len(rows)
+        assert hessian.tokens == len(rows) and (hessian.mean() - exact).norm() <= 1e-6 * exact.norm()
+    assert last.hessian(group).shape == exact.shape
+    if from_disk:
+        assert all(p.is_meta for p in source.skeleton().parameters())
+
+
+def test_the_output_head_has_its_weights_and_what_replaces_it_stays(tiny_model: Build, batches: Batches):
+    source = MemorySource(tiny_model("llama"))
+    new = nn.Linear(64, 128, bias=False)
+    for block in run(source, batches, head=True):
+        if block.name == "lm_head":
+            assert torch.equal(block.module.get_parameter("lm_head.weight"), source.tensor("lm_head.weight"))
+            block.module.set_submodule("lm_head", new)
+    assert source.skeleton().get_submodule("lm_head") is new
+
+
+def test_the_output_head_reads_what_changed_blocks_make(tiny_model: Build, batches: Batches):
+    source, plain = MemorySource(tiny_model("llama")), MemorySource(tiny_model("llama"))
+    changed = torch.empty(0)
+    for block in run(source, batches, head=True):
+        if block.name != "lm_head":
+            block.module.get_parameter("mlp.down_proj.weight").mul_(-1)
+        else:
+            changed = block.groups[0].hessian.mean()
+    *_, last = run(plain, batches, head=True)
+    x = torch.cat([s.flatten(0, 1) for s in seen_by(source.skeleton(), "lm_head", batches)]).double()
+    x = x[torch.arange(len(x)) // 24 != 7]
+    assert (changed - x.T @ x / len(x)).norm() <= 1e-6 * changed.norm()
+    assert (changed - last.groups[0].hessian.mean()).norm() > 1e-2 * changed.norm()
+
+
+def test_a_head_that_is_skipped_or_ignored_has_no_statistics(tiny_model: Build, batches: Batches):
+    for change in ({"skip": lambda name: name == "lm_head"}, {"ignore": lambda name: name == "lm_head"}):
+        *_, last = run(MemorySource(tiny_model("llama")), batches, head=True, **change)
+        assert last.name == "lm_head" and last.groups == []
+
+
+def test_a_tied_head_is_refused_before_anything_runs(tiny_model: Build, batches: Batches):
+    with pytest.raises(ValueError, match="lm_head of LlamaForCausalLM is tied to the embedding"):
+        next(run(MemorySource(tiny_model("llama", tie_word_embeddings=True)), batches, head=True))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_experts_can_be_calibrated_with_all_tokens(family: str, tiny_model: Build, batches: Batches):
+    """Then gate and up of every expert read what the router reads, and the walk goes on as it would have."""
+    finals: list[dict[int, torch.Tensor]] = []
+    for route_all in (False, True):
+        finals.append(made := {})
+        seen = 0
+        for block in run(
+            MemorySource(tiny_model(family)),
+            batches,
+            route_all=route_all,
+            finished=lambda j, x, m=made: m.update({j: x}),
+        ):
+            experts = [g for g in block.groups if ".experts." in next(iter(g.layers))]
+            seen += len(experts)
+            if route_all:
+                assert all((g.hessian.tokens, g.holdout.tokens) == (9 * 24, 24) for g in experts)
+                gates = [g.hessian.mean() for g in experts if len(g.layers) == 2]
+                assert all(torch.equal(gates[0], other) for other in gates[1:])
+            elif experts:
+                assert any(g.hessian.tokens < 9 * 24 for g in experts)
+        assert seen
+    assert all(torch.equal(finals[0][j], finals[1][j]) for j in finals[0])
