@@ -153,6 +153,12 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers to leave as they are: a name or a pattern with *; repeatable.")
     ] = None,
+    lm_head: Annotated[
+        bool | None, typer.Option("--lm-head", help="Quantize the output head too (not a tied one).")
+    ] = None,
+    route_all_experts: Annotated[
+        bool | None, typer.Option("--route-all-experts", help="Calibrate every expert on every token.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of calibration text.")] = None,
@@ -190,6 +196,8 @@ def quantize(
         "seq_len": seq_len,
         "batch_size": batch_size,
         "ignore": tuple(ignore) if ignore else None,
+        "lm_head": lm_head,
+        "route_all_experts": route_all_experts,
         "seed": seed,
     }
     choices = make_recipe(format, recipe, given)

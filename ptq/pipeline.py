@@ -108,6 +108,12 @@ def quantize(
                 report["seconds"],
             )
             _warn(report, _own(recipe, str(report["layer"])))
+        if rare := [int(str(report["tokens"])) for report in reports if report["topped_up"]]:
+            logger.warning(
+                "%s: %d expert layers saw fewer tokens than they have inputs (the least %d) and borrowed from "
+                "the others; raise --samples, or use --route-all-experts",
+                block.name, len(rare), min(rare),
+            )  # fmt: skip
         if out is not None and world()[0] == 0:
             _write(block, layers, source, out, reports)
         yield Progress(block.name, block.index, block.count, reports, False)
@@ -329,9 +335,6 @@ def _warn(report: dict[str, object], recipe: Recipe) -> None:
         logger.warning(
             "%s: its Hessian is not positive definite at damping %g; used %g", layer, recipe.damping, damping
         )
-    if report["topped_up"]:
-        seen = (layer, report["tokens"], report["in"])
-        logger.warning("%s saw %s tokens for %s inputs; the rest came from the other experts' (raise --samples)", *seen)
     if recipe.algorithm == "gptq" and report["algorithm"] == "rtn":
         logger.warning("%s: GPTQ did not beat round to nearest, which was kept", layer)
 
