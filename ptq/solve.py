@@ -214,17 +214,29 @@ class _Layer:
 def _layer(layer: Tensor, rotation: Rotation, solver: _Solver, hessians: list[Tensor]) -> _Layer:
     """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens (G23)."""
     nearest, solved = [], []
-    losses = torch.zeros(3, len(hessians), dtype=torch.float64)  # of the weight itself, round to nearest, the result
+    signal, rounded, result = (torch.zeros(len(hessians), dtype=torch.float64) for _ in range(3))
     for part in _parts(layer, rotation):
         nearest.append(solver.nearest(part))
         solved.append(solver.solve(part) or nearest[-1])
-        deltas = (part, part - nearest[-1].dequantize(), part - solved[-1].dequantize())
-        losses += torch.tensor([[float(quadratic_form(d, h).sum()) for h in hessians] for d in deltas])
-    signal, rounded, result = losses
+        signal += _forms(part, hessians)
+        result += _forms(part - solved[-1].dequantize(), hessians)
+        if solved[-1] is nearest[-1]:
+            rounded = result
+        else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
+            rounded[0] += _forms(part - nearest[-1].dequantize(), hessians[:1])[0]
     keep = bool(result[0] < rounded[0])
+    if not keep and rounded is not result:
+        parts = zip(_parts(layer, rotation), nearest, strict=True)
+        rounded[1:] = sum(_forms(part - q.dequantize(), hessians[1:]) for part, q in parts)
     errors = relative(result if keep else rounded, signal).tolist()
     weight = _joined(solved if keep else nearest)
-    return _Layer(weight, solver.recipe.algorithm if keep else "rtn", errors, relative(rounded, signal).tolist()[0])
+    rtn_error = relative(rounded, signal).tolist()[0]
+    return _Layer(weight, solver.recipe.algorithm if keep else "rtn", errors, rtn_error)
+
+
+def _forms(delta: Tensor, hessians: list[Tensor]) -> Tensor:
+    """``tr(Δ H Δᵀ)`` for every Hessian, on the CPU."""
+    return torch.tensor([float(quadratic_form(delta, h).sum()) for h in hessians], dtype=torch.float64)
 
 
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
