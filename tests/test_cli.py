@@ -519,7 +519,13 @@ def test_generate_with_bad_input(ptq: Run, tiny_llama: Path):
 # ---------------------------------------------------------------- interruption
 
 
-def interrupted(tiny_llama: Path, tiny_text: Path, out: Path, number: int) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module")
+def deep_llama(make_tiny_model: Callable[..., Path]) -> Path:
+    """Enough blocks that no machine is done before a signal arrives."""
+    return make_tiny_model("llama", num_hidden_layers=24)
+
+
+def interrupted(deep_llama: Path, tiny_text: Path, out: Path, number: int) -> subprocess.Popen[str]:
     """A run that got ``number`` as soon as it had started to write."""
     options = ["--calibration", str(tiny_text), "--samples", "64", "--seq-len", "128"]
     command = [
@@ -528,7 +534,7 @@ def interrupted(tiny_llama: Path, tiny_text: Path, out: Path, number: int) -> su
         "ptq",
         "quantize",
         "--model",
-        str(tiny_llama),
+        str(deep_llama),
         "--format",
         "nvfp4",
         "--out",
@@ -542,8 +548,8 @@ def interrupted(tiny_llama: Path, tiny_text: Path, out: Path, number: int) -> su
     return run
 
 
-def test_ctrl_c_is_one_line_and_leaves_no_checkpoint(tiny_llama: Path, tiny_text: Path, tmp_path: Path):
-    run = interrupted(tiny_llama, tiny_text, tmp_path / "q", signal.SIGINT)
+def test_ctrl_c_is_one_line_and_leaves_no_checkpoint(deep_llama: Path, tiny_text: Path, tmp_path: Path):
+    run = interrupted(deep_llama, tiny_text, tmp_path / "q", signal.SIGINT)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 130 and out == ""
     assert err.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in err
@@ -551,14 +557,14 @@ def test_ctrl_c_is_one_line_and_leaves_no_checkpoint(tiny_llama: Path, tiny_text
 
 
 def test_a_killed_run_leaves_no_checkpoint_and_can_be_repeated(
-    ptq: Run, tiny_llama: Path, tiny_text: Path, tmp_path: Path
+    ptq: Run, deep_llama: Path, tiny_text: Path, tmp_path: Path
 ):
-    run = interrupted(tiny_llama, tiny_text, tmp_path / "q", signal.SIGKILL)
+    run = interrupted(deep_llama, tiny_text, tmp_path / "q", signal.SIGKILL)
     run.communicate(timeout=120)
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "q").exists()
     options = ["--calibration", tiny_text, "--samples", 64, "--seq-len", 128, "--quiet"]
-    assert ptq("quantize", "--model", tiny_llama, "--format", "nvfp4", "--out", tmp_path / "q", *options).code == 0
+    assert ptq("quantize", "--model", deep_llama, "--format", "nvfp4", "--out", tmp_path / "q", *options).code == 0
     assert not (tmp_path / "q.partial").exists()
 
 

@@ -1,6 +1,7 @@
 """Laws of the second moments (gptq.md G1-G3) and of what rare experts borrow (G30)."""
 
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,15 @@ def _reduce_on_rank(rank: int, folder: str) -> None:
 
 
 def test_reduce_gives_every_rank_the_sum_over_ranks(tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_reduce_on_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    # by path: a process of its own cannot import a test module by name
+    code = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('worker', sys.argv[1]); "
+        "worker = importlib.util.module_from_spec(spec); spec.loader.exec_module(worker); "
+        "worker._reduce_on_rank(int(sys.argv[2]), sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, __file__]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
     expected = Hessian(FEATURES)
     expected.update(tokens(3, seed=0))
     expected.update(tokens(4, seed=1))
