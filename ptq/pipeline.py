@@ -70,7 +70,8 @@ def quantize(
     Yields:
         One :class:`Progress` per block.
     """
-    chosen = chosen_layers(source.blocks(), recipe, source.head() if recipe.lm_head else None)
+    # by name: a reference to the layers themselves would keep their weights after they are replaced
+    chosen = {name: layer.in_features for name, layer in _chosen(source, recipe).items()}
     probes = {size: Rotation(size).exact for size in _rotations(recipe, chosen)}
     feed = partial(_feed, recipe) if any(_own(recipe, name).quantize_inputs for name in chosen) else None
     blocks = walk(
@@ -158,9 +159,9 @@ def quantize_model(
             raise ValueError("give a directory for the checkpoint")
         source = Source(model, dtype=dtype or (torch.float32 if device.type == "cpu" else None))
         tokenizer = tokenizer or load_tokenizer(source.path)
-    chosen = chosen_layers(source.blocks(), recipe, source.head() if recipe.lm_head else None)
+    biased = {name: layer.bias is not None for name, layer in _chosen(source, recipe).items()}
     if out is not None and dialect != "auto":
-        planned = plan(recipe, {name: layer.bias is not None for name, layer in chosen.items()})
+        planned = plan(recipe, biased)
         choose(planned, dialect, dtype=config_dtype(_config(source)) or "float32", foreign=_foreign(source, recipe))
     data = load_calibration(
         tokenizer,
@@ -229,8 +230,13 @@ def _own(recipe: Recipe, name: str) -> Recipe:
     return own
 
 
-def _rotations(recipe: Recipe, chosen: dict[str, nn.Linear]) -> list[int]:
-    return sorted({size for name, layer in chosen.items() for size in _own(recipe, name).rotations(layer.in_features)})
+def _chosen(source: Source | MemorySource, recipe: Recipe) -> dict[str, nn.Linear]:
+    return chosen_layers(source.blocks(), recipe, source.head() if recipe.lm_head else None)
+
+
+def _rotations(recipe: Recipe, features: dict[str, int]) -> list[int]:
+    """The block sizes that any layer may be rotated by."""
+    return sorted({size for name, count in features.items() for size in _own(recipe, name).rotations(count)})
 
 
 def _feed(recipe: Recipe, name: str, x: Tensor) -> Tensor:

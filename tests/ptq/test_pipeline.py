@@ -1,6 +1,8 @@
 """The whole way: directory → walk → solve → checkpoint → loaded model, bit for bit; and what it refuses."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,3 +269,15 @@ def test_finished_blocks_leave_nothing_in_memory(tiny_llama: Path, quick, tmp_pa
 
     quantize_model(tiny_llama, tmp_path / "out", recipe=quick(), device="cpu", on_block=count)
     assert held == [0, 0]
+
+
+def test_replaced_layers_are_freed(tiny_llama: Path, quick) -> None:
+    """A reference to the original layers would keep the whole model in memory, block after block."""
+    recipe, source = quick(), Source(tiny_llama, dtype=torch.float32)
+    first = [weakref.ref(m) for m in source.blocks()[0][1].modules() if isinstance(m, nn.Linear)]
+    assert len(first) == 7
+    steps = quantize(source, batches(tiny_llama, recipe), recipe, None)
+    next(steps)
+    next(steps)
+    gc.collect()
+    assert [ref() for ref in first] == [None] * 7
