@@ -31,7 +31,6 @@ class Shards:
         self._headers: dict[str, dict] = {}  # file → tensor → {dtype, shape, data_offsets}
         self._digests: list[str] = []
         self._file_of: dict[str, str] = {}
-        self._open = {}
         for file in self._files():
             header, digest = _read_header(path / file)
             self._headers[file] = header
@@ -81,9 +80,9 @@ class Shards:
         if file is None:
             raise ValueError(f"{self.path} has no tensor {name}")
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            return self._open[file].get_tensor(name)
+            # opened anew: pages of a mapping that stays count as memory of this process, in the end the whole model
+            with safe_open(self.path / file, framework="pt") as opened:
+                return opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file} cannot be read ({error}); download it again") from error
 
