@@ -78,7 +78,7 @@ def main() -> None:
         ("gptq, static scales", lambda: gptq(weight, hessian, grid, factor=act)),
         (
             "gptq, trial scales (14 candidates a group)",
-            lambda: gptq(weight, hessian, grid, in_loop="trial", factor=grouped),
+            sweep,
         ),
         ("coordinate descent, 1 sweep", lambda: coordinate_descent(weight, hessian, start, sweeps=1)),
     ]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -540,7 +541,10 @@ def interrupted(deep_llama: Path, tiny_text: Path, out: Path, number: int) -> su
         "--out",
         str(out),
     ]
-    run = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell that starts the tests in the background lets its children ignore SIGINT, and Python respects that
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen([*command, *options], text=True, preexec_fn=listen, **pipes)
     limit = time.monotonic() + 120
     while not out.with_name(out.name + ".partial").exists() and run.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
