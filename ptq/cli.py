@@ -7,10 +7,12 @@ Numbers go to stdout, progress and messages to stderr. Without ``--debug`` the l
 import functools
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
@@ -53,23 +55,45 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args, **options) -> None:
         debug = bool(options.get("debug"))
-        try:
-            settle(quiet=bool(options.get("quiet")), debug=debug)
-            command(*args, **options)
-        except BrokenPipeError:  # ptq inspect … | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except KeyboardInterrupt:
-            kept = options.get("out") and Path(f"{options['out']}.partial").is_dir()
-            fail("interrupted" + ("; the same command continues after the finished blocks" if kept else ""), 130)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
-                raise
-            if debug:
-                traceback.print_exc()
-            fail(describe(error), 2)
+        with listening() as interrupts:
+            try:
+                settle(quiet=bool(options.get("quiet")), debug=debug)
+                command(*args, **options)
+            except BrokenPipeError:  # ptq inspect … | head
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
+            except (KeyboardInterrupt, Exception) as error:
+                if interrupts or isinstance(error, KeyboardInterrupt):
+                    kept = options.get("out") and Path(f"{options['out']}.partial").is_dir()
+                    then = "; the same command continues after the finished blocks" if kept else ""
+                    fail("interrupted" + then, 130)
+                if not isinstance(error, (ValueError, OSError, MemoryError)) and not out_of_memory(error):
+                    raise
+                if debug:
+                    traceback.print_exc()
+                fail(describe(error), 2)
 
     return run
+
+
+@contextmanager
+def listening() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt, as always, and is noted: libraries turn some into errors of their own."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler:  # ignored, or somebody else's
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def out_of_memory(error: BaseException) -> bool:
