@@ -96,8 +96,7 @@ def rotate_quantize(
     Args:
         x: (*tokens, in) bfloat16 or float16; with the prologue ``silu_mul`` (*tokens, 2·in): gate and up side by side.
         rotation: size of the Hadamard blocks (1, 16, 32, 64, 128), or any square block of such a size in the dtype of
-            x, already
-            normalised: y = x · block.
+            x, already normalised: y = x · block.
         global_scale: fp32 scalar on the device of x; None takes one per token (e4m3 scales; e8m0 has none).
         rule: of e8m0 scales: ``theta``, ``ocp`` or ``ceil``.
         prologue: ``rms_norm`` (with ``gain`` (in,) and ``epsilon``) or ``silu_mul`` before the rotation.
@@ -278,8 +277,7 @@ def w4a4_matmul(
     Args:
         inputs: what :func:`rotate_quantize` returned, of the weight's format.
         packed: uint8 (out, in/2); scale_bits: uint8 (out, groups), or both scales in 128 × 4 blocks (``swizzle=True``
-            and
-            :func:`swizzle_scales`), which selects the persistent TMA kernel of sm_100.
+            and :func:`swizzle_scales`), which selects the persistent TMA kernel of sm_100.
 
     Raises:
         ValueError: shapes that do not fit, or only one of the scales in blocks.

@@ -129,10 +129,9 @@ class Format:
 
     Attributes:
         scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale) or ``float8_e4m3fn`` (with an fp32 global
-        scale).
+            scale).
         power_of_two_global: restrict the global scale to powers of two, so that scale * global scale is exact in bf16;
-        for
-            NVINT4, whose only exact route into other engines is int4 with bf16 scales. Costs at most 0.02 dB.
+            for NVINT4, whose only exact route into other engines is int4 with bf16 scales. Costs at most 0.02 dB.
     """
 
     name: str

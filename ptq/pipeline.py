@@ -5,7 +5,6 @@ source ─▶ walk: Hessian and samples per input group ─▶ solve: codes and 
              └──────────── the next block sees what the quantized block produces ◀────┘
 """
 
-import ctypes
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +117,6 @@ def quantize(
             )  # fmt: skip
         if out is not None and world()[0] == 0:
             _write(block, layers, source, out, reports)
-        _trim()
         yield Progress(block.name, block.index, block.count, reports, False)
 
 
@@ -334,13 +332,6 @@ def _install(block: CalibratedBlock, solved: Solved, recipe: Recipe) -> QuantLin
     layer.cache = True  # the block runs over all batches once more
     block.module.set_submodule(inner, layer)
     return layer
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: glibc otherwise keeps what a finished block leaves behind."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _warn(report: dict[str, object], recipe: Recipe) -> None:

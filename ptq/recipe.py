@@ -61,7 +61,7 @@ class Recipe:
         weighted: a static scale search weights columns by the diagonal of the Hessian.
         order: column order of GPTQ: ``natural``, ``act`` or ``group``.
         damping: share of the mean diagonal added to the Hessian; raised tenfold, and logged, if the factorisation
-        fails.
+            fails.
         descent: sweeps of coordinate descent on the codes after the algorithm (0: none).
         global_scale: ``absmax`` or ``alternating`` (refitted by turns with the group scales).
         input_scale: global scale of activations in ``w4a4``: ``static`` (calibrated) or ``token``.
@@ -224,8 +224,7 @@ def chosen_layers(
 
     Raises:
         ValueError: a pattern that matches nothing, inputs that do not form groups or rotation blocks (all such layers
-        are
-            named), or a recipe that leaves nothing to quantize.
+            are named), or a recipe that leaves nothing to quantize.
     """
     layers = {
         f"{name}.{inner}": module

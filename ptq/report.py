@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ptq.checkpoint import Checkpoint
-from ptq.dialects import LayerInfo
+from ptq.dialects import LayerInfo, natural
 from ptq.formats import FORMATS
 from ptq.storage import Entry
 
@@ -177,8 +177,3 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are known, None if none is."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts layer 10 behind layer 9."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

@@ -60,8 +60,7 @@ def scale_bytes(
 
     Args:
         rule: for E8M0 scales ``ceil`` (also called ``absmax``), ``ocp``, ``theta`` or ``round``; for E4M3 scales
-        ``absmax``
-            (nearest) or ``up`` (the smallest storable scale that clips nothing).
+            ``absmax`` (nearest) or ``up`` (the smallest storable scale that clips nothing).
 
     Raises:
         ValueError: the rule does not exist for the scales of this format.

@@ -77,9 +77,8 @@ def solve(job: Job) -> list[Solved]:
     """Quantize the layers of a group, with the rotation of least measured loss if the recipe leaves the choice.
 
     Raises:
-        ValueError: naming the layer: features that do not divide, weights or a Hessian that are not finite or stay
-        indefinite at
-            the largest damping, no tokens.
+        ValueError: naming the layer: features that do not divide, weights or a Hessian that are not finite, a Hessian
+            that stays indefinite at the largest damping, no tokens.
     """
     first = job.names[0]
     try:

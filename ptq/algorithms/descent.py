@@ -31,24 +31,22 @@ def coordinate_descent(
     h = damped(hessian, damping).float() if damped_hessian is None else damped_hessian.float()
     steps = quantized.scales.step().T.repeat_interleave(fmt.group_size, dim=0)  # (in, out)
     values = fmt.element.decode(quantized.codes).T.contiguous()
-    current = values * steps
-    gradient = h @ (weight.float().T - current)  # H̃ Δᵀ with Δ = W - Ŵ
+    gradient = h @ (weight.float().T - values * steps)  # H̃ Δᵀ with Δ = W - Ŵ
     diagonal = h.diagonal().tolist()
     for _ in range(sweeps):
         changed = False
         for start in range(0, len(h), block_size):
             stop = min(start + block_size, len(h))
-            moves = torch.zeros_like(current[start:stop])
+            moves = torch.zeros_like(values[start:stop])
             block = h[start:stop, start:stop]
             for j in range(start, stop):
-                best = fmt.element.round((current[j] + gradient[j] / diagonal[j]) / steps[j])
+                best = fmt.element.round((values[j] * steps[j] + gradient[j] / diagonal[j]) / steps[j])
                 move = (best - values[j]) * steps[j]
                 values[j] = best
                 moves[j - start] = move
                 gradient[start:stop].addr_(block[:, j - start], move, alpha=-1)
             if moves.count_nonzero():
                 changed = True
-                current[start:stop] = values[start:stop] * steps[start:stop]
                 gradient[:start].addmm_(h[:start, start:stop], moves, alpha=-1)
                 gradient[stop:].addmm_(h[stop:, start:stop], moves, alpha=-1)
         if not changed:
