@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ptq import decoding
+
 CONTEXT = 8  # tokens before the first new one that are decoded with it
 UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character that the next token completes
 
@@ -13,15 +15,25 @@ UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     """The next token from logits (vocab): the most likely at temperature 0, else a draw from softmax(logits / T).
 
+    Waits for the device once: token and largest logit, or all logits, come to the host together.
+
     Raises:
         ValueError: NaN or infinite logits.
     """
-    if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
-        raise ValueError("the model gives NaN or infinite logits; the weights are damaged, or try --dtype float32")
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = (logits.double().cpu() / temperature).softmax(-1)
+    if temperature == 0:  # a token is exact in float64
+        token, largest = torch.stack((logits.argmax().double(), logits.amax().double())).tolist()
+        _check(largest)
+        return int(token)
+    logits = logits.cpu()
+    _check(float(logits.amax()))
+    probabilities = (logits.double() / temperature).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _check(largest: float) -> None:
+    """Raise ValueError if the largest logit, which is NaN if any is, says that they are no numbers."""
+    if math.isnan(largest) or largest == math.inf:
+        raise ValueError("the model gives NaN or infinite logits; the weights are damaged, or try --dtype float32")
 
 
 @torch.no_grad()
@@ -33,13 +45,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Iterable[int] = (),
+    decode: decoding.Decode = "auto",
 ) -> Iterator[int]:
     """Yield the tokens that follow ``prompt``, until one of ``stop``, which is not yielded, or ``max_new_tokens``.
 
-    The same seed gives the same text on the same machine.
+    The same arguments give the same text on the same machine. ``decode`` is how steps run (``ptq/decoding.py``): if
+    not given, as a CUDA graph over a cache of fixed size where device and model allow it, else plainly.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature or length, or logits that are no numbers.
+        ValueError: an empty prompt, a negative temperature or length, logits that are no numbers, or a way to
+            decode that the model or its device does not allow.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens; give some text with --prompt")
@@ -47,18 +62,17 @@ def generate(
         raise ValueError(f"temperature {temperature} is not a number of 0 or more")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: ask for at least one")
-    device = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue] - a model of transformers
     generator = torch.Generator().manual_seed(seed)
     ends = frozenset(stop)
-    fed, cache = torch.tensor([list(prompt)], device=device), None
-    for _ in range(max_new_tokens):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        token = choose(output.logits[0, -1], temperature, generator)
+    steps = decoding.decode(model, prompt, len(prompt) + max_new_tokens, decode)
+    logits = next(steps)
+    for left in reversed(range(max_new_tokens)):
+        token = choose(logits, temperature, generator)
         if token in ends:
             return
         yield token
-        fed = torch.tensor([[token]], device=device)
+        if left:
+            logits = steps.send(token)
 
 
 def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

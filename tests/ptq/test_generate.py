@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ptq.decoding import Watch
 from ptq.generate import choose, generate, record, stream_text
 
 
@@ -63,9 +64,34 @@ def test_bad_options(model: nn.Module, options: dict, message: str):
         list(generate(model, **{"prompt": [1], **options}))
 
 
-def test_logits_that_are_no_numbers():
-    with pytest.raises(ValueError, match="NaN"):
-        choose(torch.tensor([0.0, float("nan")]), 0.0, torch.Generator())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers(bad: float, temperature: float):
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        choose(torch.tensor([0.0, bad, 1.0]), temperature, torch.Generator())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choices_are_those_of_their_definition(dtype: torch.dtype):
+    """argmax, the first of equal ones; else one draw of the seed's generator from the softmax in float64."""
+    logits = (4 * torch.randn(1000)).to(dtype)
+    logits[3] = -torch.inf  # a token that is ruled out is none that is damaged
+    logits[[500, 700]] = logits.max() + 1
+    assert choose(logits, 0.0, torch.Generator()) == 500
+    for temperature in (0.3, 1.0):
+        expected = torch.multinomial((logits.double() / temperature).softmax(-1), 1, generator=generator_of(5))
+        assert choose(logits, temperature, generator_of(5)) == int(expected)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_most_likely_token_and_the_check_come_to_the_host_together():
+    """No value is read on its own: each would wait for the device."""
+    with Watch() as watch:
+        assert choose(torch.tensor([0.0, 2.0, 1.0]), 0.0, torch.Generator()) == 1
+    assert not watch.found
 
 
 def by_bytes(ids: list[int]) -> str:
