@@ -2,13 +2,14 @@
 
 A time is that of a replay of one graph with a call per copy of the weight, the copies together larger than twice the L2
 cache (timers that repeat one weight flatter 20–60 MB ones). Backends take turns, so that they share thermal drift.
-kernels.md §14.
+On a CPU calls are timed one by one, in fp32. kernels.md §14.
 """
 
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +37,7 @@ class Problem:
     copies: int
 
     def inputs(self) -> Tensor:
+        """Random (tokens, in): bf16 on a GPU, fp32 on a CPU."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return torch.randn(self.tokens, self.k, device=self.device, dtype=dtype)
 
@@ -65,8 +67,10 @@ def backend(name: str) -> Callable[[Callable[[Problem], list[Call]]], Callable[[
     return enter
 
 
+@backend("fp32")
 @backend("bf16")
-def _bf16(problem: Problem) -> list[Call]:
+def _dense(problem: Problem) -> list[Call]:
+    """The library's product with a dense weight in the dtype of the inputs: what all others are compared with."""
     x = problem.inputs()
     weights = [torch.randn(problem.n, problem.k, device=x.device, dtype=x.dtype) for _ in range(problem.copies)]
     return [lambda w=w: linear(x, w) for w in weights]
@@ -131,6 +135,14 @@ def _rotate_w4a4(problem: Problem) -> list[Call]:
     return _w4a4_calls(problem, quantize=True)
 
 
+@backend("rotate+w4a8")
+def _rotate_w4a8(problem: Problem) -> list[Call]:
+    from ptq.kernels import ops
+
+    x, element, scale = problem.inputs(), problem.element, problem.scale
+    return [lambda w=w: ops.w4a8_matmul(x, problem.rotation, *w, element, scale) for w in problem.weights()]
+
+
 @backend("fp8")
 def _fp8(problem: Problem) -> list[Call]:
     """``torch._scaled_mm`` with one scale per row, inputs quantized beforehand."""
@@ -159,15 +171,18 @@ GEMLITE = {"e8m0": "A16W4_MXFP", "e4m3": "A16W4_NVFP"}
 
 
 def backends(device: torch.device, element: str, scale: str) -> list[str]:
-    """Those that can run there, bf16 first; on a CPU only that one."""
+    """The names of ``BACKENDS`` that can run there, the dense product first; on a CPU only that one."""
     if device.type != "cuda":
-        return ["bf16"]
+        return ["fp32"]
     found = ["bf16"]
+    has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
     if dispatch.available(device):
-        found += ["w4a16", "rotate+w4a16", "rotate"]
-        if element == "e2m1" and dispatch.multiplies_fp4(device):
-            found += ["w4a4", "rotate+w4a4", "quantize"]
-    if torch.cuda.get_device_capability(device) >= (8, 9):
+        found += ["w4a16", "rotate+w4a16", "rotate", "quantize"]
+        if dispatch.multiplies_fp4(device):
+            found += ["w4a4", "rotate+w4a4"] if element == "e2m1" else []
+        elif has_fp8:
+            found.append("rotate+w4a8")
+    if has_fp8:
         found.append("fp8")
     if element == "e2m1" and importlib.util.find_spec("gemlite") is not None:
         from gemlite import helper  # pyright: ignore[reportMissingImports]
@@ -177,6 +192,11 @@ def backends(device: torch.device, element: str, scale: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- timing
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within, ``device`` is the one that streams, graphs and Triton's launches use."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def copies_for(weight_bytes: int, device: torch.device) -> int:
@@ -241,9 +261,12 @@ def _looped(calls: list[Call]) -> Callable[[], float]:
 
 @torch.inference_mode()
 def time_tiles(
-    operation: str, fmt: str, tokens: int, n: int, k: int, tiles: Sequence[Tile]
+    operation: str, fmt: str, tokens: int, n: int, k: int, tiles: Sequence[Tile], device: torch.device
 ) -> list[tuple[float, Tile]]:
-    """(median seconds, tile) of candidate tiles for ``scripts/tune_kernels.py``, those that do not launch left out.
+    """(median seconds, tile) of candidate tiles for ``kernels/tune.py``, those that do not launch left out.
+
+    Args:
+        operation: ``w4a16`` or ``w4a4``. fmt: a name of ``dispatch.FORMATS``. device: the current CUDA device.
 
     Raises:
         RuntimeError: no candidate ran.
@@ -252,7 +275,6 @@ def time_tiles(
 
     from ptq.kernels import launch, ops
 
-    device = torch.device("cuda", torch.cuda.current_device())
     element, scale = next(parts for parts, name in dispatch.FORMATS.items() if name == fmt)
     copies = copies_for(n * k // 2, device)
     problem = Problem(tokens=tokens, n=n, k=k, element=element, scale=scale, rotation=16, device=device, copies=copies)
@@ -278,11 +300,20 @@ def time_tiles(
 
 
 @torch.inference_mode()
-def peaks(device: torch.device) -> tuple[float, float]:
-    """The copy bandwidth (bytes per second) and the bf16 matmul rate (operations per second) of a GPU, measured."""
+def peaks(device: torch.device) -> tuple[float, float, float]:
+    """What a GPU does at most, measured: bytes per second of a copy (read and written), operations per second of a
+    matmul in bf16 and in fp8; 0 where there is no fp8.
+    """
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(time_calls({"": [lambda: target.copy_(source)]}, device)[""])
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    multiply = statistics.median(time_calls({"": [lambda: a @ b]}, device)[""])
-    return 2 * source.numel() / copy, 2 * 8192**3 / multiply
+
+    def rate(work: int, call: Call) -> float:
+        return work / statistics.median(time_calls({"": [call]}, device)[""])
+
+    bandwidth, bf16 = rate(2 * source.numel(), lambda: target.copy_(source)), rate(2 * 8192**3, lambda: a @ b)
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return bandwidth, bf16, 0.0
+    low, high, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device=device)
+    call = partial(torch._scaled_mm, low, high, one, one, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
+    return bandwidth, bf16, rate(2 * 8192**3, call)

@@ -1,29 +1,34 @@
 """How fast the linear layers of a model are: measured on the device at hand, or predicted from a GPU's roofline.
 
-Facts are stored as JSONL (``Measurement``), opinions (TB/s, ratios to bf16, percentages) are derived from them. What is
-timed and how is in ``kernels/timing.py``. Spec: kernels.md §14, §15.
+Facts are stored as JSONL (``Measurement``), opinions (TB/s, ratios to bf16, percentages) are derived from them, here
+and in ``ptq/speed_report.py``. What is timed and how is in ``kernels/timing.py``. Spec: kernels.md §14, §15.
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
 from ptq.formats import E2M1, FORMATS, Format
-from ptq.kernels import timing
+from ptq.kernels import dispatch, timing
 from ptq.rotation import Rotation
+from ptq.shapes import EXPERT, Layer
 from ptq.tensor import QuantizedTensor, Scales, unpack
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
+PACKED = tuple(dispatch.FORMATS.values())  # the formats that kernels know
 REFERENCE = "reference"  # the path of layers without kernels, for CPUs
 BACKENDS = (*timing.BACKENDS, REFERENCE)
+DENSE = ("bf16", "fp32")  # what all others are compared with: on a GPU, on a CPU
+FORMATLESS = (*DENSE, "fp8", "rotate")  # timed once for all formats
 
 
 # ---------------------------------------------------------------- facts
@@ -36,6 +41,7 @@ class Measurement:
     Attributes:
         shape: (tokens, out, in).
         bytes: what has to be moved at least: weight, inputs, outputs. flops: 2 · tokens · out · in.
+        bandwidth, peak: what the device does at most, in bytes and operations per second; 0 if that is not known.
     """
 
     model: str
@@ -49,8 +55,11 @@ class Measurement:
     p80_s: float
     bytes: int
     flops: int
+    bandwidth: float
+    peak: float
     predicted: bool
     device: str
+    ptq: str
     torch: str
     triton: str
     date: str
@@ -63,6 +72,19 @@ class Measurement:
     def terabytes_per_second(self) -> float:
         return self.bytes / self.median_s / 1e12
 
+    @property
+    def share(self) -> tuple[float, str] | None:
+        """The larger of the shares of the device's copy bandwidth and of its matmul peak; None if nobody knows them."""
+        if not self.bandwidth:
+            return None
+        moved = self.bytes / self.median_s / self.bandwidth
+        computed = self.flops / self.median_s / self.peak if self.peak else 0.0
+        return (moved, "copy") if moved >= computed else (computed, "matmul")
+
+    def to_json(self) -> str:
+        """One line; :meth:`from_dict` reads it."""
+        return json.dumps(asdict(self))
+
     @classmethod
     def from_dict(cls, data: dict[str, object]) -> "Measurement":
         """The measurement of a line of JSONL."""
@@ -70,164 +92,252 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """What a GPU can do at most, in bytes and operations per second, and where the numbers come from."""
+class Limits:
+    """What a device does at most, in bytes and operations per second, and where the numbers come from.
+
+    Attributes:
+        bandwidth, bf16, fp8, fp4: 0 where the device has none, or where it was not measured.
+    """
 
     name: str
     bandwidth: float
     bf16: float
-    low: float  # FP4 where the tensor cores have it, else FP8
+    fp8: float = 0.0
+    fp4: float = 0.0
     source: str
+
+    def peak(self, backend: str) -> float:
+        """Operations per second of the numbers that a backend multiplies."""
+        return self.fp4 if backend.endswith("w4a4") else self.fp8 if backend in ("fp8", "rotate+w4a8") else self.bf16
 
 
 GPUS = {
-    "h200": Gpu(
+    "h200": Limits(
         name="H200",
         bandwidth=4.3e12,
         bf16=790e12,
-        low=1450e12,
-        source="bandwidth and bf16 measured with plain PyTorch; fp8 assumed",
+        fp8=1450e12,
+        source="bandwidth and bf16 measured with plain PyTorch, fp8 assumed",
     ),
-    "b200": Gpu(
-        name="B200", bandwidth=7.2e12, bf16=1450e12, low=4650e12, source="bandwidth assumed, bf16 and fp4 published"
+    "b200": Limits(
+        name="B200", bandwidth=7.2e12, bf16=1450e12, fp4=4650e12, source="bandwidth assumed, bf16 and fp4 published"
     ),
-    "rtx5090": Gpu(
-        name="RTX 5090", bandwidth=1.6e12, bf16=224e12, low=1300e12, source="bandwidth assumed, bf16 and fp4 published"
+    "rtx5090": Limits(
+        name="RTX 5090", bandwidth=1.6e12, bf16=224e12, fp4=1300e12, source="bandwidth assumed, bf16 and fp4 published"
     ),
-    "a100": Gpu(name="A100", bandwidth=1.7e12, bf16=270e12, low=270e12, source="assumed: 85 % of the data sheet"),
-}
-
-# hidden size, features of queries, of keys and values together, of the MLP
-_MODELS = {
-    "llama-3.1-8b": (4096, 4096, 2048, 14336),
-    "llama-3.1-70b": (8192, 8192, 2048, 28672),
-    "qwen3-8b": (4096, 4096, 2048, 12288),
-    "qwen3-32b": (5120, 8192, 2048, 25600),
+    "a100": Limits(name="A100", bandwidth=1.7e12, bf16=270e12, source="assumed: 85 % of the data sheet"),
 }
 
 
-def shapes(model: str) -> list[tuple[str, int, int]]:
-    """(name, out, in) of the matmuls of a decoder layer, projections that read the same input merged.
+def measured_limits(device: torch.device) -> Limits:
+    """Of the GPU at hand, by a copy and by matmuls; of a CPU nothing, because weights stay in its cache."""
+    if device.type != "cuda":
+        return Limits(name="CPU", bandwidth=0.0, bf16=0.0, source="the reference path in fp32, weights in the cache")
+    with timing.current(device):
+        bandwidth, bf16, fp8 = timing.peaks(device)
+    name = torch.cuda.get_device_name(device)
+    return Limits(name=name, bandwidth=bandwidth, bf16=bf16, fp8=fp8, source="measured in this run")
 
-    Args:
-        model: a name of the built-in list, or a directory with a config.json, or such a file.
+
+# ---------------------------------------------------------------- what to time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The layers of a model, and what to time on them.
+
+    Attributes:
+        formats: names of ``PACKED``. rotation: size of the Hadamard blocks, 1 for none.
+        backends: names of ``BACKENDS``; empty takes all that can run.
 
     Raises:
-        ValueError: neither, or a config without the sizes of a decoder.
+        ValueError: a count, format, rotation or backend that does not exist or does not fit the layers.
     """
-    if model in _MODELS:
-        hidden, query, key_value, intermediate = _MODELS[model]
+
+    model: str
+    layers: Sequence[Layer]
+    tokens: Sequence[int] = TOKENS
+    formats: Sequence[str] = ("nvfp4", "mxfp4", "nvint4")
+    rotation: int = 32
+    backends: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if wrong := [count for count in self.tokens if count < 1]:
+            raise ValueError(f"{wrong[0]} tokens cannot be timed; give 1 or more")
+        if unknown := [name for name in self.formats if name not in PACKED]:
+            raise ValueError(f"no kernel for format {unknown[0]!r}; choose from {', '.join(PACKED)}")
+        if unknown := [name for name in self.backends if name not in BACKENDS]:
+            raise ValueError(f"no backend {unknown[0]!r}; choose from {', '.join(BACKENDS)}")
+        for layer, _, k in self.layers:
+            for fmt in (FORMATS[name] for name in self.formats):
+                reason = dispatch.obstacle(*_parts(fmt), fmt.group_size, k, rotation=self.rotation)
+                if reason is not None:
+                    raise ValueError(f"{layer} of {self.model}: {reason}")
+
+    def chosen(self, place: torch.device | Limits) -> dict[str, list[str]]:
+        """Format → the backends to time, or for ``Limits`` to predict; what has no format comes with the first one.
+
+        Raises:
+            ValueError: a backend was asked for that runs there with none of the formats.
+        """
+        offered = {name: backends(place, FORMATS[name], self.rotation) for name in self.formats}
+        every = list(dict.fromkeys(b for names in offered.values() for b in names))
+        if missing := [b for b in self.backends if b not in every]:
+            what = f"is not predicted for {place.name}" if isinstance(place, Limits) else f"does not run on {place}"
+            raise ValueError(f"{missing[0]} {what} with {', '.join(self.formats)}; choose from {', '.join(every)}")
+        wanted = self.backends or every
+        return {
+            name: [b for b in names if b in wanted and (name == self.formats[0] or b not in FORMATLESS)]
+            for name, names in offered.items()
+        }
+
+
+def backends(place: torch.device | Limits, fmt: Format, rotation: int) -> list[str]:
+    """What can be timed on a device, or predicted from a roofline; without a rotation, nothing that only rotates."""
+    if isinstance(place, Limits):
+        found = ["bf16", "w4a16", "rotate+w4a16"]
+        if place.fp4:
+            found += ["w4a4", "rotate+w4a4"] if fmt.element is E2M1 else []
+        elif place.fp8:
+            found.append("rotate+w4a8")
     else:
-        path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-        if not path.is_file():
-            raise ValueError(f"no model {model!r}: give one of {', '.join(_MODELS)} or a directory with a config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            hidden, heads = config["hidden_size"], config["num_attention_heads"]
-            intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
-        except KeyError as error:
-            raise ValueError(f"{path}: no {error} in the config, so its layers' shapes are unknown") from error
-        size = config.get("head_dim") or hidden // heads
-        query, key_value = heads * size, 2 * (config.get("num_key_value_heads") or heads) * size
-    return [
-        ("qkv", query + key_value, hidden),
-        ("o", hidden, query),
-        ("gate_up", 2 * intermediate, hidden),
-        ("down", hidden, intermediate),
-    ]
+        found = timing.backends(place, *_parts(fmt)) + ([REFERENCE] if place.type == "cpu" else [])
+    return [b for b in found if rotation > 1 or b not in ("rotate", "rotate+w4a16")]
 
 
-def moved_bytes(tokens: int, n: int, k: int, weight_bits: float, input_bits: float) -> int:
-    """Bytes of weight, inputs and bf16 outputs, each moved once."""
-    return round(n * k * weight_bits / 8 + tokens * k * input_bits / 8 + tokens * n * 2)
+def _parts(fmt: Format) -> tuple[str, str]:
+    """The names that kernels have for the element and the scale of a format."""
+    return fmt.element.name, "e4m3" if fmt.has_global_scale else "e8m0"
 
 
-def bits(backend: str, fmt: Format) -> tuple[float, float]:
-    """(bits per weight, bits per input) that the matmul of a backend moves."""
-    if backend.endswith("w4a4"):
-        return fmt.bits_per_weight, fmt.bits_per_weight
-    if backend == "fp8":
-        return 8.0, 8.0
-    return (16.0 if backend in ("bf16", "rotate", "quantize") else fmt.bits_per_weight), 16.0
+def cost(backend: str, shape: tuple[int, int, int], fmt: Format, rotation: int) -> tuple[int, int]:
+    """(bytes, operations) of one call with (tokens, out, in): everything moved once."""
+    tokens, n, k = shape
+    wide, low = 32 if backend in ("fp32", REFERENCE) else 16, fmt.bits_per_weight
+    if backend in ("rotate", "quantize"):
+        return round(tokens * k * (wide + (wide if backend == "rotate" else low)) / 8), 2 * tokens * k * rotation
+    weight = wide if backend in DENSE else 8 if backend == "fp8" else low
+    inputs = low if backend.endswith("w4a4") else 8 if backend in ("fp8", "rotate+w4a8") else wide
+    return round((n * k * weight + tokens * k * inputs + tokens * n * wide) / 8), 2 * tokens * n * k
 
 
-def predict(
-    model: str, tokens: Sequence[int], formats: Sequence[str], gpu: Gpu, rotation: int = 32
-) -> Iterator[Measurement]:
+# ---------------------------------------------------------------- predicting
+
+
+def predict(plan: Plan, gpu: Limits) -> Iterator[Measurement]:
     """Rooflines: the larger of the time to move the bytes and the time to compute; nothing real is faster.
 
-    ``w4a4`` computes in FP4 (in FP8 on GPUs without it). ``rotate+…`` adds one pass over the inputs.
+    ``rotate+…`` adds one pass over the inputs, which are read in bf16 and written as the product wants them.
     """
-    for layer, n, k in shapes(model):
-        for count in tokens:
-            for name in formats:
-                fmt, flops = FORMATS[name], 2 * count * n * k
-                for backend in (
-                    "bf16",
-                    "w4a16",
-                    "rotate+w4a16",
-                    *(("w4a4", "rotate+w4a4") if fmt.element is E2M1 else ()),
-                ):
-                    if backend == "bf16" and name != formats[0]:
-                        continue
-                    moved = moved_bytes(count, n, k, *bits(backend, fmt))
-                    peak = gpu.low if backend.endswith("w4a4") else gpu.bf16
-                    seconds = max(moved / gpu.bandwidth, flops / peak)
+    chosen = plan.chosen(gpu)
+    for layer, n, k in plan.layers:
+        for count in plan.tokens:
+            for name, names in chosen.items():
+                for backend in names:
+                    fmt, shape = FORMATS[name], (count, n, k)
+                    moved, flops = cost(backend, shape, fmt, plan.rotation)
+                    seconds = max(moved / gpu.bandwidth, flops / gpu.peak(backend))
                     if backend.startswith("rotate+"):
-                        seconds += count * k * (16 + bits(backend, fmt)[1]) / 8 / gpu.bandwidth
-                    yield _measurement(
-                        model,
-                        layer,
-                        (count, n, k),
-                        backend,
-                        fmt,
-                        rotation,
-                        [seconds],
-                        predicted=True,
-                        device=f"{gpu.name} (roofline)",
-                    )
+                        written = {"w4a16": 16, "w4a8": 8, "w4a4": fmt.bits_per_weight}[backend.removeprefix("rotate+")]
+                        seconds += count * k * (16 + written) / 8 / gpu.bandwidth
+                    yield _measurement(plan, layer, shape, backend, fmt, [seconds], gpu, predicted=True)
 
 
 def _measurement(
-    model: str,
+    plan: Plan,
     layer: str,
     shape: tuple[int, int, int],
     backend: str,
     fmt: Format,
-    rotation: int,
     seconds: list[float],
+    limits: Limits,
     *,
-    predicted: bool,
-    device: str,
+    predicted: bool = False,
 ) -> Measurement:
     ordered = sorted(seconds)
+    moved, flops = cost(backend, shape, fmt, plan.rotation)
     return Measurement(
-        model=model,
+        model=plan.model,
         layer=layer,
         shape=shape,
         backend=backend,
-        format="" if backend in ("bf16", "fp8") else fmt.name,
-        rotation=rotation if "rotate" in backend or backend == "quantize" else 1,
+        format="" if backend in FORMATLESS else fmt.name,
+        rotation=plan.rotation if backend.startswith("rotate") or backend in ("quantize", REFERENCE) else 1,
         median_s=statistics.median(ordered),
         p20_s=ordered[len(ordered) // 5],
-        p80_s=ordered[(4 * len(ordered)) // 5 if len(ordered) > 1 else 0],
-        bytes=moved_bytes(*shape, *bits(backend, fmt)),
-        flops=2 * shape[0] * shape[1] * shape[2],
+        p80_s=ordered[4 * len(ordered) // 5],
+        bytes=moved,
+        flops=flops,
+        bandwidth=limits.bandwidth,
+        peak=limits.peak(backend),
         predicted=predicted,
-        device=device,
+        device=limits.name,
+        ptq=_version("ptq"),
         torch=torch.__version__,
         triton=_version("triton"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
+@cache
 def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return ""
-    return importlib.metadata.version(package)
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
 
 
 # ---------------------------------------------------------------- measuring
+
+
+def run(
+    plan: Plan,
+    device: torch.device,
+    limits: Limits,
+    *,
+    repeats: int = 30,
+    on_step: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Iterator[Measurement]:
+    """Measure every layer, as the device can; on a CPU the reference path, in fp32.
+
+    Args:
+        limits: what ``measured_limits`` says of the device.
+        on_step: told after every layer, token count and format: steps done, steps in all, which one.
+    """
+    chosen = plan.chosen(device)
+    steps = [(x, count, name) for x in plan.layers for count in plan.tokens for name in plan.formats]
+    for done, ((layer, n, k), count, name) in enumerate(steps, 1):
+        fmt, shape = FORMATS[name], (count, n, k)
+        for backend, seconds in _time_layer(shape, fmt, plan.rotation, device, chosen[name], repeats).items():
+            yield _measurement(plan, layer, shape, backend, fmt, seconds, limits)
+        on_step(done, len(steps), f"{plan.model} {layer} {count} {name}")
+
+
+@torch.inference_mode()
+def _time_layer(
+    shape: tuple[int, int, int],
+    fmt: Format,
+    rotation: int,
+    device: torch.device,
+    names: Iterable[str],
+    repeats: int,
+) -> Mapping[str, list[float]]:
+    tokens, n, k = shape
+    element, scale = _parts(fmt)
+    groups = {}
+    with timing.current(device):
+        for chosen in names:
+            inputs_alone = chosen in ("rotate", "quantize")  # else it is the weight that must not stay in the cache
+            alternating = cost("rotate", shape, fmt, 1)[0] // 2 if inputs_alone else cost(chosen, (0, n, k), fmt, 1)[0]
+            problem = timing.Problem(
+                tokens=tokens,
+                n=n,
+                k=k,
+                element=element,
+                scale=scale,
+                rotation=rotation,
+                device=device,
+                copies=timing.copies_for(alternating, device),
+            )
+            groups[chosen] = _reference(problem, fmt) if chosen == REFERENCE else timing.BACKENDS[chosen](problem)
+        return timing.time_calls(groups, device, repeats)
 
 
 def _reference(problem: timing.Problem, fmt: Format) -> list[timing.Call]:
@@ -237,84 +347,7 @@ def _reference(problem: timing.Problem, fmt: Format) -> list[timing.Call]:
     return [lambda w=w: linear(rotation.rotate(x), w.dequantize().to(x.dtype)) for w in weights]
 
 
-@torch.inference_mode()
-def run(
-    model: str,
-    tokens: Sequence[int],
-    formats: Sequence[str],
-    device: torch.device | str,
-    *,
-    rotation: int = 32,
-    only: Sequence[str] = (),
-    layers: Sequence[tuple[str, int, int]] | None = None,
-    repeats: int = 30,
-) -> Iterator[Measurement]:
-    """Measure every layer of a model, as the device can; on a CPU the reference path, in fp32.
-
-    Args:
-        only: names of ``BACKENDS``; empty takes all that can run.
-        layers: (name, out, in) instead of those of the model.
-
-    Raises:
-        ValueError: a backend that does not exist.
-    """
-    device = torch.device(device)
-    if unknown := set(only) - set(BACKENDS):
-        raise ValueError(f"no backend {', '.join(sorted(unknown))}; there are {', '.join(BACKENDS)}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is visible; measure on the cpu or predict for a named GPU")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    for layer, n, k in layers or shapes(model):
-        for count in tokens:
-            for fmt in (FORMATS[f] for f in formats):
-                for chosen, seconds in _time_layer(
-                    count, n, k, fmt, rotation, device, only, repeats, first=fmt.name == formats[0]
-                ):
-                    yield _measurement(
-                        model, layer, (count, n, k), chosen, fmt, rotation, seconds, predicted=False, device=name
-                    )
-
-
-def _time_layer(
-    tokens: int,
-    n: int,
-    k: int,
-    fmt: Format,
-    rotation: int,
-    device: torch.device,
-    only: Sequence[str],
-    repeats: int,
-    *,
-    first: bool,
-) -> Iterable[tuple[str, list[float]]]:
-    element, scale = fmt.element.name, "e4m3" if fmt.has_global_scale else "e8m0"
-    names = timing.backends(device, element, scale) + ([REFERENCE] if device.type == "cpu" else [])
-    names = [b for b in names if not only or b in only]
-    if not first:  # what has no format was timed with the first one
-        names = [b for b in names if b not in ("bf16", "fp8")]
-    groups = {}
-    for chosen in names:
-        problem = timing.Problem(
-            tokens=tokens,
-            n=n,
-            k=k,
-            element=element,
-            scale=scale,
-            rotation=rotation,
-            device=device,
-            copies=timing.copies_for(round(n * k * bits(chosen, fmt)[0] / 8), device),
-        )
-        groups[chosen] = _reference(problem, fmt) if chosen == REFERENCE else timing.BACKENDS[chosen](problem)
-    return timing.time_calls(groups, device, repeats).items()
-
-
-def measured(device: torch.device) -> Gpu:
-    """The copy bandwidth and bf16 matmul rate of the GPU at hand; ``low`` is left at 0."""
-    bandwidth, bf16 = timing.peaks(device)
-    return Gpu(name=torch.cuda.get_device_name(device), bandwidth=bandwidth, bf16=bf16, low=0.0, source="measured")
-
-
-# ---------------------------------------------------------------- records and opinions
+# ---------------------------------------------------------------- records
 
 
 def append(path: Path, measurements: Iterable[Measurement]) -> None:
@@ -322,7 +355,7 @@ def append(path: Path, measurements: Iterable[Measurement]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for measurement in measurements:
-            file.write(json.dumps(asdict(measurement)) + "\n")
+            file.write(measurement.to_json() + "\n")
 
 
 def read(path: Path) -> list[Measurement]:
@@ -334,19 +367,20 @@ def read(path: Path) -> list[Measurement]:
     return [Measurement.from_dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def layer_sums(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """One measurement per model, tokens, backend and format: the sum over the layers of a decoder block (named
-    ``all``).
+def block_sums(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """One measurement per model, tokens, backend and format: the sum over the layers of a decoder block, with one
+    expert if it has any.
     """
     sums: dict[tuple[object, ...], Measurement] = {}
     for m in measurements:
         key = (m.model, m.shape[0], m.backend, m.format, m.device, m.predicted)
         if key not in sums:
-            sums[key] = replace(m, layer="all", shape=(m.shape[0], 0, 0))
+            sums[key] = replace(m, layer="block", shape=(m.shape[0], 0, 0))
             continue
         s = sums[key]
         sums[key] = replace(
             s,
+            layer="block, 1 expert" if m.layer.startswith(EXPERT) else s.layer,
             median_s=s.median_s + m.median_s,
             p20_s=s.p20_s + m.p20_s,
             p80_s=s.p80_s + m.p80_s,
@@ -354,72 +388,3 @@ def layer_sums(measurements: Sequence[Measurement]) -> list[Measurement]:
             flops=s.flops + m.flops,
         )
     return list(sums.values())
-
-
-def table(measurements: Sequence[Measurement], gpu: Gpu | None = None) -> str:
-    """A markdown table: microseconds, rates, and the ratio to bf16 of the same model, layer and tokens.
-
-    Args:
-        gpu: peaks for the two columns of percentages; None leaves them out.
-    """
-    base = {(m.model, m.layer, m.shape[0], m.device): m.median_s for m in measurements if m.backend == "bf16"}
-    head = ["model", "layer", "tokens", "backend", "format", "µs", "TB/s", "TFLOP/s", "× bf16"]
-    head += ["% of bandwidth", "% of bf16 peak"] if gpu else []
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for m in measurements:
-        bf16 = base.get((m.model, m.layer, m.shape[0], m.device))
-        cells = [
-            m.model,
-            m.layer,
-            str(m.shape[0]),
-            m.backend,
-            m.format or "–",
-            f"{m.median_s * 1e6:.1f}",
-            f"{m.terabytes_per_second:.2f}",
-        ]
-        cells += [f"{m.tflops:.1f}", f"{bf16 / m.median_s:.2f}" if bf16 else "–"]
-        if gpu:
-            cells += [
-                f"{100 * m.bytes / m.median_s / gpu.bandwidth:.0f}",
-                f"{100 * m.flops / m.median_s / gpu.bf16:.0f}",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    devices = sorted({f"{m.device}, torch {m.torch}, triton {m.triton or 'none'}, {m.date[:10]}" for m in measurements})
-    note = (
-        "**Predicted** from a roofline; nothing was measured."
-        if any(m.predicted for m in measurements)
-        else "Measured."
-    )
-    return "\n".join([f"{note} {'; '.join(devices)}", "", *lines]) + "\n"
-
-
-def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """Speed against bf16 over the number of tokens, a line per backend and format, summed over the layers of a block.
-
-    Raises:
-        ValueError: matplotlib is not installed, or nothing to compare with.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plotting needs matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
-
-    sums = layer_sums(measurements)
-    base = {(m.model, m.shape[0]): m.median_s for m in sums if m.backend == "bf16"}
-    if not base:
-        raise ValueError("nothing to compare with: no measurement of the backend bf16")
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    for line in sorted(
-        {(m.model, m.backend, m.format) for m in sums if m.format and m.backend not in ("rotate", "quantize")}
-    ):
-        points = sorted(
-            (m.shape[0], base[m.model, m.shape[0]] / m.median_s) for m in sums if (m.model, m.backend, m.format) == line
-        )
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=" ".join(line))
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("× torch bf16")
-    axes.set_title(sums[0].device + (" — predicted, not measured" if any(m.predicted for m in sums) else ""))
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -1,22 +1,18 @@
 """The command line: argv → recipe and paths → one call → exit code. Heavy imports happen inside the commands.
 
-Exit codes: 0 done; 1 an error in the program; 2 what the user can put right, in one line on stderr; 130 interrupted.
-Numbers go to stdout, progress and messages to stderr. Without ``--debug`` the libraries' own chatter is off.
+Numbers go to stdout, progress and messages to stderr; exit codes are those of ``ptq/guard.py``.
 """
 
-import functools
-import logging
 import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn, cast
+from typing import Annotated, cast
 
 import typer
+
+from ptq.cli_bench import bench
+from ptq.guard import fail, guarded
+from ptq.options import MODEL_HELP, Debug, Device, Dtype, Field, Json, Quiet, make_recipe, parse_rotation
 
 app = typer.Typer(
     name="ptq",
@@ -26,115 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
-MODEL_HELP = "Directory of a model, id of a model on the hub, or 'demo' for the bundled one."
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU if there is one.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Of the computation: float32 (usual on a CPU), bfloat16, float16. Else the model's own."),
-]
-Field = Annotated[str | None, typer.Option(help="Of a .jsonl or .parquet text: the column; 'messages' for chats.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")]
 # What every error is for which the command line's own parser is to blame, in whichever parser typer brings along.
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
-Debug = Annotated[
-    bool, typer.Option("--debug", envvar="PTQ_DEBUG", help="Show tracebacks and the libraries' messages.")
-]
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, red if that is a terminal, and the end of the program."""
-    line = f"error: {' '.join(message.split())}"
-    print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else line, file=sys.stderr)
-    sys.exit(code)
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, with what users can put right told in one line: ValueError, OSError, memory, Ctrl-C."""
-
-    @functools.wraps(command)
-    def run(*args, **options) -> None:
-        debug = bool(options.get("debug"))
-        with listening() as interrupts:
-            try:
-                settle(quiet=bool(options.get("quiet")), debug=debug)
-                command(*args, **options)
-            except BrokenPipeError:  # ptq inspect … | head
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(1)
-            except (KeyboardInterrupt, Exception) as error:
-                if interrupts or isinstance(error, KeyboardInterrupt):
-                    kept = options.get("out") and Path(f"{options['out']}.partial").is_dir()
-                    then = "; the same command continues after the finished blocks" if kept else ""
-                    fail("interrupted" + then, 130)
-                if not isinstance(error, (ValueError, OSError, MemoryError)) and not out_of_memory(error):
-                    raise
-                if debug:
-                    traceback.print_exc()
-                fail(describe(error), 2)
-
-    return run
-
-
-@contextmanager
-def listening() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt, as always, and is noted: libraries turn some into errors of their own."""
-    interrupts: list[int] = []
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:  # ignored, or somebody else's
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or torch's allocator on the CPU, has run out of memory."""
-    torch = sys.modules.get("torch")
-    return torch is not None and (
-        isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error).lower()
-    )
-
-
-def describe(error: BaseException) -> str:
-    """The message of an error; those of the file system say which file."""
-    if isinstance(error, MemoryError) or out_of_memory(error):
-        return "out of memory; lower --batch-size or --samples, or use --device cpu"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
-def settle(*, quiet: bool, debug: bool) -> None:
-    """Decide what is told on stderr besides progress: everything, our own warnings, or with ``quiet`` nothing."""
-    if debug:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        return
-    for name, value in {  # read by the libraries when they are imported
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
-    logger = logging.getLogger("ptq")
-    logger.propagate = False
-    if quiet:
-        logger.addHandler(logging.NullHandler())
-    else:
-        from ptq.display import Messages
-
-        logger.addHandler(Messages(logging.WARNING))
 
 
 def version(wanted: bool) -> None:
@@ -366,46 +255,7 @@ def generate(
             display.note(f"{len(made)} tokens, {len(made) / seconds:.1f} tokens/s")
 
 
-def parse_rotation(name: str | None) -> int | None:
-    """The block size of ``none`` (1) or of a number; None stays None. Raises ValueError for anything else."""
-    if name is None:
-        return None
-    if name.lower() == "none":
-        return 1
-    if not name.isdecimal():
-        raise ValueError(f"unknown rotation {name!r}; use none, 16, 32, 64, 128 or 256")
-    return int(name)
-
-
-def make_recipe(format: str | None, file: Path | None, given: dict[str, object]):
-    """The recipe of a file and of the options, which override it; what neither says is the default of the format."""
-    from ptq.recipe import Recipe
-
-    choices = {} if file is None else read_choices(file)
-    choices |= {name: value for name, value in given.items() if value is not None}
-    name = choices.pop("format", None) if format is None else format
-    choices.pop("format", None)
-    if not isinstance(name, str):
-        raise ValueError("say which format: --format mxfp4, nvfp4, nvint4, …")
-    return Recipe.default(name.lower(), **choices)
-
-
-def read_choices(file: Path) -> dict[str, object]:
-    """The table of a JSON or TOML file. Raises ValueError if it is neither, or not a table."""
-    import json
-    import tomllib
-
-    if not file.is_file():
-        raise FileNotFoundError(f"--recipe {file}: no such file")
-    try:
-        choices = (
-            tomllib.loads(file.read_text("utf-8")) if file.suffix == ".toml" else json.loads(file.read_text("utf-8"))
-        )
-    except ValueError as error:  # both parsers' errors, and UnicodeDecodeError
-        raise ValueError(f"--recipe {file}: {error}") from error
-    if not isinstance(choices, dict):
-        raise ValueError(f"--recipe {file}: expected a table of choices, found {type(choices).__name__}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
+app.command()(bench)
 
 
 def main() -> None:

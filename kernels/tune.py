@@ -1,16 +1,18 @@
-"""Write the tile tables of ``kernels/configs``: from timings on the GPU at hand, or, without one, by rules of thumb.
+"""Where the tile tables of ``kernels/configs`` come from: timings on the GPU at hand, or, without one, rules of thumb.
 
-python scripts/tune_kernels.py --untimed                      # all architectures, kernels.md §8; nothing is measured
-python scripts/tune_kernels.py --models llama-3.1-8b          # times candidates on this GPU, rewrites its table
+``ptq bench --tune`` rewrites the table of this GPU. kernels.md §8.
 """
 
-import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
-from ptq.kernels.dispatch import BUCKETS, CONFIGS, MULTIPROCESSORS, Row, Table, Tile, split_rule
+import torch
+
+from ptq.kernels import dispatch, timing
+from ptq.kernels.dispatch import BUCKETS, MULTIPROCESSORS, Row, Table, Tile, split_rule
 
 W4A16_FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxint4")
 FP4 = ("nvfp4", "mxfp4")
@@ -18,6 +20,9 @@ FP4 = ("nvfp4", "mxfp4")
 SHAPE = (6144, 4096)
 # Up to how many tokens the packed weight is multiplied directly; beyond, it is dequantized for the library's matmul.
 FUSED_UP_TO = {80: 128, 90: 256, 100: 256, 120: 128}
+
+
+# ---------------------------------------------------------------- rules of thumb
 
 
 def w4a16_tile(arch: int, fmt: str, tokens: int) -> Tile:
@@ -44,13 +49,8 @@ def w4a4_tile(arch: int, tokens: int) -> Tile:
     """
     if tokens <= 64:
         block_m = max(16, tokens)
-        return Tile(
-            kernel="w4a4",
-            block_m=block_m,
-            block_k=256,
-            swap=arch == 100,
-            stages=4 if arch == 100 or block_m < 64 else 3,
-        )
+        stages = 4 if arch == 100 or block_m < 64 else 3
+        return Tile(kernel="w4a4", block_m=block_m, block_k=256, swap=arch == 100, stages=stages)
     if arch == 100:
         return Tile(kernel="w4a4", block_m=128, warps=8, stages=4)
     return Tile(kernel="w4a4", block_m=64 if tokens <= 128 else 128, warps=4 if tokens <= 128 else 8, stages=3)
@@ -88,6 +88,9 @@ def untimed(arch: int) -> Table:
     return Table(architecture=arch, source="rules of thumb, nothing timed", triton=version("triton"), rows=tuple(rows))
 
 
+# ---------------------------------------------------------------- timings
+
+
 def candidates(arch: int, operation: str, fmt: str, tokens: int, n: int, k: int) -> Iterator[Tile]:
     """Tiles worth timing: the rule of thumb and its neighbours in width, stages and splits."""
     if operation == "w4a16":
@@ -106,66 +109,65 @@ def candidates(arch: int, operation: str, fmt: str, tokens: int, n: int, k: int)
                     yield replace(tile, split=split)
 
 
-def tune(models: list[str], buckets: list[int], formats: list[str]) -> None:
-    """Time the candidates of every layer of the models and write the winners into the table of this GPU."""
-    import torch
+def problems(
+    arch: int, shapes: Iterable[tuple[int, int]], formats: Sequence[str], tokens: Sequence[int]
+) -> list[tuple[str, str, int, int, int]]:
+    """(operation, format, tokens, out, in) of everything that :func:`tune` times.
 
-    from ptq import benchmark
-    from ptq.kernels import dispatch, timing
-
-    if not dispatch.available("cuda"):
-        raise SystemExit("tuning needs a CUDA device with Triton; --untimed writes the rules of thumb without one")
-    arch = dispatch.architecture(torch.device("cuda", torch.cuda.current_device()))
-    assert arch is not None
-    rows = {(r.operation, r.format, r.tokens, r.n, r.k): r for r in dispatch.table(arch).rows}
-    shapes = sorted({(n, k) for model in models for _, n, k in benchmark.shapes(model)})
-    for fmt in formats:
-        for operation in ("w4a16", "w4a4") if arch >= 100 and fmt in FP4 else ("w4a16",):
-            for tokens in buckets:
-                for n, k in shapes:
-                    tiles = list(candidates(arch, operation, fmt, tokens, n, k))
-                    times = timing.time_tiles(operation, fmt, tokens, n, k, tiles)
-                    seconds, best = min(times, key=lambda pair: pair[0])
-                    found = Row(
-                        operation=operation,
-                        format=fmt,
-                        tokens=tokens,
-                        n=n,
-                        k=k,
-                        tile=best,
-                        microseconds=round(seconds * 1e6, 2),
-                    )
-                    rows[operation, fmt, tokens, n, k] = found
-                    print(f"{operation} {fmt} {tokens:5d} {n}×{k}: {seconds * 1e6:8.1f} us  {best}", flush=True)
-    source = f"timed on {torch.cuda.get_device_name()}; rows without microseconds are rules of thumb"
-    write(Table(architecture=arch, source=source, triton=version("triton"), rows=tuple(rows.values())))
+    Raises:
+        ValueError: a token count without a row in the tables.
+    """
+    if other := sorted(set(tokens) - set(BUCKETS)):
+        raise ValueError(f"the tile tables have no row for {other[0]} tokens; tune {', '.join(map(str, BUCKETS))}")
+    weights = sorted(set(shapes))
+    return [
+        (operation, fmt, count, n, k)
+        for fmt in formats
+        for operation in (("w4a16", "w4a4") if arch >= 100 and fmt in FP4 else ("w4a16",))
+        for count in tokens
+        for n, k in weights
+    ]
 
 
-def write(table: Table) -> None:
-    """One row to a line, so that a change is one line of a diff."""
+def tune(arch: int, work: Iterable[tuple[str, str, int, int, int]], device: torch.device) -> Iterator[Row]:
+    """The fastest candidate of each of :func:`problems`, timed on ``device``."""
+    for operation, fmt, tokens, n, k in work:
+        tiles = list(candidates(arch, operation, fmt, tokens, n, k))
+        with timing.current(device):
+            timed = timing.time_tiles(operation, fmt, tokens, n, k, tiles, device)
+        seconds, tile = min(timed, key=lambda pair: pair[0])
+        microseconds = round(seconds * 1e6, 2)
+        yield Row(operation=operation, format=fmt, tokens=tokens, n=n, k=k, tile=tile, microseconds=microseconds)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def current(arch: int) -> Table:
+    """The shipped table, or the rules of thumb where none is shipped."""
+    return dispatch.table(arch) if path(arch).is_file() else untimed(arch)
+
+
+def updated(table: Table, row: Row, device: str) -> Table:
+    """The table with a timed row in the place of the one for the same operation, format, tokens and shape."""
+    rows = {(r.operation, r.format, r.tokens, r.n, r.k): r for r in (*table.rows, row)}
+    source = f"timed on {device}; rows without microseconds are rules of thumb"
+    return replace(table, source=source, triton=version("triton"), rows=tuple(rows.values()))
+
+
+def path(arch: int) -> Path:
+    """The file of an architecture's table."""
+    return dispatch.CONFIGS / f"sm{arch}.json"
+
+
+def write(table: Table) -> Path:
+    """Write a table, one row to a line, so that a change is one line of a diff; an interruption leaves the old one."""
     data = table.to_dict()
     rows = data.pop("rows")
     header = json.dumps(data, indent=1)[:-2]
     body = ",\n  ".join(json.dumps(row) for row in rows)  # pyright: ignore[reportGeneralTypeIssues]
-    CONFIGS.mkdir(exist_ok=True)
-    (CONFIGS / f"sm{table.architecture}.json").write_text(
-        f'{header},\n "rows": [\n  {body}\n ]\n}}\n', encoding="utf-8"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--untimed", action="store_true", help="write the rules of thumb for every architecture")
-    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "llama-3.1-70b"])
-    parser.add_argument("--formats", nargs="+", default=["nvfp4", "mxfp4", "nvint4"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(BUCKETS), choices=BUCKETS)
-    options = parser.parse_args()
-    if options.untimed:
-        for arch in MULTIPROCESSORS:
-            write(untimed(arch))
-    else:
-        tune(options.models, options.tokens, options.formats)
-
-
-if __name__ == "__main__":
-    main()
+    target = path(table.architecture)
+    target.parent.mkdir(exist_ok=True)
+    part = target.with_suffix(".json.part")
+    part.write_text(f'{header},\n "rows": [\n  {body}\n ]\n}}\n', encoding="utf-8")
+    return part.replace(target)
