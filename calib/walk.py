@@ -1,6 +1,7 @@
 """Walk a decoder block by block: calibrate a block, let the caller change it, run what it became (gptq.md, 7)."""
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from ptq.calib.source import MemorySource, Source
 from ptq.calib.spill import HiddenStates
 
 __all__ = ["CalibratedBlock", "InputGroup", "walk"]
+
+PREPARE = 1 << 14  # tokens, at least one batch, that a block is prepared with
+TRIAL = 64  # tokens that a block which is prepared can be run on at little cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ def walk(
     held: Sequence[Tensor | None] | None = None,
     activations: str = "ram",
     finished: Callable[[int, Tensor], None] | None = None,
+    prepare: Callable[[CalibratedBlock, Callable[[], Tensor]], None] | None = None,
     route_all: bool = False,
     head: bool = False,
 ) -> Iterator[CalibratedBlock]:
@@ -81,6 +86,9 @@ def walk(
     ``holdout_every``-th sequence goes into ``holdout`` instead of ``hessian`` (0, or fewer sequences than that: none);
     ``held``, a mask of sequences per batch as :func:`held_out` makes it, overrides that.
     ``activations``: where the hidden states of all batches live: "ram", "device" or "disk".
+    ``prepare(block, run)``: may change a block before it is observed; it gets the block with statistics of its first
+    ``PREPARE`` tokens, and what gives the hidden states that it returns for ``TRIAL`` tokens. The output head is not
+    prepared.
     ``route_all``: statistics of experts are those of all tokens, instead of the tokens that the router sends to them.
     ``head``: the output head follows as a last block of one layer, which reads what the model makes of the last hidden
     states (final norm and whatever else).
@@ -98,27 +106,26 @@ def walk(
     with HiddenStates(activations, device) as states:
         recorder = Recorder(source.skeleton(), [block for _, block in blocks], torch.device("cpu"))
         calls: list[list[Call]] = []
+        short: list[Call] = []
         for i, (name, block) in enumerate(blocks):
             try:
                 source.fill(block, name, device)
                 if i == 0:  # with its weights: the form of what blocks return is looked at
-                    calls = _record(recorder, source, batches, states, device)
+                    calls, short = _record(recorder, source, batches, states, device)
                 groups: list[InputGroup] = []
-                if not skip(name):
-                    linears = {
-                        n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not ignore(f"{name}.{n}")
-                    }
-                    observer = Observer(
-                        block, linears, probes=probes, feed=feed, device=device, batches=len(batches), prefix=f"{name}."
-                    )
-                    with observer.installed(), routed_everywhere(block, route_all):
-                        for j, batch in enumerate(batches):
-                            observer.expect((batch.shape[0], batch.shape[1]), held[j])
-                            calls[j][i](block, states[j])
-                    groups = observer.groups()
-                yield CalibratedBlock(
-                    name=name, prefix=f"{name}.", module=block, groups=groups, index=i, count=len(blocks) + head
+                made = partial(
+                    CalibratedBlock, name=name, prefix=f"{name}.", module=block, index=i, count=len(blocks) + head
                 )
+                if not skip(name):
+                    run = partial(_run, calls, i, block, states)
+                    observe = partial(_observed, block, name, run, batches, held, device, ignore, route_all)
+                    if prepare is not None:
+                        few = min(len(batches), math.ceil(PREPARE / batches[0].numel()))
+                        statistics = made(groups=observe(few, probes={}, feed=None))
+                        start = states[0][:1, :TRIAL].clone()
+                        prepare(statistics, partial(_tried, short[i], block, start))
+                    groups = observe(len(batches), probes=probes, feed=feed)
+                yield made(groups=groups)
                 if i + 1 < len(blocks) or go_on:
                     for j in range(len(batches)):
                         states[j] = _propagated(calls[j][i], block, states[j], name)
@@ -131,6 +138,40 @@ def walk(
         if head:
             observe = partial(Observer, probes=probes, feed=None, device=device, batches=len(batches))
             yield from _head(source, recorder, batches, states, observe, skip=skip, ignore=ignore, held=held)
+
+
+def _run(calls: list[list[Call]], index: int, block: nn.Module, states: HiddenStates, batch: int) -> object:
+    """What a block returns for a batch."""
+    return calls[batch][index](block, states[batch])
+
+
+def _tried(call: Call, block: nn.Module, start: Tensor) -> Tensor:
+    """The hidden states that a block returns."""
+    return hidden_states(call(block, start.clone()))
+
+
+def _observed(
+    block: nn.Module,
+    name: str,
+    run: Callable[[int], object],
+    batches: Sequence[Tensor],
+    held: Sequence[Tensor | None],
+    device: torch.device,
+    ignore: Callable[[str], bool],
+    route_all: bool,
+    count: int,
+    *,
+    probes: dict[int, Probe],
+    feed: Callable[[str, Tensor], Tensor] | None,
+) -> list[InputGroup]:
+    """The groups of Linears in a block, and what they read in the first ``count`` batches."""
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not ignore(f"{name}.{n}")}
+    observer = Observer(block, linears, probes=probes, feed=feed, device=device, batches=count, prefix=f"{name}.")
+    with observer.installed(), routed_everywhere(block, route_all):
+        for j, batch in enumerate(batches[:count]):
+            observer.expect((batch.shape[0], batch.shape[1]), held[j])
+            run(j)
+    return observer.groups()
 
 
 def _head(
@@ -212,8 +253,9 @@ def _record(
     batches: Sequence[Tensor],
     states: HiddenStates,
     device: torch.device,
-) -> list[list[Call]]:
-    """Put the inputs of the first block into ``states``; return the arguments of every block, per batch."""
+) -> tuple[list[list[Call]], list[Call]]:
+    """Put the inputs of the first block into ``states``; return the arguments of every block, per batch and for a few
+    tokens."""
     with _filled_on_demand(source, recorder.blocks, device):
         probe = batches[0][:1].to(device)
         hidden, call = recorder.first(probe)
@@ -224,7 +266,7 @@ def _record(
         for j, batch in enumerate(batches):
             states[j], arguments = recorder(batch.to(device))
             calls.append(arguments)
-    return calls
+        return calls, recorder(probe[:, :TRIAL])[1]
 
 
 @contextmanager

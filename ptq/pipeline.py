@@ -19,8 +19,10 @@ import transformers
 from torch import Tensor, nn
 
 from ptq import __version__
+from ptq.balance import balance
 from ptq.calib.data import load_calibration, load_tokenizer
 from ptq.calib.experts import pool_key
+from ptq.calib.fold import find_sites
 from ptq.calib.observe import InputGroup
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.walk import CalibratedBlock, held_out, walk
@@ -74,6 +76,7 @@ def quantize(
     chosen = {name: layer.in_features for name, layer in _chosen(source, recipe).items()}
     probes = {size: Rotation(size).exact for size in _rotations(recipe, chosen)}
     feed = partial(_feed, recipe) if any(_own(recipe, name).quantize_inputs for name in chosen) else None
+    balancing = _Balancing(recipe) if any(_own(recipe, name).balance for name in chosen) else None
     blocks = walk(
         source,
         batches,
@@ -85,6 +88,7 @@ def quantize(
         activations=activations,
         held=held,
         finished=finished,
+        prepare=balancing,
         route_all=recipe.route_all_experts,
         head=recipe.lm_head,
     )
@@ -116,7 +120,7 @@ def quantize(
                 block.name, len(rare), min(rare),
             )  # fmt: skip
         if out is not None and world()[0] == 0:
-            _write(block, layers, source, out, reports)
+            _write(block, layers, balancing.of(block) if balancing else {}, source, out, reports)
         yield Progress(block.name, block.index, block.count, reports, False)
 
 
@@ -262,6 +266,25 @@ def _feed(recipe: Recipe, name: str, x: Tensor) -> Tensor:
     return torch.stack(quantized).reshape(x.shape)
 
 
+class _Balancing:
+    """Balances blocks before they are observed, and remembers which unquantized values of the last one changed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.changes = recipe, {}
+
+    def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        with together():
+            for group in block.groups:
+                group.reduce()
+            groups = [list(group.layers) for group in block.groups]
+            sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
+        self.changes = balance(block, sites or (), lambda name: _own(self.recipe, name).balance)
+
+    def of(self, block: CalibratedBlock) -> dict[str, Tensor]:
+        """New values of unquantized parameters, by full name."""
+        return {name: value for name, value in self.changes.items() if name.startswith(f"{block.name}.")}
+
+
 @dataclass(frozen=True)
 class _Task:
     """A job before its Hessian is made: one group's at a time, on the rank that solves it."""
@@ -348,12 +371,13 @@ def _warn(report: dict[str, object], recipe: Recipe) -> None:
 def _write(
     block: CalibratedBlock,
     layers: dict[str, QuantLinear],
+    changes: dict[str, Tensor],
     source: Source | MemorySource,
     out: CheckpointWriter,
     reports: list[dict[str, object]],
 ) -> None:
     """Quantized layers as they are; everything else of the block as the source stores it, not as it was computed
-    with."""
+    with, but for what balancing changed."""
     names = {name: _stored_name(source, name) for name in layers}
     infos = {names[name]: layer.info for name, layer in layers.items()}
     tensors = {
@@ -362,7 +386,11 @@ def _write(
         for key, value in layer.state_dict().items()
         if key != "bias"
     }
-    tensors = to_disk(tensors, infos) | dict(source.kept(block.name, {f"{name}.weight" for name in layers}))
+    kept = dict(source.kept(block.name, {f"{name}.weight" for name in layers}))
+    for name, value in changes.items():
+        stored = source.checkpoint_name(name)
+        kept[stored] = value.to("cpu", kept[stored].dtype)  # exact: see ptq.calib.fold
+    tensors = to_disk(tensors, infos) | kept
     out.add(block.name, tensors, infos, [report | {"layer": names[str(report["layer"])]} for report in reports])
 
 
@@ -377,6 +405,10 @@ def _reinstall(
     """Replace the layers of a block that an earlier run finished."""
     infos = out.layers(block.name)
     tensors = from_disk(out.read(block.name), infos)
+    for name, parameter in block.module.named_parameters():  # norms, biases, routers: balancing may have changed them
+        stored = source.checkpoint_name(f"{block.prefix}{name}")
+        if stored in tensors and tensors[stored].shape == parameter.shape:
+            parameter.data = tensors[stored].to(parameter)
     for stored, info in infos.items():
         name = source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
         inner = name.removeprefix(block.prefix)

@@ -25,7 +25,7 @@ IN_LOOP = {"in_loop_mse": "mse", "trial": "trial"}
 # Fields that a rule for single modules may replace.
 PER_MODULE = (
     "format", "scheme", "algorithm", "rotation", "scales", "weighted", "order", "damping", "descent", "global_scale",
-    "input_scale", "input_rule",
+    "input_scale", "input_rule", "balance",
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ class Recipe:
         global_scale: ``absmax`` or ``alternating`` (refitted by turns with the group scales).
         input_scale: global scale of activations in ``w4a4``: ``static`` (calibrated) or ``token``.
         input_rule: scale rule of activations; None is the format's default.
+        balance: strength of diagonal balancing, 0 (none) … 1 (all inputs of a layer equally large), where it folds into
+            what produces the inputs (:mod:`ptq.balance`).
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers and gates of shared
             experts stay as they are unless a rule selects them and nothing else.
@@ -87,6 +89,7 @@ class Recipe:
     global_scale: str = "absmax"
     input_scale: str = "static"
     input_rule: str | None = None
+    balance: float = 0.0
     ignore: tuple[str, ...] = ()
     rules: tuple[tuple[str, Mapping[str, Any] | str], ...] = ()
     lm_head: bool = False
@@ -119,6 +122,8 @@ class Recipe:
                 f"scales {self.scales!r} need the columns of a group together; use order group or natural, not act"
             )
         _positive("damping", self.damping)
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance must be from 0 (none) to 1, got {self.balance}")
         for name in ("samples", "seq_len", "batch_size"):
             _positive(name, getattr(self, name))
         for pattern, change in self.rules:
@@ -178,7 +183,7 @@ class Recipe:
         _choice("scheme", scheme, SCHEMES)
         chosen = {**_defaults(format, scheme), **given}
         if chosen["algorithm"] == "rtn":  # what belongs to the sweep has no meaning for round to nearest
-            for name, value in (("scales", "mse"), ("descent", 0)):
+            for name, value in (("scales", "mse"), ("descent", 0), ("balance", 0.0)):
                 if name not in given:
                     chosen[name] = value
         elif chosen["scales"] not in IN_LOOP and "scales" in given and "order" not in given:
@@ -269,6 +274,7 @@ def _defaults(format: str, scheme: str) -> dict[str, Any]:
     rotation = {"mxfp4": 32, "nvfp4": 1, "mxfp8": 1}.get(format, fmt.group_size)
     searched = fmt.element.bits < 8
     chosen: dict[str, Any] = {"format": format, "scheme": scheme, "algorithm": "gptq", "rotation": rotation}
+    chosen["balance"] = 0.5 if scheme == "w4a4" else 0.25
     if searched:
         return {**chosen, "scales": "trial", "order": "group", "descent": 4, "damping": 0.05}
     return {**chosen, "scales": "absmax", "order": "act"}

@@ -1,0 +1,279 @@
+"""Factors per channel that move from what layers read into what produces it (accuracy.md, 1).
+
+``x' = x · a`` and ``W' = W / a`` leave a layer as it was. The factor of x is free if it folds into the producer of x:
+the gain of a norm, or the rows of another linear layer (``v_proj`` before ``o_proj``, ``up_proj`` before
+``down_proj``). Where that holds is not read off names: it is tried, with powers of two, for which floating point loses
+nothing. A block that is folded rightly returns the same bits, and one that is not does not.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+EXPONENT = 3  # of the factors that are tried: 2^-3 … 2^3
+
+
+@dataclass(frozen=True)
+class Site:
+    """A producer and all that reads it, by names within a block.
+
+    Attributes:
+        producer: a norm or a Linear whose output is scaled; all its parameters have a row per channel.
+        start: the first row of the producer that belongs to the site.
+        channel: for every input of the readers, the row of the producer after ``start`` that it comes from; under
+            grouped-query attention several inputs come from one row.
+        readers: names of the weights (out, in) whose columns take the inverse.
+    """
+
+    producer: str
+    start: int
+    channel: Int64[Tensor, " in"]
+    readers: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the producer belong to the site."""
+        return int(self.channel.max()) + 1
+
+
+class FoldedLinear(nn.Linear):
+    """A linear layer with its weight in float32, computing in the type of its inputs: folding rounds nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def fold(block: nn.Module, site: Site, factor: Float[Tensor, " rows"], watched: Iterable[str]) -> dict[str, Tensor]:
+    """Scale the producer's rows by ``factor`` and the readers' columns by its inverse, in new parameters.
+
+    Weights of the Linears ``watched``, which will be quantized, become float32. What stays in the checkpoint as it is
+    must hold its new values exactly: a gain is rounded to bfloat16, and what was rounded is what the readers undo; if
+    there are biases or other readers (routers), factors are rounded to powers of two.
+
+    Returns:
+        The new values of the parameters that are not quantized, by name within the block.
+    """
+    watched = {f"{name}.weight" for name in watched}
+    producer = block.get_submodule(site.producer)
+    kept = {f"{site.producer}.{name}": p for name, p in producer.named_parameters(recurse=False)}
+    kept = {name: p for name, p in kept.items() if name not in watched}
+    others = [name for name in site.readers if name not in watched]
+    device, rows = producer.get_parameter("weight").device, slice(site.start, site.start + site.rows)
+    factor = factor.to(device, torch.float32)
+    changed: dict[str, Tensor] = {}
+    if list(kept) == [f"{site.producer}.weight"] and not others:
+        gain = producer.get_parameter("weight").detach().float()
+        rounded = (gain * factor).bfloat16().float()
+        rounded = torch.where((gain == 0) | (rounded == 0), gain, rounded)
+        factor = torch.where(gain == 0, 1.0, rounded / gain)
+        changed[f"{site.producer}.weight"] = rounded
+    else:
+        if kept or others:
+            factor = torch.exp2(factor.log2().round())
+        for name, parameter in producer.named_parameters(recurse=False):
+            value = parameter.detach().float().clone()
+            value[rows] *= factor.view(-1, *[1] * (parameter.ndim - 1))
+            changed[f"{site.producer}.{name}"] = value
+    for name in site.readers:
+        changed[name] = block.get_parameter(name).detach().float() / factor[site.channel.to(device)]
+    for name, value in changed.items():
+        _assign(block, name, value, wide=name in watched)
+    return {name: changed[name] for name in (*kept, *others)}
+
+
+def _assign(block: nn.Module, name: str, value: Tensor, *, wide: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = block.get_submodule(path)
+    old = owner.get_parameter(leaf)
+    if wide and old.dtype != torch.float32:
+        assert type(owner) is nn.Linear, name
+        bias = owner.bias
+        owner = FoldedLinear(owner.in_features, owner.out_features, bias=False, device="meta")
+        owner.bias = bias
+        block.set_submodule(path, owner)
+    setattr(owner, leaf, nn.Parameter(value if wide else value.to(old.dtype), requires_grad=False))
+
+
+def find_sites(block: nn.Module, groups: Sequence[Sequence[str]], run: Callable[[], Tensor]) -> list[Site]:
+    """Where factors fold in ``block``; those of all experts stand and fall together.
+
+    Args:
+        groups: names of the Linears within ``block`` that read the same activation, for every activation.
+        run: the hidden states that the block returns for some tokens; called about twenty times.
+    """
+    trial = _Trial(block, run)
+    watched = {name: block.get_submodule(name) for group in groups for name in group}
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n in watched}
+    found: list[Site] = []
+    for members in _alike(groups):
+        taken = {reader for site in found for reader in site.readers}
+        if f"{members[0][0]}.weight" in taken:
+            continue
+        candidates = (sites for sites in _candidates(block, linears, groups, members, trial) if trial.holds(sites))
+        found += next(candidates, [])
+    return found
+
+
+class _Trial:
+    """Scales parts of a block, runs it, and puts everything back."""
+
+    def __init__(self, block: nn.Module, run: Callable[[], Tensor]) -> None:
+        self.block, self.run = block, run
+        self.generator = torch.Generator().manual_seed(0)
+        self.expected = run()
+        # atomic sums of experts on a GPU: two runs of the same block differ
+        self.noise = float((run().double() - self.expected.double()).norm())
+
+    def holds(self, sites: Sequence[Site]) -> bool:
+        """Whether the block returns what it did with random factors folded at ``sites``."""
+        with _restored(self.block):
+            for site in sites:
+                exponents = torch.randint(-EXPONENT, EXPONENT + 1, (site.rows,), generator=self.generator)
+                self._scale(site, torch.exp2(exponents.float()))
+            found = self.run()
+        return float((found.double() - self.expected.double()).norm()) <= 4 * self.noise
+
+    def channel(self, producer: str, start: int, rows: int, reader: str) -> Tensor | None:
+        """Which of ``rows`` outputs of ``producer`` every input of the Linear ``reader`` comes from, if from one each.
+
+        The digits of the row's number, one a run, are powers of two that a factor on the producer brings along.
+        """
+        before = self._input(reader)
+        zero = before == 0
+        number, channel = torch.arange(rows), torch.zeros(before.shape[-1], dtype=torch.int64)
+        for shift in range(0, max(1, (rows - 1).bit_length()), 2):
+            with _restored(self.block):
+                self._scale(Site(producer, start, number, ()), torch.exp2(((number >> shift) & 3).float()))
+                after = self._input(reader)
+            fits = torch.stack([((after == before * 2.0**digit) | zero).all(0) for digit in range(4)])
+            if not fits.any(0).all():
+                return None
+            channel += fits.int().argmax(0).cpu() << shift
+        return channel if int(channel.max()) == rows - 1 else None
+
+    def _scale(self, site: Site, factor: Tensor) -> None:
+        rows = slice(site.start, site.start + len(factor))
+        for name, parameter in self.block.get_submodule(site.producer).named_parameters(recurse=False):
+            value = parameter.detach().clone()
+            value[rows] *= factor.to(value).view(-1, *[1] * (value.ndim - 1))
+            self._put(f"{site.producer}.{name}", value)
+        for name in site.readers:
+            value = self.block.get_parameter(name).detach()
+            self._put(name, value / factor.to(value)[site.channel.to(value.device)])
+
+    def _put(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.block.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+    def _input(self, reader: str) -> Tensor:
+        """(tokens, in) what a Linear reads; no tokens if it reads nothing."""
+        layer = self.block.get_submodule(reader)
+        assert isinstance(layer, nn.Linear)
+        read = [torch.zeros(0, layer.in_features)]
+        hook = layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
+        try:
+            self.run()
+        finally:
+            hook.remove()
+        return read[-1]
+
+
+@contextmanager
+def _restored(block: nn.Module) -> Iterator[None]:
+    """Put all parameters of ``block`` back at the end."""
+    kept = [(module, dict(module._parameters)) for module in block.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
+    """The groups, those together whose names differ in numbers only: the experts of a layer."""
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for group in groups:
+        alike.setdefault(tuple(re.sub(r"\d+", "#", name) for name in group), []).append(tuple(group))
+    return list(alike.values())
+
+
+def _candidates(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[Sequence[str]],
+    members: list[tuple[str, ...]],
+    trial: _Trial,
+) -> Iterator[list[Site]]:
+    """Sites that may hold for groups of the same form, the likeliest first."""
+    first = members[0]
+    features = linears[first[0]].in_features
+    identity = torch.arange(features)
+    norms = _norms(block, features)
+    if len(members) == 1:
+        yield from ([Site(name, 0, identity, tuple(f"{reader}.weight" for reader in first))] for name in norms)
+    for name, start, rows in _slices(linears, first, features):
+        parent, _, leaf = name.rpartition(".")
+        beside = parent == first[0].rpartition(".")[0]
+        if len(members) > 1 and not beside:
+            continue
+        channel = identity if rows == features else trial.channel(name, start, rows, first[0])
+        if channel is not None:
+            producers = [f"{group[0].rpartition('.')[0]}.{leaf}" if len(members) > 1 else name for group in members]
+            yield [
+                Site(producer, start, channel, tuple(f"{reader}.weight" for reader in group))
+                for producer, group in zip(producers, members, strict=True)
+            ]
+    readers = _readers(block, linears, groups, first[0].partition(".")[0], features)
+    if readers > {f"{reader}.weight" for reader in first}:
+        yield from ([Site(name, 0, identity, tuple(sorted(readers)))] for name in norms)
+
+
+def _readers(
+    block: nn.Module, linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], part: str, features: int
+) -> set[str]:
+    """All weights in ``block.part`` that may read one activation: of experts, the shared expert, their router."""
+    matrices = block.get_submodule(part).named_parameters(prefix=part)
+    others = {n for n, p in matrices if p.ndim == 2 and p.shape[1] == features}
+    others -= {f"{name}.weight" for name in linears}
+    entries: dict[str, Sequence[str]] = {}  # of every expert the first group: gate and up, not down
+    for group in groups:
+        if group[0].startswith(f"{part}.") and linears[group[0]].in_features == features:
+            entries.setdefault(group[0].rpartition(".")[0], group)
+    return others | {f"{name}.weight" for group in entries.values() for name in group}
+
+
+def _norms(block: nn.Module, features: int) -> list[str]:
+    """Modules whose parameters are vectors of so many features, from the last to the first."""
+    found = []
+    for name, module in block.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own and not list(module.children()) and all(p.shape == (features,) for p in own):
+            found.append(name)
+    return found[::-1]
+
+
+def _slices(
+    linears: Mapping[str, nn.Linear], readers: tuple[str, ...], features: int
+) -> Iterator[tuple[str, int, int]]:
+    """(layer, first row, rows) of what may have been multiplied or averaged into ``features`` inputs.
+
+    A layer of its own (up, v), a half of a layer (gate and up in one), or the last rows (q, k and v in one).
+    """
+    for name, layer in reversed(list(linears.items())):
+        out = layer.out_features
+        if name in readers:
+            continue
+        if features % out == 0:
+            yield name, 0, out
+        if out == 2 * features:
+            yield name, features, features
+            yield name, 0, features
+        if out > features and (out - features) % 2 == 0 and features % ((out - features) // 2) == 0:
+            rows = (out - features) // 2
+            yield name, out - rows, rows

@@ -1,0 +1,195 @@
+"""Factors that move between layers: found by trial in every family, and the model stays the same function."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ptq.calib.fold import FoldedLinear, Site, find_sites, fold
+from ptq.calib.source import MemorySource
+from ptq.calib.walk import CalibratedBlock, walk
+
+Build = Callable[..., transformers.PreTrainedModel]
+Batches = list[Tensor]
+Found = list[tuple[str, tuple[str, ...]]]
+
+LLAMA: Found = [
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+]
+EXPECTED: dict[str, Found] = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "phi3": [
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("self_attn.qkv_proj", ("self_attn.o_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ("mlp.gate_up_proj", ("mlp.down_proj",)),
+    ],
+    # its norms multiply by 1 + gain, which no factor scales
+    "gemma2": [("self_attn.v_proj", ("self_attn.o_proj",)), ("mlp.up_proj", ("mlp.down_proj",))],
+}
+
+
+def prepared(
+    source: MemorySource,
+    batches: Batches,
+    prepare: Callable[[CalibratedBlock, Callable[[], Tensor]], None] | None,
+    ignore: Callable[[str], bool] = lambda _: False,
+) -> Tensor:
+    """The last hidden states of a walk whose blocks are prepared."""
+    last: list[Tensor] = []
+    blocks = walk(
+        source, batches, probes={}, skip=lambda _: False, feed=None, ignore=ignore, device="cpu", prepare=prepare,
+        finished=lambda _, states: last.append(states),
+    )  # fmt: skip
+    for _ in blocks:
+        pass
+    return torch.cat(last)
+
+
+def groups(block: CalibratedBlock) -> list[list[str]]:
+    return [list(group.layers) for group in block.groups]
+
+
+def is_router(name: str) -> bool:
+    return name.endswith((".gate", "shared_expert_gate"))
+
+
+@pytest.mark.parametrize("family", [*EXPECTED, "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_a_folded_model_is_the_same_function(family: str, tiny_model: Build, batches: Batches):
+    found: list[list[Site]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        found.append(find_sites(block.module, groups(block), run))
+        before = run()
+        for site in found[-1]:
+            factor = torch.exp(torch.randn(site.rows, generator=generator))
+            fold(block.module, site, factor, [name for group in groups(block) for name in group])
+        torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-5)
+
+    ignore = is_router if family not in EXPECTED else (lambda _: False)
+    expected = prepared(MemorySource(tiny_model(family)), batches, None, ignore)
+    folded = prepared(MemorySource(tiny_model(family)), batches, prepare, ignore)
+    torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
+    if family in EXPECTED:
+        names = [[(s.producer, tuple(n.removesuffix(".weight") for n in s.readers)) for s in sites] for sites in found]
+        assert all(sorted(sites) == sorted(EXPECTED[family]) for sites in names), names[0]
+    else:
+        producers = {site.producer for site in found[-1]}
+        last = {site.producer: site for site in found[-1]}
+        assert "post_attention_layernorm" in producers
+        assert "mlp.gate.weight" in last["post_attention_layernorm"].readers, "the router reads it too"
+        down = {"mixtral": "w2"}.get(family, "down_proj")
+        experts = [site for site in found[-1] if re.fullmatch(rf"mlp.experts.\d+.{down}.weight", site.readers[0])]
+        assert len(experts) == (4 if family == "mixtral" else 8)
+
+
+def test_every_query_head_of_a_group_shares_the_factors_of_its_value_head(tiny_model: Build, batches: Batches):
+    channels: list[Tensor] = []
+
+    def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        channels.append(find_sites(block.module, groups(block), run)[1].channel)
+
+    prepared(MemorySource(tiny_model("llama")), batches, prepare)  # 4 heads of 16, 2 key-value heads
+    expected = torch.arange(32).view(2, 1, 16).expand(2, 2, 16).flatten()
+    assert all(torch.equal(channel, expected) for channel in channels)
+
+
+def test_a_norm_that_somebody_else_reads_is_left_alone(tiny_model: Build, batches: Batches):
+    """``up_proj`` stays as it is: it is no layer that will be quantized, but it reads what ``gate_proj`` reads."""
+    producers: list[str] = []
+
+    def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        sites = find_sites(block.module, groups(block), run)
+        producers.extend(site.producer for site in sites if "mlp.gate_proj.weight" in site.readers)
+        assert all("mlp.up_proj.weight" in s.readers for s in sites if "mlp.gate_proj.weight" in s.readers)
+        assert "mlp.up_proj" not in {s.producer for s in sites}
+
+    prepared(MemorySource(tiny_model("llama")), batches, prepare, lambda name: name.endswith("up_proj"))
+    assert producers == ["post_attention_layernorm"] * 2, "with up_proj among the readers"
+
+
+class Block(nn.Module):
+    """A norm, two layers that read it, and a product of both."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, bias: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(8, bias=bias, dtype=dtype)
+        self.left, self.right = (nn.Linear(8, 6, bias=False, dtype=dtype) for _ in range(2))
+        self.out = nn.Linear(6, 8, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.out(self.left(y) * self.right(y))
+
+
+GROUPS = [["left", "right"], ["out"]]
+NAMES = ["left", "right", "out"]
+SITE = Site("norm", 0, torch.arange(8), ("left.weight", "right.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_values_are_exact_in_sixteen_bits_and_weights_are_not_rounded(dtype: torch.dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block, x = Block(dtype).requires_grad_(False), torch.randn(5, 8, dtype=dtype)
+        nn.init.normal_(block.norm.weight)
+        factor = torch.exp(torch.randn(8))
+    gain, weight = block.norm.weight.float(), block.left.weight.float()
+    before = block(x)
+    changed = fold(block, SITE, factor, NAMES)
+    assert list(changed) == ["norm.weight"]
+    new = changed["norm.weight"]
+    assert torch.equal(new, new.bfloat16().float()) and torch.equal(block.norm.weight.float(), new)
+    assert block.left.weight.dtype == torch.float32 and isinstance(block.left, nn.Linear)
+    assert isinstance(block.left, FoldedLinear) == (dtype != torch.float32)
+    exact = weight.double() / (new.double() / gain.double())
+    torch.testing.assert_close(block.left.weight.double(), exact, rtol=3e-7, atol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(block(x), before, rtol=tolerance, atol=tolerance)
+
+
+def test_where_biases_stay_factors_are_powers_of_two():
+    block = Block(bias=True).requires_grad_(False)
+    nn.init.normal_(block.norm.bias)
+    old = block.norm.bias.clone()
+    changed = fold(block, SITE, torch.full((8,), 3.0), NAMES)
+    assert torch.equal(changed["norm.bias"], 4 * old) and set(changed) == {"norm.weight", "norm.bias"}
+
+
+def test_a_dead_gain_keeps_its_channel():
+    block = Block().requires_grad_(False)
+    block.norm.weight[3] = 0
+    weight = block.left.weight.clone()
+    fold(block, SITE, torch.full((8,), 2.5), NAMES)
+    assert block.norm.weight[3] == 0 and torch.equal(block.left.weight[:, 3], weight[:, 3])
+    assert block.left.weight.isfinite().all()
+
+
+def test_trials_leave_the_parameters_as_they_were():
+    block = Block().requires_grad_(False)
+    before = {name: (p, p.clone()) for name, p in block.named_parameters()}
+    x = torch.randn(5, 8)
+    sites = find_sites(block, GROUPS, lambda: block(x))
+    assert {site.producer for site in sites} == {"norm", "right"}
+    for name, parameter in block.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_no_site_where_the_block_is_not_homogeneous():
+    block = Block().requires_grad_(False)
+    x = torch.randn(5, 8)
+
+    def run() -> Tensor:
+        y = block.norm(x)
+        return x + block.out((block.left(y) * block.right(y)).tanh()) + y
+
+    assert find_sites(block, GROUPS, run) == []
