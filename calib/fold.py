@@ -64,27 +64,34 @@ def fold(block: nn.Module, site: Site, factor: Float[Tensor, " rows"], watched: 
     kept = {f"{site.producer}.{name}": p for name, p in producer.named_parameters(recurse=False)}
     kept = {name: p for name, p in kept.items() if name not in watched}
     others = [name for name in site.readers if name not in watched]
-    device, rows = producer.get_parameter("weight").device, slice(site.start, site.start + site.rows)
-    factor = factor.to(device, torch.float32)
-    changed: dict[str, Tensor] = {}
+    factor = factor.to(producer.get_parameter("weight").device, torch.float32)
+    exact: dict[str, Tensor] = {}
     if list(kept) == [f"{site.producer}.weight"] and not others:
         gain = producer.get_parameter("weight").detach().float()
         rounded = (gain * factor).bfloat16().float()
         rounded = torch.where((gain == 0) | (rounded == 0), gain, rounded)
         factor = torch.where(gain == 0, 1.0, rounded / gain)
-        changed[f"{site.producer}.weight"] = rounded
-    else:
-        if kept or others:
-            factor = torch.exp2(factor.log2().round())
-        for name, parameter in producer.named_parameters(recurse=False):
-            value = parameter.detach().float().clone()
-            value[rows] *= factor.view(-1, *[1] * (parameter.ndim - 1))
-            changed[f"{site.producer}.{name}"] = value
+        exact[f"{site.producer}.weight"] = rounded
+    elif kept or others:
+        factor = torch.exp2(factor.log2().round())
+    changed: dict[str, Tensor] = {}
+    for name, scale in _scales(block, site, factor):
+        value = exact.get(name)
+        value = block.get_parameter(name).detach().float() * scale if value is None else value
+        _assign(block, name, value, wide=name in watched)  # one by one: experts are most of the model
+        if name not in watched:
+            changed[name] = value
+    return changed
+
+
+def _scales(block: nn.Module, site: Site, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What to multiply parameters with, by name; it broadcasts."""
+    for name, parameter in block.get_submodule(site.producer).named_parameters(recurse=False):
+        whole = torch.ones(len(parameter), device=parameter.device)
+        whole[site.start : site.start + len(factor)] = factor.to(parameter.device)
+        yield f"{site.producer}.{name}", whole.view(-1, *[1] * (parameter.ndim - 1))
     for name in site.readers:
-        changed[name] = block.get_parameter(name).detach().float() / factor[site.channel.to(device)]
-    for name, value in changed.items():
-        _assign(block, name, value, wide=name in watched)
-    return {name: changed[name] for name in (*kept, *others)}
+        yield name, factor.reciprocal()[site.channel.to(factor.device)].to(block.get_parameter(name).device)
 
 
 def _assign(block: nn.Module, name: str, value: Tensor, *, wide: bool) -> None:
@@ -132,10 +139,8 @@ class _Trial:
 
     def holds(self, sites: Sequence[Site]) -> bool:
         """Whether the block returns what it did with random factors folded at ``sites``."""
-        with _restored(self.block):
-            for site in sites:
-                exponents = torch.randint(-EXPONENT, EXPONENT + 1, (site.rows,), generator=self.generator)
-                self._scale(site, torch.exp2(exponents.float()))
+        exponents = [torch.randint(-EXPONENT, EXPONENT + 1, (s.rows,), generator=self.generator) for s in sites]
+        with _scaled(self.block, [(s, torch.exp2(e.float())) for s, e in zip(sites, exponents, strict=True)]):
             found = self.run()
         return float((found.double() - self.expected.double()).norm()) <= 4 * self.noise
 
@@ -148,28 +153,14 @@ class _Trial:
         zero = before == 0
         number, channel = torch.arange(rows), torch.zeros(before.shape[-1], dtype=torch.int64)
         for shift in range(0, max(1, (rows - 1).bit_length()), 2):
-            with _restored(self.block):
-                self._scale(Site(producer, start, number, ()), torch.exp2(((number >> shift) & 3).float()))
+            factor = torch.exp2(((number >> shift) & 3).float())
+            with _scaled(self.block, [(Site(producer, start, number, ()), factor)]):
                 after = self._input(reader)
             fits = torch.stack([((after == before * 2.0**digit) | zero).all(0) for digit in range(4)])
             if not fits.any(0).all():
                 return None
             channel += fits.int().argmax(0).cpu() << shift
         return channel if int(channel.max()) == rows - 1 else None
-
-    def _scale(self, site: Site, factor: Tensor) -> None:
-        rows = slice(site.start, site.start + len(factor))
-        for name, parameter in self.block.get_submodule(site.producer).named_parameters(recurse=False):
-            value = parameter.detach().clone()
-            value[rows] *= factor.to(value).view(-1, *[1] * (value.ndim - 1))
-            self._put(f"{site.producer}.{name}", value)
-        for name in site.readers:
-            value = self.block.get_parameter(name).detach()
-            self._put(name, value / factor.to(value)[site.channel.to(value.device)])
-
-    def _put(self, name: str, value: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        setattr(self.block.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
     def _input(self, reader: str) -> Tensor:
         """(tokens, in) what a Linear reads; no tokens if it reads nothing."""
@@ -185,14 +176,20 @@ class _Trial:
 
 
 @contextmanager
-def _restored(block: nn.Module) -> Iterator[None]:
-    """Put all parameters of ``block`` back at the end."""
-    kept = [(module, dict(module._parameters)) for module in block.modules()]
+def _scaled(block: nn.Module, factors: Sequence[tuple[Site, Tensor]]) -> Iterator[None]:
+    """Scale parameters in place by powers of two, and back at the end: exact, but for what float16 has no range for."""
+    done: list[tuple[Tensor, Tensor, Tensor | None]] = []
     try:
+        for site, factor in factors:
+            for name, scale in _scales(block, site, factor):
+                value = block.get_parameter(name).data
+                scale = scale.to(value.dtype)
+                done.append((value, scale, value.clone() if value.dtype == torch.float16 else None))
+                value.mul_(scale)
         yield
     finally:
-        for module, parameters in kept:
-            module._parameters.update(parameters)
+        for value, scale, before in reversed(done):
+            value.div_(scale) if before is None else value.copy_(before)
 
 
 def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
@@ -229,17 +226,19 @@ def _candidates(
                 Site(producer, start, channel, tuple(f"{reader}.weight" for reader in group))
                 for producer, group in zip(producers, members, strict=True)
             ]
-    readers = _readers(block, linears, groups, first[0].partition(".")[0], features)
-    if readers > {f"{reader}.weight" for reader in first}:
+    if len(members) > 1:  # what experts read, their router and the shared expert read too
+        readers = _readers(block, linears, groups, first[0].partition(".")[0], len(members))
         yield from ([Site(name, 0, identity, tuple(sorted(readers)))] for name in norms)
 
 
 def _readers(
-    block: nn.Module, linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], part: str, features: int
+    block: nn.Module, linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], part: str, experts: int
 ) -> set[str]:
-    """All weights in ``block.part`` that may read one activation: of experts, the shared expert, their router."""
+    """All weights in ``block.part`` that may read what experts read: theirs, the shared expert's, and of routers, which
+    have a row per expert or one; other layers that are not quantized stay as they are."""
+    features = next(linears[group[0]].in_features for group in groups if group[0].startswith(f"{part}."))
     matrices = block.get_submodule(part).named_parameters(prefix=part)
-    others = {n for n, p in matrices if p.ndim == 2 and p.shape[1] == features}
+    others = {n for n, p in matrices if p.ndim == 2 and p.shape[1] == features and len(p) in (1, experts)}
     others -= {f"{name}.weight" for name in linears}
     entries: dict[str, Sequence[str]] = {}  # of every expert the first group: gate and up, not down
     for group in groups:

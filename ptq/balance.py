@@ -4,7 +4,7 @@ x'_j = x_j · a_j and W'_j = W_j / a_j with a_j = (rms_W,j / rms_x,j)^p, of geom
 gets smaller ones, and larger weights. The factors fold into the weights that produce x: inference does not change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -38,12 +38,12 @@ def balancing(
     return torch.where(live, torch.exp2(logs - mean), 1.0).clamp(1 / LIMIT, LIMIT).float()
 
 
-def balance(block: CalibratedBlock, sites: Sequence[Site], strength: Callable[[str], float]) -> dict[str, Tensor]:
+def balance(block: CalibratedBlock, sites: Sequence[Site], strengths: Mapping[str, float]) -> dict[str, Tensor]:
     """Balance ``block`` at ``sites``, in place.
 
     Args:
         block: with the Hessians of some tokens.
-        strength: p of a layer by its full name; the readers of a site take their smallest.
+        strengths: p by the full names of layers; the same for all readers of a site.
 
     Returns:
         New values of parameters that are not quantized, by full name.
@@ -53,7 +53,7 @@ def balance(block: CalibratedBlock, sites: Sequence[Site], strength: Callable[[s
     for site in sites:
         groups = [g for g in block.groups if any(f"{name}.weight" in site.readers for name in g.layers)]
         layers = [name for group in groups for name in group.layers]
-        p = min(strength(f"{block.prefix}{name}") for name in layers)
+        p = strengths[f"{block.prefix}{layers[0]}"]
         tokens = sum(group.hessian.tokens for group in groups)
         if p and tokens:
             inputs = torch.stack([group.hessian.total().diagonal() for group in groups]).sum(0) / tokens

@@ -34,6 +34,7 @@ def model_card(
         ("format", ", ".join(formats)),
         ("activations", "quantized to the same format" if inputs else "16 bit"),
         ("rotation", f"Hadamard blocks of {', '.join(map(str, rotations))} inputs, online" if rotations else "none"),
+        ("balance", f"strength {recipe['balance']}, folded into the weights" if recipe.get("balance") else "none"),
         ("dialect", f"{choice.dialect} ({choice.reason})"),
         ("size", f"{total_bytes / 1e9:.3g} GB, {len(layers)} quantized layers, {bits}"),
     ]

@@ -52,7 +52,12 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="w4a16: weights only. w4a4: activations too.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="gptq, or rtn: round to nearest.")] = None,
     rotation: Annotated[
-        str | None, typer.Option(help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256.")
+        str | None,
+        typer.Option(help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256, or auto: measured by layer."),
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="0 … 1: how far large inputs are scaled down, and their weights up."),
     ] = None,
     scales: Annotated[str | None, typer.Option(help="Rule that chooses scales: absmax, mse, …")] = None,
     calibration: Annotated[
@@ -101,7 +106,8 @@ def quantize(
     given = {
         "scheme": scheme,
         "algorithm": algorithm,
-        "rotation": parse_rotation(rotation),
+        "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
+        "balance": balance,
         "scales": scales,
         "calibration": calibration,
         "field": field,

@@ -86,7 +86,7 @@ def bench(
     layers, counts = find_layers(models), parse_tokens(tokens)
     if not isinstance(place, benchmark.Limits) and place.type == "cpu":
         layers, counts = on_cpu(layers, quiet), counts or CPU_TOKENS
-    size = parse_rotation(rotation)
+    size = None if rotation is None else parse_rotation(rotation)
     plans = [
         benchmark.Plan(
             model=name,

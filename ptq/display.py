@@ -179,18 +179,19 @@ def print_report(report: Report, *, layers: bool) -> None:
 def _kinds(report: Report) -> Table:
     table = Table(title="by kind of module", box=box.SIMPLE_HEAD)
     table.add_column("module")
-    for name in ("count", "format", "rot.", "bits", "size", "error", "held out", "RTN"):
+    for name in ("count", "format", "rot.", "bal.", "bits", "size", "error", "held out", "RTN"):
         table.add_column(name, justify="right")
-    groups: dict[tuple[str, str, int], list] = {}
+    groups: dict[tuple[str, str, int, float], list] = {}
     for row in report.layers:
-        groups.setdefault((kind(row.layer), row.format, row.rotation), []).append(row)
-    for (name, fmt, rotation), rows in groups.items():
+        groups.setdefault((kind(row.layer), row.format, row.rotation, row.balance or 0.0), []).append(row)
+    for (name, fmt, rotation, balance), rows in groups.items():
         weights = sum(math.prod(row.shape) for row in rows)
         table.add_row(
             name,
             str(len(rows)),
             fmt,
             str(rotation) if rotation > 1 else "none",
+            f"{balance:g}" if balance else "none",
             f"{8 * sum(row.bytes for row in rows) / weights:.2f}",
             size(sum(row.bytes for row in rows)),
             number(mean(row.error for row in rows), 3),
@@ -206,6 +207,7 @@ def _kinds(report: Report) -> Table:
             name,
             str(len(tensors)),
             dtype.lower(),
+            "none",
             "none",
             f"{8 * sum(t.bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors):.2f}",
             size(sum(t.bytes for t in tensors)),

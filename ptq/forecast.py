@@ -7,8 +7,8 @@
 - program: Python and its libraries.
 - activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a block. On the
   host, on the device or on disk (``--activations``).
-- block: the largest decoder block's parameters in the dtype of the computation, and once more as they lie on disk
-  while they are read; the token embedding takes its place at the start if it is larger.
+- block: the largest decoder block's parameters in the dtype of the computation (float32 where they are balanced), and
+  once more as they lie on disk while they are read; the token embedding takes its place at the start if it is larger.
 - Hessians: two (calibration, held out) of in² entries for every input group of a block.
 - solver: for the input group that needs most, copies of the rows that are solved at a time and of its Hessian.
 """
@@ -90,10 +90,11 @@ def forecast(
     tied = getattr(skeleton, "all_tied_weights_keys", {})
     everything = {n: p.numel() for n, p in skeleton.named_parameters(remove_duplicate=False) if n not in tied}
     quantized = sum(layer.weight.numel() for layer in chosen.values())
-    packed = 0.0
+    packed, balanced = 0.0, False
     for name, layer in chosen.items():
         own = recipe.for_module(name)
         assert own is not None
+        balanced |= own.balance > 0
         packed += layer.weight.numel() * own.fmt.bits_per_weight / 8 + 4 * own.fmt.has_global_scale
     total = sum(everything.values())
     source_bytes = _stored_bytes(Path(model)) or total * stored.itemsize
@@ -108,7 +109,8 @@ def forecast(
     held = 0 if activations == "disk" else tokens * hidden * computed.itemsize
     sizes = [sum(p.numel() for p in block.parameters()) for _, block in blocks]
     embedding = max((m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Embedding)), default=0)
-    block = max(max(sizes), embedding) * (computed.itemsize + stored.itemsize)
+    width = 4 if balanced else computed.itemsize  # balanced weights are float32
+    block = max(max(sizes) * (width + stored.itemsize), embedding * (computed.itemsize + stored.itemsize))
     groups = [list(_groups(name, module, chosen)) for name, module in blocks]
     groups += [[(chosen[head].in_features, chosen[head].out_features)]] if head in chosen else []
     hessians = max(sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)

@@ -19,10 +19,8 @@ Debug = Annotated[
 ]
 
 
-def parse_rotation(name: str | None) -> int | None:
-    """The block size of ``none`` (1) or of a number; None stays None. Raises ValueError for anything else."""
-    if name is None:
-        return None
+def parse_rotation(name: str) -> int:
+    """The block size of ``none`` (1) or of a number. Raises ValueError for anything else."""
     if name.lower() == "none":
         return 1
     if not name.isdecimal():

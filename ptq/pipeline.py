@@ -100,7 +100,10 @@ def quantize(
         shared = share(_tasks(block, recipe), _Task.solve)
         solved = [result.to(device) for results in shared for result in results]
         layers = {result.name: _install(block, result, recipe) for result in solved}
-        reports = [result.report for result in solved]
+        reports = [
+            result.report | {"balance": balancing.strengths.get(result.name, 0.0) if balancing else 0.0}
+            for result in solved
+        ]
         for report in reports:
             logger.info(
                 "%s %s rotation %d error %.2e (rtn %.2e) damping %g %.1fs",
@@ -270,15 +273,22 @@ class _Balancing:
     """Balances blocks before they are observed, and remembers which unquantized values of the last one changed."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.changes = recipe, {}
+        self.recipe = recipe
+        self.changes: dict[str, Tensor] = {}
+        self.strengths: dict[str, float] = {}  # of the layers whose inputs could be balanced
 
     def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
         with together():
             for group in block.groups:
                 group.reduce()
             groups = [list(group.layers) for group in block.groups]
-            sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
-        self.changes = balance(block, sites or (), lambda name: _own(self.recipe, name).balance)
+            sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None) or []
+        layers = {f"{name}.weight": f"{block.prefix}{name}" for group in groups for name in group}
+        self.strengths = {}
+        for site in sites:
+            readers = [layers[name] for name in site.readers if name in layers]
+            self.strengths |= dict.fromkeys(readers, min(_own(self.recipe, name).balance for name in readers))
+        self.changes = balance(block, sites, self.strengths)
 
     def of(self, block: CalibratedBlock) -> dict[str, Tensor]:
         """New values of unquantized parameters, by full name."""

@@ -19,6 +19,7 @@ class LayerRow:
         bits_per_weight: of codes, scales and global scales; the bias is not counted.
         error, held_out_error: on the calibration text, and on the part of it that was kept aside.
         rtn_error: what rounding to nearest would have cost on the calibration text.
+        balance: strength of the balancing of its inputs, 0 where it does not fold.
     """
 
     layer: str
@@ -33,6 +34,7 @@ class LayerRow:
     held_out_error: float | None
     rtn_error: float | None
     damping: float | None
+    balance: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,7 @@ def _layer_row(name: str, info: LayerInfo, packed: Entry, own: list[Entry], repo
         held_out_error=figure("held_out_error"),
         rtn_error=figure("rtn_error"),
         damping=figure("damping"),
+        balance=figure("balance"),
     )
 
 

@@ -22,7 +22,7 @@ from ptq.models import resolve_model
 from ptq.pipeline import quantize_model
 from ptq.recipe import Recipe
 
-PLAIN = {"algorithm": "gptq", "rotation": 1, "descent": 0, "damping": 0.01}
+PLAIN = {"algorithm": "gptq", "rotation": 1, "descent": 0, "damping": 0.01, "balance": 0.0}
 
 
 def methods(fmt: str) -> dict[str, dict[str, object]]:
@@ -34,8 +34,10 @@ def methods(fmt: str) -> dict[str, dict[str, object]]:
         "GPTQ": {**PLAIN, "scales": "absmax", "order": "natural"},
         "GPTQ, mse, act": {**PLAIN, "scales": "mse", "order": "act"},
         f"MR-GPTQ (paper, {group})": {**PLAIN, "scales": "mse", "order": "act", "rotation": group},
-        "trial + descent": {"rotation": 1},
-        f"trial + descent, {group}": {"rotation": group},
+        "trial + descent": {"rotation": 1, "balance": 0.0},
+        f"trial + descent, {group}": {"rotation": group, "balance": 0.0},
+        "balanced": {"rotation": 1},
+        f"balanced, {group}": {"rotation": group},
     }
 
 

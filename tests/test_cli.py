@@ -140,7 +140,7 @@ def test_version(ptq: Run):
 
 def test_the_options_are_those_that_users_were_promised(ptq: Run):
     promised = (
-        "--model --format --out --scheme --algorithm --rotation --scales --calibration --samples --seq-len "
+        "--model --format --out --scheme --algorithm --rotation --balance --scales --calibration --samples --seq-len "
         "--batch-size --recipe --ignore --device --dtype --seed --overwrite --json --quiet"
     )
     text = ptq("quantize", "--help").out
