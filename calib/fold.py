@@ -193,10 +193,10 @@ def _scaled(block: nn.Module, factors: Sequence[tuple[Site, Tensor]]) -> Iterato
 
 
 def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
-    """The groups, those together whose names differ in numbers only: the experts of a layer."""
+    """The groups, those together that differ in the number of a module only: the experts of a layer."""
     alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for group in groups:
-        alike.setdefault(tuple(re.sub(r"\d+", "#", name) for name in group), []).append(tuple(group))
+        alike.setdefault(tuple(re.sub(r"(^|\.)\d+\.", r"\1#.", name) for name in group), []).append(tuple(group))
     return list(alike.values())
 
 
