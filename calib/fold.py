@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-EXPONENT = 3  # of the factors that are tried: 2^-3 … 2^3
+EXPONENT = 3  # of the factors that are tried: 1 … 2^3, so that 1 + (gain · factor - 1) is exact too
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Site:
         channel: for every input of the readers, the row of the producer after ``start`` that it comes from; under
             grouped-query attention several inputs come from one row.
         readers: names of the weights (out, in) whose columns take the inverse.
+        offset: what is added to the weight of a norm before it multiplies: 1 in Gemma.
     """
 
     producer: str
     start: int
     channel: Int64[Tensor, " in"]
     readers: tuple[str, ...]
+    offset: int = 0
 
     @property
     def rows(self) -> int:
@@ -67,11 +69,12 @@ def fold(block: nn.Module, site: Site, factor: Float[Tensor, " rows"], watched: 
     factor = factor.to(producer.get_parameter("weight").device, torch.float32)
     exact: dict[str, Tensor] = {}
     if list(kept) == [f"{site.producer}.weight"] and not others:
-        gain = producer.get_parameter("weight").detach().float()
-        rounded = (gain * factor).bfloat16().float()
-        rounded = torch.where((gain == 0) | (rounded == 0), gain, rounded)
-        factor = torch.where(gain == 0, 1.0, rounded / gain)
-        exact[f"{site.producer}.weight"] = rounded
+        weight = producer.get_parameter("weight").detach().float()
+        gain = weight + site.offset
+        rounded = (gain * factor - site.offset).bfloat16().float()
+        dead = (gain == 0) | (rounded + site.offset == 0)
+        factor = torch.where(dead, 1.0, (rounded + site.offset) / gain)
+        exact[f"{site.producer}.weight"] = torch.where(dead, weight, rounded)
     elif kept or others:
         factor = torch.exp2(factor.log2().round())
     changed: dict[str, Tensor] = {}
@@ -139,7 +142,7 @@ class _Trial:
 
     def holds(self, sites: Sequence[Site]) -> bool:
         """Whether the block returns what it did with random factors folded at ``sites``."""
-        exponents = [torch.randint(-EXPONENT, EXPONENT + 1, (s.rows,), generator=self.generator) for s in sites]
+        exponents = [torch.randint(EXPONENT + 1, (s.rows,), generator=self.generator) for s in sites]
         with _scaled(self.block, [(s, torch.exp2(e.float())) for s, e in zip(sites, exponents, strict=True)]):
             found = self.run()
         return float((found.double() - self.expected.double()).norm()) <= 4 * self.noise
@@ -178,18 +181,26 @@ class _Trial:
 @contextmanager
 def _scaled(block: nn.Module, factors: Sequence[tuple[Site, Tensor]]) -> Iterator[None]:
     """Scale parameters in place by powers of two, and back at the end: exact, but for what float16 has no range for."""
-    done: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    done: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
     try:
         for site, factor in factors:
             for name, scale in _scales(block, site, factor):
-                value = block.get_parameter(name).data
+                parameter = block.get_parameter(name)
+                value = parameter.data
+                if site.offset and name == f"{site.producer}.weight":
+                    done.append((parameter, scale, value))
+                    parameter.data = (value.float() + site.offset) * scale - site.offset
+                    continue
                 scale = scale.to(value.dtype)
-                done.append((value, scale, value.clone() if value.dtype == torch.float16 else None))
+                done.append((parameter, scale, value.clone() if value.dtype == torch.float16 else None))
                 value.mul_(scale)
         yield
     finally:
-        for value, scale, before in reversed(done):
-            value.div_(scale) if before is None else value.copy_(before)
+        for parameter, scale, before in reversed(done):
+            if before is None:
+                parameter.data.div_(scale)
+            else:
+                parameter.data = before
 
 
 def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
@@ -213,7 +224,10 @@ def _candidates(
     identity = torch.arange(features)
     norms = _norms(block, features)
     if len(members) == 1:
-        yield from ([Site(name, 0, identity, tuple(f"{reader}.weight" for reader in first))] for name in norms)
+        weights = tuple(f"{reader}.weight" for reader in first)
+        yield from ([Site(name, 0, identity, weights)] for name in norms)
+        plain = [name for name in norms if len(list(block.get_submodule(name).parameters())) == 1]
+        yield from ([Site(name, 0, identity, weights, offset=1)] for name in plain)
     for name, start, rows in _slices(linears, first, features):
         parent, _, leaf = name.rpartition(".")
         beside = parent == first[0].rpartition(".")[0]

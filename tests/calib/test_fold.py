@@ -32,8 +32,9 @@ EXPECTED: dict[str, Found] = {
         ("post_attention_layernorm", ("mlp.gate_up_proj",)),
         ("mlp.gate_up_proj", ("mlp.down_proj",)),
     ],
-    # its norms multiply by 1 + gain, which no factor scales
-    "gemma2": [("self_attn.v_proj", ("self_attn.o_proj",)), ("mlp.up_proj", ("mlp.down_proj",))],
+    "gemma2": [
+        (n.replace("post_attention", "pre_feedforward"), readers) for n, readers in LLAMA
+    ],  # gains are 1 + weight
 }
 
 
