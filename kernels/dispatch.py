@@ -2,8 +2,8 @@
 
 Pure Python: importing this needs neither Triton nor a device, and nothing is tuned at run time. A table
 (``configs/sm90.json``) has rows for (kernel, format, tokens, out, in); tokens are rounded up to a bucket, a shape
-without a row takes the nearest row of its bucket and is logged once. ``scripts/tune_kernels.py`` rewrites the tables
-from timings.
+without a row takes the nearest row of its bucket and is logged once. ``ptq bench --tune`` rewrites the tables from
+timings.
 """
 
 import importlib.util
@@ -193,7 +193,7 @@ def table(arch: int) -> Table:
     """
     path = CONFIGS / f"sm{arch}.json"
     if not path.is_file():
-        raise ValueError(f"no tile table for sm_{arch} in {CONFIGS}; make one with scripts/tune_kernels.py")
+        raise ValueError(f"no tile table for sm_{arch} in {CONFIGS}; make one with ptq bench --tune")
     return Table.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -211,9 +211,7 @@ def choose(arch: int, operation: str, format: str, tokens: int, n: int, k: int, 
     """
     nearest = _nearest(table(arch).rows, operation, format, bucket(tokens), n, k)
     if nearest is None:
-        raise ValueError(
-            f"the tile table of sm_{arch} has no row for {operation} {format}; run scripts/tune_kernels.py"
-        )
+        raise ValueError(f"the tile table of sm_{arch} has no row for {operation} {format}; run ptq bench --tune")
     if (nearest.n, nearest.k) == (n, k):
         return nearest.tile
     _log_missing(arch, operation, format, n, k, nearest.n, nearest.k)

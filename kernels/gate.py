@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from ptq.kernels import dispatch, launch
+from ptq.kernels import dispatch, experts, launch
 from ptq.kernels.aot import SHARED_MEMORY, Compiled, compile_for
 from ptq.kernels.dequantize import dequantize_kernel
 from ptq.kernels.dispatch import Tile
+from ptq.kernels.grouped import grouped_w4a4_kernel, grouped_w4a16_kernel
 from ptq.kernels.quantize import rotate_quantize_kernel
 from ptq.kernels.w4a4 import w4a4_kernel, w4a4_tma_kernel
-from ptq.kernels.w4a16 import grouped_w4a16_kernel, w4a16_kernel
+from ptq.kernels.w4a16 import w4a16_kernel
 
 PARTS = {name: parts for parts, name in dispatch.FORMATS.items()}
 MMA = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -36,6 +37,8 @@ POINTERS = {
     "packed_ptr": "*u8",
     "scale_ptr": "*u8",
     "global_scale_ptr": "*fp32",
+    "rows_ptr": "*i32",
+    "offsets_ptr": "*i32",
     "workspace_ptr": "*fp32",
     "ticket_ptr": "*i32",
     "M": "i32",
@@ -134,14 +137,15 @@ def w4a16_case(
     )
 
 
-def grouped_case(fmt: str, tile: Tile, *, arch: int) -> Case:
-    """A matmul per expert: 64 experts, gathered rows."""
+def grouped_case(fmt: str, tile: Tile, *, arch: int, bias: bool = False, n: int = N, k: int = K) -> Case:
+    """A matmul per expert with 16-bit inputs: 64 experts, gathered rows."""
     element, scale = PARTS[fmt]
-    constants = launch.grouped_constants(N, K, 64, element, scale, tile, gather=True, bias=False)
+    constants = experts.w4a16_constants(n, k, 64, element, scale, tile, gather=True, bias=bias)
+    odd = (" bias" if bias else "") + ("" if n % tile.block_n == 0 else " odd n") + ("" if k % 128 == 0 else " odd k")
     return Case(
-        name=f"grouped {fmt} {tile.block_m}x{tile.block_n}x{tile.block_k}",
+        name=f"grouped {fmt} {tile.block_m}x{tile.block_n}x{tile.block_k}{odd}",
         kernel=grouped_w4a16_kernel,
-        signature=_pointers(grouped_w4a16_kernel, constants, rows_ptr="*i32", offsets_ptr="*i32"),
+        signature=_pointers(grouped_w4a16_kernel, constants),
         constants=constants,
         warps=tile.warps,
         stages=tile.stages,
@@ -151,16 +155,22 @@ def grouped_case(fmt: str, tile: Tile, *, arch: int) -> Case:
     )
 
 
-def w4a4_case(fmt: str, tile: Tile, *, bias: bool, inputs: str, arch: int) -> Case:
-    """A matmul with 4-bit inputs."""
+def w4a4_case(
+    fmt: str, tile: Tile, *, bias: bool, inputs: str, arch: int, grouped: bool = False, n: int = N, k: int = K
+) -> Case:
+    """A matmul with 4-bit inputs; ``grouped``: one per expert, 64 experts, gathered rows."""
     scale = PARTS[fmt][1]
-    kernel = w4a4_tma_kernel if tile.kernel == "w4a4_tma" else w4a4_kernel
-    constants = launch.w4a4_constants(K, scale, tile, bias=bias, inputs=inputs, programs=148)
+    if grouped:
+        tile, kernel = experts.w4a4_tile(tile, k), grouped_w4a4_kernel
+        constants = experts.w4a4_constants(k, 64, scale, tile, gather=True, bias=bias, inputs=inputs)
+    else:
+        kernel = w4a4_tma_kernel if tile.kernel == "w4a4_tma" else w4a4_kernel
+        constants = launch.w4a4_constants(k, scale, tile, bias=bias, inputs=inputs, programs=148)
     pointer = "*fp8e4nv" if scale == "e4m3" else "*u8"
     changes = {"x_ptr": "*u8", "x_scale_ptr": pointer, "scale_ptr": pointer, "x_global_ptr": "*fp32"}
-    odd = (" bias" if bias else "") + (" per token" if inputs == "token" else "")
+    odd = (" bias" if bias else "") + (" per token" if inputs == "token" else "") + ("" if k % 128 == 0 else " odd k")
     return Case(
-        name=f"{tile.kernel} {fmt} {tile.block_m}x{tile.block_n}x{tile.block_k}{odd}",
+        name=f"{'grouped ' if grouped else ''}{tile.kernel} {fmt} {tile.block_m}x{tile.block_n}x{tile.block_k}{odd}",
         kernel=kernel,
         signature=_pointers(kernel, constants, **changes),
         constants=constants,
@@ -179,17 +189,27 @@ def quantize_case(
     *,
     arch: int,
     output: str = "codes",
-    per_row: bool = False,
+    global_scale: str = "tensor",
     prologue: str = "none",
 ) -> Case:
     """Rotation and quantization of inputs, with the tile that a launch takes for so many rows."""
     element, scale = PARTS[fmt]
-    whole = per_row or prologue == "rms_norm"
+    whole = global_scale == "computed" or prologue == "rms_norm"
     block_m, block_k, warps = launch.quantize_tile(rows, K, rotation, whole_rows=whole, arch=arch, prologue=prologue)
     constants = launch.quantize_constants(
-        K, element, scale, rotation, block_m, block_k, arch=arch, output=output, per_row=per_row, prologue=prologue
+        K,
+        element,
+        scale,
+        rotation,
+        block_m,
+        block_k,
+        arch=arch,
+        prologue=prologue,
+        output=output,
+        global_scale=global_scale,
     )
-    extra = (" per row" if per_row else "") + ("" if prologue == "none" else f" {prologue}")
+    extra = {"tensor": "", "rows": " given rows", "computed": " per row"}[global_scale]
+    extra += "" if prologue == "none" else f" {prologue}"
     return Case(
         name=f"{'quantize' if output == 'codes' else output} {fmt} H{rotation} {block_m}x{block_k}{extra}",
         kernel=rotate_quantize_kernel,
@@ -239,10 +259,17 @@ def cases(arch: int, *, all_rows: bool) -> Iterator[Case]:
                     )
             case "grouped":
                 found.append(grouped_case(row.format, tile, arch=arch))
+                found.append(grouped_case(row.format, tile, arch=arch, bias=True, n=N + 8, k=K + 32))
             case _:
                 found.append(w4a4_case(row.format, tile, bias=False, inputs="tensor", arch=arch))
                 if all_rows:
                     found.append(w4a4_case(row.format, tile, bias=True, inputs="token", arch=arch))
+                if all_rows and tile.kernel == "w4a4":
+                    inputs = "token" if row.format == "nvfp4" else "none"
+                    for k in (K, K + 32):
+                        found.append(
+                            w4a4_case(row.format, tile, bias=True, inputs=inputs, arch=arch, grouped=True, k=k)
+                        )
         for case in found:
             if case.name not in seen:
                 seen.add(case.name)
@@ -264,12 +291,14 @@ def cases(arch: int, *, all_rows: bool) -> Iterator[Case]:
             if (fmt, rotation) not in (("nvfp4", 16), ("mxfp4", 32), ("nvint4", 16)):
                 yield quantize_case(fmt, rotation, 4096, arch=arch)
     if arch >= 90:
-        yield quantize_case("nvfp4", 128, 4096, arch=arch, output="fp8", per_row=True)
+        yield quantize_case("nvfp4", 128, 4096, arch=arch, output="fp8", global_scale="computed")
     for rotation in (16, 32, 64):
         yield quantize_case("nvfp4", rotation, 4096, arch=arch, output="rotated")
     yield quantize_case("nvfp4", 128, 1, arch=arch, output="rotated")
     for rows in (1, 4096):
-        yield quantize_case("nvfp4", 16, rows, arch=arch, per_row=True)
+        yield quantize_case("nvfp4", 16, rows, arch=arch, global_scale="computed")
+        for rotation in (16, 128):
+            yield quantize_case("nvfp4", rotation, rows, arch=arch, global_scale="rows")
         for prologue in ("rms_norm", "silu_mul"):
             yield quantize_case("nvfp4", 128, rows, arch=arch, prologue=prologue)
             yield quantize_case("nvfp4", 128, rows, arch=arch, output="rotated", prologue=prologue)

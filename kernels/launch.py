@@ -17,7 +17,7 @@ from ptq.kernels.dequantize import dequantize_kernel
 from ptq.kernels.dispatch import Tile
 from ptq.kernels.quantize import rotate_quantize_kernel
 from ptq.kernels.w4a4 import w4a4_kernel, w4a4_tma_kernel
-from ptq.kernels.w4a16 import grouped_w4a16_kernel, w4a16_kernel
+from ptq.kernels.w4a16 import w4a16_kernel
 
 # Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled or interpreted on the CPU.
 INTERPRETED = not isinstance(w4a16_kernel, triton.JITFunction)
@@ -77,12 +77,12 @@ def quantize_constants(
     rule: str = "theta",
     prologue: str = "none",
     output: str = "codes",
-    per_row: bool = False,
+    global_scale: str = "tensor",
     swizzle: bool = False,
 ) -> dict[str, object]:
     """The constexpr arguments of ``rotate_quantize_kernel``."""
     exponent, mantissa = E8M0_RULES[element, rule] if scale == "e8m0" else (0, 0)
-    whole_rows = prologue == "rms_norm" or per_row
+    whole_rows = prologue == "rms_norm" or global_scale == "computed"
     return {
         "K": k,
         "ELEMENT": element,
@@ -94,7 +94,7 @@ def quantize_constants(
         "ROTATION": rotation,
         "PROLOGUE": prologue,
         "OUTPUT": output,
-        "PER_ROW": per_row,
+        "GLOBAL_SCALE": global_scale,
         "SWIZZLE": swizzle,
         "CVT": arch >= 100 and element == "e2m1",
         "BLOCK_M": block_m,
@@ -118,16 +118,20 @@ def rotate_quantize(
     scale: str,
     rule: str,
     prologue: str,
-    per_row: bool,
+    computed: bool,
     swizzle: bool,
 ) -> None:
-    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs, in 16 bits or in fp8."""
+    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs, in 16 bits or in fp8.
+
+    Global scales (rows, 1) are filled too if they are to be ``computed``; otherwise they are read, as is a scalar.
+    """
     rows, rotation = len(x), 1 if block is None else len(block)
     output = "codes"
     if isinstance(outputs, Tensor):
         output = "fp8" if outputs.dtype == torch.float8_e4m3fn else "rotated"
     arch = 0 if INTERPRETED else dispatch.architecture(x.device) or 0
-    whole_rows = per_row or prologue == "rms_norm"
+    kind = "computed" if computed else "rows" if global_scale is not None and global_scale.ndim == 2 else "tensor"
+    whole_rows = computed or prologue == "rms_norm"
     block_m, block_k, warps = quantize_tile(rows, k, rotation, whole_rows=whole_rows, arch=arch, prologue=prologue)
     constants = quantize_constants(
         k,
@@ -140,7 +144,7 @@ def rotate_quantize(
         rule=rule,
         prologue=prologue,
         output=output,
-        per_row=per_row,
+        global_scale=kind,
         swizzle=swizzle,
     )
     codes, scales = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
@@ -269,64 +273,11 @@ def w4a16(
         packed,
         scale_bits,
         global_scale,
-        x if bias is None else bias,
+        x if bias is None else bias.contiguous(),
         out,
         scratch,
         tickets,
         m,
-        n,
-        **constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def grouped_constants(
-    n: int,
-    k: int,
-    experts: int,
-    element: str,
-    scale: str,
-    tile: Tile,
-    *,
-    gather: bool,
-    bias: bool,
-    half: torch.dtype = torch.bfloat16,
-) -> dict[str, object]:
-    """The constexpr arguments of ``grouped_w4a16_kernel``."""
-    constants = w4a16_constants(n, k, element, scale, tile, bias=bias, half=half)
-    del constants["SPLIT"]
-    return {**constants, "EXPERTS": experts, "EXPERTS_POWER": triton.next_power_of_2(experts), "GATHER": gather}
-
-
-def grouped_w4a16(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    packed: Tensor,
-    scale_bits: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    element: str,
-    scale: str,
-    tile: Tile,
-) -> None:
-    """Fill ``out`` (assignments, out): rows offsets[e] … offsets[e+1] − 1 with the weights of expert e."""
-    (experts, n), k, m = packed.shape[:2], x.shape[1], len(out)
-    tiles = min(m, triton.cdiv(m, tile.block_m) + min(experts, m))  # each expert may leave one tile partly filled
-    constants = grouped_constants(
-        n, k, experts, element, scale, tile, gather=rows is not None, bias=bias is not None, half=x.dtype
-    )
-    grouped_w4a16_kernel[(triton.cdiv(n, tile.block_n), tiles)](
-        x,
-        x if rows is None else rows,
-        offsets,
-        packed,
-        scale_bits,
-        global_scale,
-        x if bias is None else bias,
-        out,
         n,
         **constants,
         num_warps=tile.warps,
@@ -353,6 +304,11 @@ def w4a4_constants(k: int, scale: str, tile: Tile, *, bias: bool, inputs: str, p
     return {**constants, "SWAP": tile.swap, "SPLIT": tile.split}
 
 
+def input_scales(global_scale: Tensor | None) -> str:
+    """INPUT_SCALE of the W4A4 kernels: how many global scales the inputs have."""
+    return "none" if global_scale is None else "token" if global_scale.ndim == 2 else "tensor"
+
+
 def w4a4(
     x_packed: Tensor,
     x_scale_bits: Tensor,
@@ -376,10 +332,10 @@ def w4a4(
         packed,
         scale_bits,
         global_scale,
-        out if bias is None else bias,
+        out if bias is None else bias.contiguous(),
         out,
     )
-    inputs = "none" if x_global_scale is None else "token" if x_global_scale.ndim == 2 else "tensor"
+    inputs = input_scales(x_global_scale)
     if tile.kernel == "w4a4_tma":
         tiles = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n)
         programs = min(tiles, 2 if INTERPRETED else dispatch.multiprocessors(x_packed.device))

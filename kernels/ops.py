@@ -2,7 +2,7 @@
 
     rotate_quantize   x → codes and scale bytes of the rotated inputs        rotate         x → x rotated
     w4a16_matmul      16-bit inputs × 4-bit weights                          dequantize     4-bit weights → dense
-    w4a4_matmul       4-bit inputs × 4-bit weights (sm_100, sm_120)          grouped_w4a16  a matmul per expert
+    w4a4_matmul       4-bit inputs × 4-bit weights (sm_100, sm_120)          experts.py     a matmul per expert
 
 Each checks its arguments and calls one custom operator (``kernels/register.py``). Global scales stay on the device,
 nothing synchronises, and no grid depends on data, so CUDA graphs capture everything after one run outside the capture
@@ -24,7 +24,6 @@ __all__ = [
     "QuantizedInputs",
     "dequantize",
     "dequantize_fp8",
-    "grouped_w4a16",
     "rotate",
     "rotate_fp8",
     "rotate_quantize",
@@ -41,7 +40,7 @@ class QuantizedInputs(NamedTuple):
     Attributes:
         packed: uint8 (tokens, in/2), the even column in the low nibble.
         scale_bits: uint8 (tokens, groups), or (blocks, blocks, 32, 4, 4) in the 128 × 4 blocks of Blackwell.
-        global_scale: fp32, a scalar, or (tokens, 1) if it was taken per token; None with e8m0 scales, which have none.
+        global_scale: fp32, a scalar, or (tokens, 1) if each token has its own; None with e8m0 scales, which have none.
     """
 
     packed: Tensor
@@ -49,7 +48,8 @@ class QuantizedInputs(NamedTuple):
     global_scale: Tensor | None
 
 
-def _check(name: str, element: str, scale: str, k: int, rotation: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+def check(name: str, element: str, scale: str, k: int, rotation: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise ValueError, with the reason, where no kernel serves such a layer."""
     if (
         reason := dispatch.obstacle(
             element, scale, dispatch.GROUP_SIZE.get(scale, 0), k, rotation=rotation, dtype=dtype
@@ -97,22 +97,27 @@ def rotate_quantize(
         x: (*tokens, in) bfloat16 or float16; with the prologue ``silu_mul`` (*tokens, 2·in): gate and up side by side.
         rotation: size of the Hadamard blocks (1, 16, 32, 64, 128), or any square block of such a size in the dtype of
             x, already normalised: y = x · block.
-        global_scale: fp32 scalar on the device of x; None takes one per token (e4m3 scales; e8m0 has none).
+        global_scale: fp32 on the device of x, a scalar or (tokens, 1); None takes one per token (e4m3 scales; e8m0 has
+            none).
         rule: of e8m0 scales: ``theta``, ``ocp`` or ``ceil``.
         prologue: ``rms_norm`` (with ``gain`` (in,) and ``epsilon``) or ``silu_mul`` before the rotation.
         swizzle: scale bytes in the 128 × 4 blocks that ``w4a4_matmul`` wants where ``wants_blocked_scales`` says so.
 
     Raises:
-        ValueError: a format, rule, rotation, prologue or dtype without a kernel.
+        ValueError: a format, rule, rotation, prologue or dtype without a kernel, or another shape of global scales.
     """
     size, block = _check_inputs("rotate_quantize", x, rotation, prologue, gain)
-    _check(
+    check(
         "rotate_quantize", element, scale, features(x, prologue), size, x.dtype if scale == "e4m3" else torch.bfloat16
     )
     if scale == "e8m0" and (element, rule) not in launch.E8M0_RULES:
         raise ValueError(f"rotate_quantize: scale rule {rule!r} does not exist; choose theta, ocp or ceil")
     flat = x.reshape(-1, x.shape[-1])
     given = None if scale == "e8m0" else global_scale
+    if given is not None and given.ndim > 0 and given.shape != (len(flat), 1):
+        raise ValueError(
+            f"rotate_quantize: global scales {tuple(given.shape)} are neither one nor ({len(flat)}, 1), one per token"
+        )
     packed, bits, rows = torch.ops.ptq.rotate_quantize(
         flat, size, block, element, scale, given, rule, prologue, gain, epsilon, swizzle
     )
@@ -176,7 +181,7 @@ def dequantize(
     Args:
         packed: uint8 (out, in/2); scale_bits: uint8 (out, groups); global_scale: fp32 scalar on the same device.
     """
-    _check("dequantize", element, scale, 2 * packed.shape[1])
+    check("dequantize", element, scale, 2 * packed.shape[1])
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dequantize: no kernel writes {dtype}; choose float32, bfloat16, float16, or dequantize_fp8")
     return torch.ops.ptq.dequantize(packed, scale_bits, global_scale, element, scale, dtype)
@@ -188,7 +193,7 @@ def dequantize_fp8(packed: Tensor, scale_bits: Tensor, element: str, scale: str)
     Exact for e8m0 scales within 15 binades of a row; e4m3 scales are rounded a second time. Not for sm_80, which has no
     fp8.
     """
-    _check("dequantize_fp8", element, scale, 2 * packed.shape[1])
+    check("dequantize_fp8", element, scale, 2 * packed.shape[1])
     rows = fp8_row_scale(scale_bits, element, scale)
     return torch.ops.ptq.dequantize(packed, scale_bits, 1 / rows, element, scale, torch.float8_e4m3fn), rows
 
@@ -216,13 +221,14 @@ def w4a16_matmul(
     Raises:
         ValueError: shapes that do not fit, or a format or dtype without a kernel.
     """
-    _check("w4a16_matmul", element, scale, x.shape[-1], dtype=x.dtype)
-    _check_weight("w4a16_matmul", x.shape[-1], packed, scale_bits, scale)
+    check("w4a16_matmul", element, scale, x.shape[-1], dtype=x.dtype)
+    check_weight("w4a16_matmul", x.shape[-1], packed, scale_bits, scale)
     y = torch.ops.ptq.w4a16_matmul(x.reshape(-1, x.shape[-1]), packed, scale_bits, global_scale, bias, element, scale)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
-def _check_weight(name: str, k: int, packed: Tensor, scale_bits: Tensor, scale: str) -> None:
+def check_weight(name: str, k: int, packed: Tensor, scale_bits: Tensor, scale: str) -> None:
+    """Raise ValueError where packed codes (…, out, in/2) and row-major scale bytes (…, out, groups) do not fit."""
     groups = k // dispatch.GROUP_SIZE[scale]
     if packed.shape[-1] * 2 != k or (
         scale_bits.ndim <= packed.ndim and tuple(scale_bits.shape) != (*packed.shape[:-1], groups)
@@ -250,8 +256,8 @@ def w4a8_matmul(
     Raises:
         ValueError: as :func:`w4a16_matmul`; or features that are not multiples of 16.
     """
-    _check("w4a8_matmul", element, scale, x.shape[-1], dtype=x.dtype)
-    _check_weight("w4a8_matmul", x.shape[-1], packed, scale_bits, scale)
+    check("w4a8_matmul", element, scale, x.shape[-1], dtype=x.dtype)
+    check_weight("w4a8_matmul", x.shape[-1], packed, scale_bits, scale)
     if packed.shape[0] % 16 or x.shape[-1] % 16:
         raise ValueError(f"w4a8_matmul: {x.shape[-1]} inputs and {packed.shape[0]} outputs are not multiples of 16")
     inputs, tokens = rotate_fp8(x, rotation)
@@ -283,8 +289,8 @@ def w4a4_matmul(
         ValueError: shapes that do not fit, or only one of the scales in blocks.
     """
     k = 2 * inputs.packed.shape[-1]
-    _check("w4a4_matmul", "e2m1", scale, k)
-    _check_weight("w4a4_matmul", k, packed, scale_bits, scale)
+    check("w4a4_matmul", "e2m1", scale, k)
+    check_weight("w4a4_matmul", k, packed, scale_bits, scale)
     if inputs.scale_bits.ndim != scale_bits.ndim:
         raise ValueError("w4a4_matmul: scales of inputs and weight must both be in rows or both in 128 × 4 blocks")
     return torch.ops.ptq.w4a4_matmul(*inputs, packed, scale_bits, global_scale, bias, scale, dtype)
@@ -296,44 +302,3 @@ def wants_blocked_scales(device: torch.device, scale: str, tokens: int, n: int, 
     """
     aligned = k % (4 * dispatch.GROUP_SIZE[scale]) == 0 and n % 8 == 0
     return aligned and tokens > 64 and dispatch.architecture(device) == 100
-
-
-def grouped_w4a16(
-    x: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    scale_bits: Tensor,
-    global_scale: Tensor,
-    element: str,
-    scale: str,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """One matmul per expert in one launch: y[i] = x[rows[i]] · Ŵ[e]ᵀ (+ bias[e]) for offsets[e] ≤ i < offsets[e+1].
-
-    Assignments are sorted by expert; how many each expert got is read on the device, so nothing synchronises.
-
-    Args:
-        x: (tokens, in) bfloat16 (or float16 with e4m3 scales).
-        offsets: int32 (experts + 1,), ascending, from 0 to the number of assignments.
-        packed: uint8 (experts, out, in/2); scale_bits: uint8 (experts, out, groups); global_scale: fp32 (experts,).
-        bias: (experts, out) or None.
-        rows: int32 (assignments,), the row of x for each; None if x is sorted already (assignments = tokens).
-
-    Returns:
-        (assignments, out) in the dtype of x; rows beyond the last offset are left undefined.
-
-    Raises:
-        ValueError: shapes that do not fit, or a format or dtype without a kernel.
-    """
-    _check("grouped_w4a16", element, scale, x.shape[-1], dtype=x.dtype)
-    _check_weight("grouped_w4a16", x.shape[-1], packed, scale_bits, scale)
-    if (
-        offsets.shape[0] != packed.shape[0] + 1
-        or offsets.dtype != torch.int32
-        or global_scale.shape != packed.shape[:1]
-    ):
-        raise ValueError(
-            f"grouped_w4a16: {packed.shape[0]} experts need {packed.shape[0] + 1} int32 offsets and a global scale each"
-        )
-    return torch.ops.ptq.grouped_w4a16(x, offsets, packed, scale_bits, global_scale, bias, rows, element, scale)

@@ -112,7 +112,7 @@ def rotate_quantize_kernel(
     ROTATION: tl.constexpr,
     PROLOGUE: tl.constexpr,
     OUTPUT: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    GLOBAL_SCALE: tl.constexpr,
     SWIZZLE: tl.constexpr,
     CVT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,8 +123,9 @@ def rotate_quantize_kernel(
     """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K · CHUNKS)); a program sees whole rows if it needs a statistic of them.
 
     OUTPUT: "codes" (packed codes and scale bytes), "rotated" (y in the dtype of x) or "fp8" (E4M3, a scale per row).
-    PER_ROW: a global scale per row is computed and stored; otherwise one is read. SWIZZLE: scale bytes are stored in
-    the 128 × 4 blocks of Blackwell. LARGEST, EXPONENT, MANTISSA: the element and scale rule.
+    GLOBAL_SCALE: one for the whole "tensor" or one for each of its "rows" is read, or one per row is "computed" and
+    stored. SWIZZLE: scale bytes are stored in the 128 × 4 blocks of Blackwell. LARGEST, EXPONENT, MANTISSA: the element
+    and scale rule.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
@@ -145,7 +146,7 @@ def rotate_quantize_kernel(
         root = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, K * 1.0) + epsilon))
 
     if OUTPUT == "fp8" or (OUTPUT == "codes" and SCALE == "e4m3"):
-        if PER_ROW:
+        if GLOBAL_SCALE == "computed":
             row_amax = tl.zeros((BLOCK_M,), tl.float32)
             for chunk in range(0, CHUNKS):
                 columns = chunk * BLOCK_K + offsets
@@ -156,6 +157,9 @@ def rotate_quantize_kernel(
             t = tl.maximum(tl.div_rn(row_amax, top), 1.1754943508222875e-38)
             t = tl.where(row_amax > 0.0, t, 1.0)
             tl.store(global_scale_ptr + rows, t, mask=row_mask)
+            inverse = tl.div_rn(1.0, t)[:, None]
+        elif GLOBAL_SCALE == "rows":
+            t = tl.load(global_scale_ptr + rows, mask=row_mask, other=1.0)
             inverse = tl.div_rn(1.0, t)[:, None]
         else:
             inverse = tl.div_rn(1.0, tl.load(global_scale_ptr))

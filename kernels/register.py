@@ -4,7 +4,6 @@ Opaque on purpose: inductor cannot fuse into a dot kernel, and would trace the c
 ``TRITON_INTERPRET=1`` the same launchers also serve CPU tensors, so that every operator is tested without a GPU.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -24,7 +23,7 @@ INTERPRETED_TILE = {
 }
 
 
-def _define(schema: str, implementation: Callable[..., object], fake: Callable[..., object]) -> None:
+def define(schema: str, implementation: Callable[..., object], fake: Callable[..., object]) -> None:
     """Register an operator of the ``ptq`` namespace: for CUDA, for CPU when kernels are interpreted, and its fake."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
@@ -113,7 +112,8 @@ def _rotate_quantize(
     if len(x):
         if swizzle and bits.numel() * dispatch.GROUP_SIZE[scale] != packed.numel() * 2:
             bits.zero_()  # scales of padding multiply zeros, so they must not be NaN
-        per_row = len(rows) > 0
+        computed = len(rows) > 0
+        given = None if global_scale is None else global_scale.contiguous()
         matrix, factor = _block(x, rotation, block)
         launch.rotate_quantize(
             x,
@@ -121,14 +121,14 @@ def _rotate_quantize(
             factor,
             gain,
             epsilon,
-            rows if per_row else global_scale,
+            rows if computed else given,
             (packed, bits),
             k=2 * packed.shape[1],
             element=element,
             scale=scale,
             rule=rule,
             prologue=prologue,
-            per_row=per_row,
+            computed=computed,
             swizzle=swizzle,
         )
     return packed, bits, rows
@@ -175,7 +175,7 @@ def _launch_rotation(
             scale="e4m3",
             rule="theta",
             prologue=prologue,
-            per_row=scales is not None,
+            computed=scales is not None,
             swizzle=False,
         )
 
@@ -198,18 +198,18 @@ def _rotate_fp8(
     return out, scales
 
 
-_define(
+define(
     "rotate_quantize(Tensor x, int rotation, Tensor? block, str element, str scale, Tensor? global_scale, str rule, "
     "str prologue, Tensor? gain, float epsilon, bool swizzle) -> (Tensor, Tensor, Tensor)",
     _rotate_quantize,
     _rotate_quantize_fake,
 )
-_define(
+define(
     "rotate_fp8(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) -> (Tensor, Tensor)",
     _rotate_fp8,
     _rotate_fp8_fake,
 )
-_define(
+define(
     "rotate(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) -> Tensor",
     _rotate,
     _rotate_fake,
@@ -233,7 +233,7 @@ def _dequantize(
     return out
 
 
-_define(
+define(
     "dequantize(Tensor packed, Tensor scale_bits, Tensor factor, str element, str scale, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
@@ -299,62 +299,15 @@ def _w4a4(
     return out
 
 
-_define(
+define(
     "w4a16_matmul(Tensor x, Tensor packed, Tensor scale_bits, Tensor global_scale, Tensor? bias, str element, "
     "str scale) -> Tensor",
     _w4a16,
     _w4a16_fake,
 )
-_define(
+define(
     "w4a4_matmul(Tensor x_packed, Tensor x_scale_bits, Tensor? x_global_scale, Tensor packed, Tensor scale_bits, "
     "Tensor global_scale, Tensor? bias, str scale, ScalarType dtype) -> Tensor",
     _w4a4,
     _w4a4_fake,
-)
-
-
-# ---------------------------------------------------------------- experts
-
-
-def _grouped_fake(
-    x: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    scale_bits: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    element: str,
-    scale: str,
-) -> Tensor:
-    return x.new_empty((x.shape[0] if rows is None else rows.shape[0], packed.shape[1]))
-
-
-def _grouped(
-    x: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    scale_bits: Tensor,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    element: str,
-    scale: str,
-) -> Tensor:
-    out = _grouped_fake(x, offsets, packed, scale_bits, global_scale, bias, rows, element, scale)
-    if len(out):
-        per_expert = math.ceil(len(out) / packed.shape[0])  # tokens of an average expert choose the tile
-        tile = tile_for("grouped", x.device, element, scale, per_expert, packed.shape[1], x.shape[1])
-        packed, scale_bits = packed.contiguous(), scale_bits.contiguous()
-        launch.grouped_w4a16(
-            x.contiguous(), rows, offsets, packed, scale_bits, global_scale, bias, out, element, scale, tile
-        )
-    return out
-
-
-_define(
-    "grouped_w4a16(Tensor x, Tensor offsets, Tensor packed, Tensor scale_bits, Tensor global_scale, Tensor? bias, "
-    "Tensor? rows, str element, str scale) -> Tensor",
-    _grouped,
-    _grouped_fake,
 )

@@ -13,13 +13,12 @@ instead. ``order``:
 K is split over programs when there are few tiles (``kernels/epilogue.py``).
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# ruff: noqa: SIM108
 
 import triton
 import triton.language as tl
 
 from ptq.kernels.codec import operand_factor, weight_operand, weight_operand_plain
-from ptq.kernels.epilogue import finish, store_output
+from ptq.kernels.epilogue import finish
 
 # ---------------------------------------------------------------- orders of rows and columns
 
@@ -59,7 +58,7 @@ def fragment_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     x_rows,
     x_mask,
     packed_rows,
@@ -164,7 +163,7 @@ def w4a16_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_mask, n_mask = m < M, n < N
     wide = n.to(tl.int64)
-    acc = _accumulate(
+    acc = accumulate(
         x_ptr + m.to(tl.int64) * K,
         m_mask,
         packed_ptr + wide * (K // 2),
@@ -212,100 +211,3 @@ def w4a16_kernel(
         HAS_BIAS,
         INTERPRETED,
     )
-
-
-@triton.jit
-def grouped_w4a16_kernel(
-    x_ptr,
-    rows_ptr,
-    offsets_ptr,
-    packed_ptr,
-    scale_ptr,
-    global_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    N,
-    EXPERTS: tl.constexpr,
-    EXPERTS_POWER: tl.constexpr,
-    GATHER: tl.constexpr,
-    K: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    SCALE: tl.constexpr,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """The same for a list of experts: rows offsets[e] … offsets[e+1] − 1 of the output use the weights of expert e.
-
-    Grid (cdiv(N, BLOCK_N), an upper bound of Σ cdiv(count, BLOCK_M)): how many tokens an expert got stays on the
-    device, each program finds its expert by a prefix sum over the counts, and programs beyond the last tile leave at
-    once.
-    """
-    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
-    expert_ids = tl.arange(0, EXPERTS_POWER)
-    real = expert_ids < EXPERTS
-    begins = tl.load(offsets_ptr + expert_ids, mask=real, other=0)
-    ends = tl.load(offsets_ptr + expert_ids + 1, mask=real, other=0)
-    tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(tiles, 0)
-    expert = tl.sum((real & (last <= tile_m)).to(tl.int32), 0)
-    if expert < EXPERTS:
-        here = expert_ids == expert
-        begin = tl.sum(tl.where(here, begins, 0), 0)
-        end = tl.sum(tl.where(here, ends, 0), 0)
-        before = tl.sum(tl.where(here, last - tiles, 0), 0)
-        m = begin + (tile_m - before) * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_mask = m < end
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_mask = n < N
-        if GATHER:
-            x_row = tl.load(rows_ptr + m, mask=m_mask, other=0)
-        else:
-            x_row = m
-        weight_row = expert.to(tl.int64) * N + n
-        acc = _accumulate(
-            x_ptr + x_row.to(tl.int64) * K,
-            m_mask,
-            packed_ptr + weight_row * (K // 2),
-            scale_ptr + weight_row * (K // GROUP),
-            n_mask,
-            0,
-            K,
-            ELEMENT,
-            SCALE,
-            GROUP,
-            ORDER,
-            EVEN_N,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            1,
-            STAGES,
-            INTERPRETED,
-        )
-        row = tl.arange(0, BLOCK_N)
-        if ORDER == "fragments":
-            row = fragment_rows(row, BLOCK_N)
-        n = tile_n * BLOCK_N + row
-        factor = tl.load(global_scale_ptr + expert)
-        if not INTERPRETED:
-            factor = factor * operand_factor(ELEMENT, x_ptr.dtype.element_ty, ORDER == "natural")
-        store_output(
-            acc,
-            out_ptr,
-            bias_ptr + expert * N,
-            m[None, :],
-            n[:, None],
-            m_mask[None, :],
-            (n < N)[:, None],
-            factor,
-            N,
-            HAS_BIAS,
-            INTERPRETED,
-        )

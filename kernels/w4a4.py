@@ -53,6 +53,56 @@ def _dot_scaled(
 
 
 @triton.jit
+def accumulate(
+    x_ptr,
+    x_scale_ptr,
+    packed_ptr,
+    scale_ptr,
+    x_row,
+    w_row,
+    x_mask,
+    w_mask,
+    part,
+    K: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Σ over part ``part`` of SPLIT of K, without global scales: fp32 (BLOCK_M, BLOCK_N), turned around if SWAP.
+
+    x_row, w_row: int64 (·, 1), which rows of the inputs and of the weight the tile has; x_mask, w_mask: those it reads.
+    """
+    STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
+    EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        halves = (part * STEPS + step) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+        groups = (part * STEPS + step) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[None, :]
+        x_ok, w_ok, xs_ok, ws_ok = x_mask, w_mask, x_mask, w_mask
+        if not EVEN_K:
+            x_ok, w_ok = x_mask & (halves < K // 2), w_mask & (halves < K // 2)
+            xs_ok, ws_ok = x_mask & (groups < K // GROUP), w_mask & (groups < K // GROUP)
+        x = tl.load(x_ptr + x_row * (K // 2) + halves, mask=x_ok, other=0)
+        w = tl.load(packed_ptr + w_row * (K // 2) + halves, mask=w_ok, other=0)
+        x_scale = tl.load(x_scale_ptr + x_row * (K // GROUP) + groups, mask=xs_ok, other=0.0)
+        w_scale = tl.load(scale_ptr + w_row * (K // GROUP) + groups, mask=ws_ok, other=0.0)
+        if SWAP:
+            acc = _dot_scaled(w, w_scale, x, x_scale, acc, BLOCK_N, BLOCK_M, BLOCK_K, GROUP, SCALE, INTERPRETED)
+        else:
+            acc = _dot_scaled(x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED)
+    return acc
+
+
+@triton.jit
 def w4a4_kernel(
     x_ptr,
     x_scale_ptr,
@@ -86,29 +136,27 @@ def w4a4_kernel(
     tile_m, tile_n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_mask, n_mask = (m < M)[:, None], (n < N)[:, None]
-    x_row, w_row = m.to(tl.int64)[:, None], n.to(tl.int64)[:, None]
-    STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
-    EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        halves = (part * STEPS + step) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
-        groups = (part * STEPS + step) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[None, :]
-        x_ok, w_ok, xs_ok, ws_ok = m_mask, n_mask, m_mask, n_mask
-        if not EVEN_K:
-            x_ok, w_ok = m_mask & (halves < K // 2), n_mask & (halves < K // 2)
-            xs_ok, ws_ok = m_mask & (groups < K // GROUP), n_mask & (groups < K // GROUP)
-        x = tl.load(x_ptr + x_row * (K // 2) + halves, mask=x_ok, other=0)
-        w = tl.load(packed_ptr + w_row * (K // 2) + halves, mask=w_ok, other=0)
-        x_scale = tl.load(x_scale_ptr + x_row * (K // GROUP) + groups, mask=xs_ok, other=0.0)
-        w_scale = tl.load(scale_ptr + w_row * (K // GROUP) + groups, mask=ws_ok, other=0.0)
-        if SWAP:
-            acc = _dot_scaled(w, w_scale, x, x_scale, acc, BLOCK_N, BLOCK_M, BLOCK_K, GROUP, SCALE, INTERPRETED)
-        else:
-            acc = _dot_scaled(x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED)
+    acc = accumulate(
+        x_ptr,
+        x_scale_ptr,
+        packed_ptr,
+        scale_ptr,
+        m.to(tl.int64)[:, None],
+        n.to(tl.int64)[:, None],
+        (m < M)[:, None],
+        (n < N)[:, None],
+        part,
+        K,
+        SCALE,
+        GROUP,
+        SWAP,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SPLIT,
+        STAGES,
+        INTERPRETED,
+    )
     ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
     if SWAP:

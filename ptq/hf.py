@@ -27,7 +27,7 @@ from ptq.checkpoint import parse
 from ptq.compressed import GUARD, is_rotation_tensor, parse_ct
 from ptq.dialects import LayerInfo
 from ptq.linear import FIXED, QuantLinear
-from ptq.loading import INPUTS, settle_inputs
+from ptq.loading import INPUTS, prepare_kernels, settle_inputs
 from ptq.rotation import Rotation
 from ptq.storage import read_header
 from ptq.tensor import Scales
@@ -152,6 +152,8 @@ class PtqQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, StoredLinear):
                 module.cache = config.cache
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # not spread over devices
+            prepare_kernels(model, model.dtype)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -153,6 +153,16 @@ class QuantLinear(nn.Module):
         """Global scale of the inputs, which multiplies; None takes one per token."""
         return self.input_global_scale
 
+    @property
+    def kernel_scale(self) -> str:
+        """What kernels call the type of the scales."""
+        return "e4m3" if self.format.has_global_scale else "e8m0"
+
+    @property
+    def kernel_rule(self) -> str:
+        """The scale rule of quantized inputs, by name."""
+        return default_rule(self.format) if self.input_rule == "default" else self.input_rule
+
     def quantized_weight(self) -> QuantizedTensor:
         """The weight (out, in) as codes and scales, in the rotated basis."""
         return QuantizedTensor(unpack(self.weight_packed, self.format), self.scales)
@@ -172,19 +182,18 @@ class QuantLinear(nn.Module):
         """
         self.kernel_dtype = self._blocked_scales = None
         device, fmt = self.weight_packed.device, self.format
-        scale = "e4m3" if fmt.has_global_scale else "e8m0"
         if not dispatch.available(device):
             return f"Triton kernels do not run on {device.type}"
         if self.quantize_inputs and not (dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"):
             return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
         reason = dispatch.obstacle(
             fmt.element.name,
-            scale,
+            self.kernel_scale,
             fmt.group_size,
             self.in_features,
             rotation=self.rotation.size,
             dtype=dtype,
-            scale_bits=self.weight_scale,
+            scale_bits=self.scales.bits,
         )
         if reason is None:
             self.kernel_dtype = dtype
@@ -193,22 +202,19 @@ class QuantLinear(nn.Module):
     def _kernel(self, x: Tensor) -> Tensor:
         from ptq.kernels import ops  # imports Triton
 
-        fmt = self.format
-        scale, t = "e4m3" if fmt.has_global_scale else "e8m0", self.scales.global_scale
+        element, scale = self.format.element.name, self.kernel_scale
+        weight_scale, t = self.scales.bits, self.scales.global_scale
         if not self.quantize_inputs:
             x = ops.rotate(x, self.rotation.size)
-            return ops.w4a16_matmul(x, self.weight_packed, self.weight_scale, t, fmt.element.name, scale, self.bias)
+            return ops.w4a16_matmul(x, self.weight_packed, weight_scale, t, element, scale, self.bias)
         rows = x.reshape(-1, self.in_features)
-        weight_scale = self.weight_scale
         blocked = ops.wants_blocked_scales(x.device, scale, len(rows), self.out_features, self.in_features)
         if blocked:
             if self._blocked_scales is None:
-                self._blocked_scales = ops.swizzle_scales(self.weight_scale)
+                self._blocked_scales = ops.swizzle_scales(weight_scale)
             weight_scale = self._blocked_scales
-        rule = default_rule(fmt) if self.input_rule == "default" else self.input_rule
-        inputs = ops.rotate_quantize(
-            rows, self.rotation.size, fmt.element.name, scale, self.input_scale, rule=rule, swizzle=blocked
-        )
+        size, rule = self.rotation.size, self.kernel_rule
+        inputs = ops.rotate_quantize(rows, size, element, scale, self.input_scale, rule=rule, swizzle=blocked)
         y = ops.w4a4_matmul(inputs, self.weight_packed, weight_scale, t, scale, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
@@ -265,11 +271,17 @@ class QuantLinear(nn.Module):
         return moved
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._dequantized = None  # the buffers may be written in place
+        self._dequantized = self._blocked_scales = None  # the buffers may be written in place
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_dequantized": None, "_blocked_scales": None}  # neither copied nor pickled
+        own = {kind: {n: _alone(t) for n, t in self.__dict__[kind].items()} for kind in ("_buffers", "_parameters")}
+        return self.__dict__ | own | {"_dequantized": None, "_blocked_scales": None}  # neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.kernel_dtype is not None:
+            self.prepare(self.kernel_dtype)  # the device may be another one
 
     def extra_repr(self) -> str:
         inputs = f", inputs={self.format.name}" if self.quantize_inputs else ""
@@ -278,6 +290,14 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format.name}{rotation}{inputs}"
         )
+
+
+def _alone(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, without the rest of a storage that it shares with other layers: pickle would write it for each."""
+    if tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    own = tensor.detach().clone()
+    return nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ptq.calib.source import Source
 from ptq.checkpoint import Checkpoint, config_dtype
+from ptq.experts import pack_experts
 from ptq.linear import QuantLinear, stored_layer
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def load(
 ) -> nn.Module:
     """The transformers model of a checkpoint, with a QuantLinear for every quantized layer, in evaluation mode.
 
-    Experts are modules of linear layers, as in calibration. Without ``device_map`` tensors go to ``device`` one by one.
+    Experts are modules of linear layers, as in calibration; on a GPU they run together (:mod:`ptq.experts`) unless
+    there is a ``device_map``. Without one tensors go to ``device`` one by one.
 
     Args:
         dtype: of everything that is not quantized, and of the results of quantized layers; None is the checkpoint's.
@@ -85,13 +87,27 @@ def load(
 
 
 def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the quantized layers use the Triton kernels where those can run, and say once what runs how."""
+    """Let quantized layers and experts use the Triton kernels where those can run, and say once what runs how.
+
+    Not for models that accelerate's hooks move: they put the weights of experts in places of their own.
+    """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     reasons = Counter(reason for layer in layers if (reason := layer.prepare(dtype)) is not None)
     if served := len(layers) - sum(reasons.values()):
         logger.info("%d of %d quantized layers run in Triton kernels", served, len(layers))
     for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
         logger.info("%d quantized layers run in the reference path: %s", count, reason)
+    if served:
+        log_experts(pack_experts(model))
+
+
+def log_experts(found: Mapping[str, str | None]) -> None:
+    """Say once how layers of experts run: ``found`` has their names, and why each does not run grouped, or None."""
+    reasons = Counter(reason for reason in found.values() if reason is not None)
+    if grouped := len(found) - reasons.total():
+        logger.info("%d of %d layers of experts run grouped", grouped, len(found))
+    for reason, count in reasons.items():
+        logger.info("%d layers of experts run one expert after the other: %s", count, reason)
 
 
 def settle_inputs(model: nn.Module, inputs: str) -> None:

@@ -89,6 +89,14 @@ def test_weights_in_fragment_order_never_pass_through_shared_memory(compiled) ->
         assert loop["LDSM"] == 0 and loop["STS"] + loop["STSM"] <= 8, name
 
 
+def test_matmuls_per_expert_use_fp4_tensor_cores_and_no_others() -> None:
+    """On sm_100 few tokens must be the right operand, or Triton falls back to bf16; 16 × 128 tiles have few."""
+    pytest.importorskip("triton")
+    found = compile_all("100", "120", "--all", "--only", "grouped w4a4 nvfp4 16x128")
+    assert not problems(found) and {r["architecture"] for r in found.values()} == {100, 120}
+    assert all(r["mma"] and all("kind::mxf4nvf4" in name for name in r["mma"]) for r in found.values())
+
+
 def test_instructions_are_those_that_were_recorded(compiled) -> None:
     major, minor = version()
     stored = json.loads(STORED.read_text(encoding="utf-8")).get(f"{major}.{minor}")

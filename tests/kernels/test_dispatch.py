@@ -1,17 +1,15 @@
 """The choice of tiles: pure Python, for every architecture, on any machine."""
 
-import importlib.util
 import json
 import logging
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from ptq.kernels import dispatch
+from ptq.kernels import dispatch, tune
 from ptq.kernels.dispatch import BUCKETS, Table, Tile
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -79,22 +77,18 @@ def test_a_shape_without_a_row_takes_the_nearest_and_says_so_once(
     assert [record.message for record in caplog.records] == [
         "no tile for w4a16 nvfp4 6000×4096 on sm_91: using that of 5000×4096"
     ]
-    with pytest.raises(ValueError, match="tune_kernels"):
+    with pytest.raises(ValueError, match="ptq bench --tune"):
         dispatch.choose(91, "w4a16", "nvfp4", 64, 6000, 4096)
     dispatch.choose.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tables_that_were_not_timed_are_the_rules_of_thumb(arch: int, root: Path) -> None:
-    """A change of the rules in scripts/tune_kernels.py has to be written (--untimed); timed rows are free to differ."""
-    spec = importlib.util.spec_from_file_location("tune_kernels", root / "scripts" / "tune_kernels.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_tables_that_were_not_timed_are_the_rules_of_thumb(arch: int) -> None:
+    """A change of the rules has to be written: ptq bench --untimed; timed rows are free to differ."""
     shipped = [row for row in dispatch.table(arch).rows if not row.microseconds]
-    assert set(shipped) <= set(script.untimed(arch).rows)
+    assert set(shipped) <= set(tune.untimed(arch).rows)
     for operation in ("w4a16", "w4a4") if arch >= 100 else ("w4a16",):
-        tiles = list(script.candidates(arch, operation, "nvfp4", 16, 4096, 14336))
+        tiles = list(tune.candidates(arch, operation, "nvfp4", 16, 4096, 14336))
         assert len(tiles) > 8 and all(14336 % (tile.split * tile.block_k) == 0 for tile in tiles)
 
 

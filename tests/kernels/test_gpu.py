@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from ptq.formats import FORMATS, Format
-from ptq.kernels import launch, ops
+from ptq.kernels import experts, launch, ops
 from ptq.kernels.dispatch import Tile, architecture, multiplies_fp4
 
 pytestmark = pytest.mark.gpu
@@ -118,19 +118,56 @@ def test_w4a4_on_fp4_tensor_cores(name, m, random_weight, scale_kind) -> None:
         assert ((y.double() - reference).norm() / reference.norm()).item() < 4e-3
 
 
-def test_experts_on_a_device(random_weight) -> None:
-    fmt = FORMATS["mxfp4"]
-    counts = [0, 5, 130, 1, 0, 64]
-    made = [random_weight(fmt, 256, 1024) for _ in counts]
-    for weight, _ in made:
-        in_range(weight, fmt)
-    packed = torch.stack([p for _, p in made]).cuda()
-    bits = torch.stack([w.scales.bits for w, _ in made]).cuda()
-    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device="cuda")
-    x = torch.randn(sum(counts), 1024, device="cuda").bfloat16()
-    y = ops.grouped_w4a16(x, offsets, packed, bits, torch.ones(len(counts), device="cuda"), "e2m1", "e8m0")
-    for e, (weight, _) in enumerate(made):
-        mine = slice(int(offsets[e]), int(offsets[e + 1]))
-        if counts[e]:
-            reference = x[mine].double() @ weight.dequantize().cuda().double().T
-            assert ((y[mine].double() - reference).norm() / reference.norm()).item() < 4e-3
+@pytest.fixture
+def experts_and_counts(random_weight):
+    """``make(fmt)``: dense weights, (packed, scale bytes, global scales) on the device, tokens of each expert."""
+
+    def make(fmt: Format):
+        counts = [0, 5, 130, 1, 0, 64]
+        made = [random_weight(fmt, 256, 1024) for _ in counts]
+        for weight, _ in made:
+            in_range(weight, fmt)
+        tensors = (
+            torch.stack([packed for _, packed in made]).cuda(),
+            torch.stack([weight.scales.bits for weight, _ in made]).cuda(),
+            torch.stack([weight.scales.global_scale for weight, _ in made]).cuda(),
+        )
+        return [weight.dequantize().cuda().double() for weight, _ in made], tensors, counts
+
+    return make
+
+
+def offsets_of(counts: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device="cuda")
+
+
+def expert_error(y: torch.Tensor, inputs: torch.Tensor, dense: list[torch.Tensor], counts: list[int]) -> float:
+    """The largest of all experts; nothing may be written for rows beyond theirs but zeros."""
+    assert not y[sum(counts) :].any()
+    parts = zip(y.split([*counts, len(y) - sum(counts)]), inputs.double().split([*counts]), dense, strict=False)
+    return max(((p - x @ w.T).norm() / (x @ w.T).norm()).item() for p, x, w in parts if len(x))
+
+
+def test_experts_on_a_device(fmt: Format, experts_and_counts, scale_kind) -> None:
+    dense, weight, counts = experts_and_counts(fmt)
+    x = torch.randn(40, 1024, device="cuda").bfloat16()
+    rows = torch.randint(0, 40, (sum(counts) + 20,), dtype=torch.int32, device="cuda")
+    y = experts.grouped_w4a16(x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), rows=rows)
+    assert expert_error(y, x[rows[: sum(counts)]], dense, counts) < 4e-3
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_experts_on_fp4_tensor_cores(name: str, experts_and_counts, scale_kind) -> None:
+    if not multiplies_fp4("cuda"):
+        pytest.skip("this GPU has no FP4 tensor cores")
+    fmt = FORMATS[name]
+    kind, (dense, weight, counts) = scale_kind(fmt), experts_and_counts(fmt)
+    x = torch.randn(40, 1024, device="cuda").bfloat16()
+    rows = torch.randint(0, 40, (sum(counts) + 20,), dtype=torch.int32, device="cuda")
+    for given in (None, torch.rand(40, 1, device="cuda") / 1000 + 1e-3):
+        inputs = ops.rotate_quantize(x, 32, "e2m1", kind, given)
+        one = torch.ones((), device="cuda")
+        values = ops.dequantize(inputs.packed, inputs.scale_bits, one, "e2m1", kind, torch.float32)
+        values = values if inputs.global_scale is None else values * inputs.global_scale
+        y = experts.grouped_w4a4(inputs, offsets_of(counts), *weight, kind, rows=rows)
+        assert expert_error(y, values[rows[: sum(counts)]], dense, counts) < 4e-3

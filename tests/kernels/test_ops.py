@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from ptq.formats import FORMATS
-from ptq.kernels import ops
+from ptq.kernels import experts, ops
 from ptq.kernels.quantize import swizzle_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,10 +27,15 @@ def test_every_operator_passes_opcheck(layer) -> None:
     x = torch.randn(3, 128).bfloat16().to(DEVICE)
     bias = torch.randn(40).bfloat16().to(DEVICE)
     gain = torch.ones(128).bfloat16().to(DEVICE)
+    tokens = torch.full((3, 1), 0.1, device=DEVICE)
     offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
+    both = (offsets, packed.repeat(2, 1, 1), bits.repeat(2, 1, 1), t.repeat(2))  # two experts
+    rows = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
+    assert experts.__all__ == ["grouped_w4a4", "grouped_w4a16"]  # importing it registers them
     x4 = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t)
     calls = [
         (torch.ops.ptq.rotate_quantize, (x, 16, None, "e2m1", "e4m3", t, "theta", "none", None, 0.0, False)),
+        (torch.ops.ptq.rotate_quantize, (x, 16, None, "e2m1", "e4m3", tokens, "theta", "none", None, 0.0, False)),
         (torch.ops.ptq.rotate_quantize, (x, 32, None, "e2m1", "e4m3", None, "theta", "rms_norm", gain, 1e-5, False)),
         (torch.ops.ptq.rotate, (x, 32, None, "none", None, 0.0)),
         (torch.ops.ptq.rotate, (x, 32, None, "silu_mul", None, 0.0)),
@@ -39,13 +44,11 @@ def test_every_operator_passes_opcheck(layer) -> None:
         (torch.ops.ptq.w4a16_matmul, (x, packed, bits, t, bias, "e2m1", "e4m3")),
         (torch.ops.ptq.w4a16_matmul, (x, packed, bits, t, None, "e2m1", "e4m3")),
         (torch.ops.ptq.w4a4_matmul, (*x4, packed, bits, t, None, "e4m3", torch.bfloat16)),
-        (
-            torch.ops.ptq.grouped_w4a16,
-            (x, offsets, packed.repeat(2, 1, 1), bits.repeat(2, 1, 1), t.repeat(2), None, None, "e2m1", "e4m3"),
-        ),
+        (torch.ops.ptq.grouped_w4a16, (x, *both, None, None, "e2m1", "e4m3")),
+        (torch.ops.ptq.grouped_w4a4, (*x4, *both, None, rows, "e4m3", torch.bfloat16)),
     ]
     for operator, arguments in calls:
-        if DEVICE == "cuda" and operator is torch.ops.ptq.w4a4_matmul and not ops.dispatch.multiplies_fp4(DEVICE):
+        if DEVICE == "cuda" and "w4a4" in str(operator) and not ops.dispatch.multiplies_fp4(DEVICE):
             continue
         torch.library.opcheck(operator.default, arguments, test_utils=TESTS)
 

@@ -51,6 +51,22 @@ def test_codes_and_scales_equal_the_oracle(fmt: Format, rotation: int, tokens: i
             assert got.global_scale is None
 
 
+@pytest.mark.parametrize("rotation", [1, 128])
+@pytest.mark.parametrize(("name", "tokens"), [("nvfp4", 1), ("nvfp4", 19), ("nvint4", 33)])
+def test_a_global_scale_per_token_may_be_given(name: str, rotation: int, tokens: int) -> None:
+    """Each row is what it would be alone with its scale: of an expert, for instance."""
+    fmt, x = FORMATS[name], exact_inputs(tokens, 384)
+    given = torch.logspace(-4, 1, tokens, device=DEVICE)[:, None]
+    got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
+    assert got.global_scale is given
+    for row, t, packed, bits in zip(x.cpu(), given.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True):
+        expected = quantize_inputs(row[None], fmt, Rotation(rotation), t)
+        assert torch.equal(bits[None], expected.scales.bits)
+        assert same_codes(packed[None], expected.codes, fmt)
+    with pytest.raises(ValueError, match="one per token"):
+        ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given.repeat(2, 1))
+
+
 @pytest.mark.parametrize("rule", ["ocp", "ceil", "theta"])
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
 def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:

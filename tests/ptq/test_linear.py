@@ -161,6 +161,13 @@ def test_copies_compute_the_same_and_carry_no_cache(duplicate):
     assert torch.equal(twin(x), expected)
 
 
+def test_what_was_made_of_other_weights_is_forgotten():
+    layer = make(FORMATS["nvfp4"], inputs=True)
+    layer._blocked_scales = layer.weight_scale.clone()  # as the kernels of Blackwell keep them
+    layer.load_state_dict(make(FORMATS["nvfp4"], inputs=True, seed=1).state_dict())
+    assert layer._blocked_scales is None
+
+
 @formats
 def test_a_layer_is_its_description_and_its_tensors(fmt):
     layer, x = make(fmt, inputs=True), torch.randn(4, IN)
