@@ -5,7 +5,7 @@ Opaque on purpose: inductor cannot fuse into a dot kernel, and would trace the c
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -27,10 +27,22 @@ def define(schema: str, implementation: Callable[..., object], fake: Callable[..
     """Register an operator of the ``ptq`` namespace: for CUDA, for CPU when kernels are interpreted, and its fake."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    LIBRARY.impl(name, implementation, "CUDA")
+    LIBRARY.impl(name, on_device(implementation), "CUDA")
     if launch.INTERPRETED:
         LIBRARY.impl(name, implementation, "CPU")
     torch.library.register_fake(f"ptq::{name}", fake, lib=LIBRARY)
+
+
+def on_device(implementation: Callable[..., object]) -> Callable[..., object]:
+    """``implementation`` with the device of its first tensor as the current one, where Triton launches."""
+
+    @wraps(implementation)
+    def run(*args: object, **options: object) -> object:
+        device = next(value.device for value in args if isinstance(value, Tensor))
+        with torch.cuda.device(device):
+            return implementation(*args, **options)
+
+    return run
 
 
 def tile_for(operation: str, device: torch.device, element: str, scale: str, tokens: int, n: int, k: int) -> Tile:

@@ -1,12 +1,15 @@
 """The registered operators: schemas, fakes, torch.compile. On the CPU they run the kernels in the interpreter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from ptq.formats import FORMATS
-from ptq.kernels import experts, ops
+from ptq.kernels import experts, ops, register
 from ptq.kernels.quantize import swizzle_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,3 +101,18 @@ def test_quantized_inputs_pass_through_a_compiled_graph(layer) -> None:
     torch._dynamo.reset()
     x = torch.randn(4, 128).bfloat16().to(DEVICE)
     assert torch.equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(x), forward(x))
+
+
+def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whatever its arguments are on."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    run = register.on_device(lambda x, size: (len(entered), size))
+    assert run(torch.empty(2, device="meta"), 4) == (1, 4)
+    assert entered == [torch.device("meta")]
