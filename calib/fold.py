@@ -3,20 +3,26 @@
 ``x' = x · a`` and ``W' = W / a`` leave a layer as it was. The factor of x is free if it folds into the producer of x:
 the gain of a norm, or the rows of another linear layer (``v_proj`` before ``o_proj``, ``up_proj`` before
 ``down_proj``). Where that holds is not read off names: it is tried, with powers of two, for which floating point loses
-nothing. A block that is folded rightly returns the same bits, and one that is not does not.
+nothing: all layers that were not scaled return the same bits if a block is folded rightly, and do not if it is not.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-EXPONENT = 3  # of the factors that are tried: 1 … 2^3, so that 1 + (gain · factor - 1) is exact too
+# Of the factors that are tried, 1 … 2^8: none below 1, so that 1 + (gain · factor - 1) is exact too, and as large as
+# those that are folded, so that a clamp in between shows. float16 has no room for so much, and its small numbers lose
+# digits: there results may differ by some roundings, where a wrong site makes them several times as large.
+EXPONENT, EXPONENT_HALF = 8, 3
+TOLERANCE_HALF, SMALL_HALF = 2.0**-7, 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def _assign(block: nn.Module, name: str, value: Tensor, *, wide: bool) -> None:
     owner = block.get_submodule(path)
     old = owner.get_parameter(leaf)
     if wide and old.dtype != torch.float32:
-        assert type(owner) is nn.Linear, name
+        assert isinstance(owner, nn.Linear), name
         bias = owner.bias
         owner = FoldedLinear(owner.in_features, owner.out_features, bias=False, device="meta")
         owner.bias = bias
@@ -115,17 +121,23 @@ def find_sites(block: nn.Module, groups: Sequence[Sequence[str]], run: Callable[
 
     Args:
         groups: names of the Linears within ``block`` that read the same activation, for every activation.
-        run: the hidden states that the block returns for some tokens; called about twenty times.
+        run: the hidden states that the block returns for some tokens; called some thirty times.
     """
     trial = _Trial(block, run)
-    watched = {name: block.get_submodule(name) for group in groups for name in group}
+    watched = {name for group in groups for name in group}
     linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n in watched}
+    alike = _alike(groups)
+    expert = {name for members in alike if len(members) > 1 for group in members for name in group}
     found: list[Site] = []
-    for members in _alike(groups):
+    for members in alike:
+        first = members[0][0]
         taken = {reader for site in found for reader in site.readers}
-        if f"{members[0][0]}.weight" in taken:
+        if f"{first}.weight" in taken:
             continue
-        candidates = (sites for sites in _candidates(block, linears, groups, members, trial) if trial.holds(sites))
+        parent = first.rpartition(".")[0]
+        beside = [n for n in linears if (n.rpartition(".")[0] == parent if len(members) > 1 else n not in expert)]
+        near = {name: linears[name] for name in beside}  # an expert's own layers, or those of no expert
+        candidates = (s for s in _candidates(block, linears, near, groups, members, trial) if trial.holds(s))
         found += next(candidates, [])
     return found
 
@@ -136,16 +148,66 @@ class _Trial:
     def __init__(self, block: nn.Module, run: Callable[[], Tensor]) -> None:
         self.block, self.run = block, run
         self.generator = torch.Generator().manual_seed(0)
-        self.expected = run()
+        self.offsets: dict[str, int | None] = {}
+        self.half = any(p.dtype == torch.float16 for p in block.parameters())
+        self.tolerance = TOLERANCE_HALF if self.half else 0.0
+        self.expected = self._results()
         # atomic sums of experts on a GPU: two runs of the same block differ
-        self.noise = float((run().double() - self.expected.double()).norm())
+        again = self._results()
+        self.noise = {name: _distance(again[name], result) for name, result in self.expected.items()}
 
     def holds(self, sites: Sequence[Site]) -> bool:
-        """Whether the block returns what it did with random factors folded at ``sites``."""
-        exponents = [torch.randint(EXPONENT + 1, (s.rows,), generator=self.generator) for s in sites]
-        with _scaled(self.block, [(s, torch.exp2(e.float())) for s, e in zip(sites, exponents, strict=True)]):
-            found = self.run()
-        return float((found.double() - self.expected.double()).norm()) <= 4 * self.noise
+        """Whether the block and all its layers but the producers return what they did, with random factors folded."""
+        factors = [(site, torch.exp2(self._exponents(site).float())) for site in sites]
+        with _scaled(self.block, factors):
+            found = self._results()
+        producers = {site.producer for site in sites}
+        return all(
+            _distance(found[name], result) <= 4 * self.noise[name] + self.tolerance * _distance(result)
+            for name, result in self.expected.items()
+            if name not in producers
+        )
+
+    def offset(self, norm: str) -> int | None:
+        """What a norm adds to its weight: 0 or 1; None if it is no norm that multiplies by its weight."""
+        if norm not in self.offsets:
+            weight = self.block.get_parameter(f"{norm}.weight")
+            before, zero = weight.data, torch.zeros_like(weight.data)
+            try:
+                weight.data = zero
+                result = self._results(norm)[norm]
+            finally:
+                weight.data = before
+            bias = self.block.get_submodule(norm)._parameters.get("bias")
+            rest = [r - bias.to(r.dtype) if bias is not None else r for r in result]
+            self.offsets[norm] = None if not rest else int(any(bool(r.any()) for r in rest))
+        return self.offsets[norm]
+
+    def _exponents(self, site: Site) -> Tensor:
+        return torch.randint((EXPONENT_HALF if self.half else EXPONENT) + 1, (site.rows,), generator=self.generator)
+
+    def _results(self, *more: str) -> dict[str, list[Tensor]]:
+        """What the block (by the name "") and everything in it that has a matrix, or is named, returns."""
+        results: dict[str, list[Tensor]] = {}
+
+        def note(name: str) -> Callable[[nn.Module, object, object], None]:
+            def hook(_: nn.Module, args: object, output: object) -> None:
+                parts = output if isinstance(output, (tuple, list)) else [output]
+                results[name] += [part.detach() for part in parts if isinstance(part, Tensor)]
+
+            return hook
+
+        hooks = []
+        for name, module in self.block.named_modules():
+            if name and (name in more or any(p.ndim > 1 for p in module.parameters(recurse=False))):
+                results[name] = []
+                hooks.append(module.register_forward_hook(note(name)))
+        try:
+            results[""] = [self.run()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return results
 
     def channel(self, producer: str, start: int, rows: int, reader: str) -> Tensor | None:
         """Which of ``rows`` outputs of ``producer`` every input of the Linear ``reader`` comes from, if from one each.
@@ -153,12 +215,14 @@ class _Trial:
         The digits of the row's number, one a run, are powers of two that a factor on the producer brings along.
         """
         before = self._input(reader)
-        zero = before == 0
+        zero = before.abs() < SMALL_HALF if self.half else before == 0
         number, channel = torch.arange(rows), torch.zeros(before.shape[-1], dtype=torch.int64)
         for shift in range(0, max(1, (rows - 1).bit_length()), 2):
             factor = torch.exp2(((number >> shift) & 3).float())
             with _scaled(self.block, [(Site(producer, start, number, ()), factor)]):
                 after = self._input(reader)
+            if after.shape != before.shape:  # another routing
+                return None
             fits = torch.stack([((after == before * 2.0**digit) | zero).all(0) for digit in range(4)])
             if not fits.any(0).all():
                 return None
@@ -178,29 +242,37 @@ class _Trial:
         return read[-1]
 
 
+def _distance(found: list[Tensor], expected: list[Tensor] | None = None) -> float:
+    """‖found − expected‖, or ‖found‖; infinite where the shapes differ or numbers are not finite."""
+    if expected is not None and [f.shape for f in found] != [e.shape for e in expected]:
+        return math.inf
+    differences = found if expected is None else [f.double() - e.double() for f, e in zip(found, expected, strict=True)]
+    squares = sum(float(d.double().square().sum()) for d in differences)
+    return math.sqrt(squares) if math.isfinite(squares) else math.inf
+
+
 @contextmanager
 def _scaled(block: nn.Module, factors: Sequence[tuple[Site, Tensor]]) -> Iterator[None]:
     """Scale parameters in place by powers of two, and back at the end: exact, but for what float16 has no range for."""
-    done: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
+    undo: list[Callable[[], object]] = []
     try:
         for site, factor in factors:
             for name, scale in _scales(block, site, factor):
                 parameter = block.get_parameter(name)
-                value = parameter.data
+                value, scale = parameter.data, scale.to(parameter.dtype)
                 if site.offset and name == f"{site.producer}.weight":
-                    done.append((parameter, scale, value))
-                    parameter.data = (value.float() + site.offset) * scale - site.offset
-                    continue
-                scale = scale.to(value.dtype)
-                done.append((parameter, scale, value.clone() if value.dtype == torch.float16 else None))
-                value.mul_(scale)
+                    undo.append(partial(setattr, parameter, "data", value))
+                    parameter.data = (value.float() + site.offset) * scale.float() - site.offset
+                elif value.dtype == torch.float16:
+                    undo.append(partial(value.copy_, value.clone()))
+                    value.mul_(scale)
+                else:
+                    undo.append(partial(value.div_, scale))
+                    value.mul_(scale)
         yield
     finally:
-        for parameter, scale, before in reversed(done):
-            if before is None:
-                parameter.data.div_(scale)
-            else:
-                parameter.data = before
+        for put_back in reversed(undo):
+            put_back()
 
 
 def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
@@ -214,6 +286,7 @@ def _alike(groups: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
 def _candidates(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
+    near: Mapping[str, nn.Linear],
     groups: Sequence[Sequence[str]],
     members: list[tuple[str, ...]],
     trial: _Trial,
@@ -222,17 +295,13 @@ def _candidates(
     first = members[0]
     features = linears[first[0]].in_features
     identity = torch.arange(features)
-    norms = _norms(block, features)
+    offsets = {name: trial.offset(name) for name in _norms(block, features)}
+    norms = {name: offset for name, offset in offsets.items() if offset is not None}
     if len(members) == 1:
         weights = tuple(f"{reader}.weight" for reader in first)
-        yield from ([Site(name, 0, identity, weights)] for name in norms)
-        plain = [name for name in norms if len(list(block.get_submodule(name).parameters())) == 1]
-        yield from ([Site(name, 0, identity, weights, offset=1)] for name in plain)
-    for name, start, rows in _slices(linears, first, features):
-        parent, _, leaf = name.rpartition(".")
-        beside = parent == first[0].rpartition(".")[0]
-        if len(members) > 1 and not beside:
-            continue
+        yield from ([Site(name, 0, identity, weights, offset)] for name, offset in norms.items())
+    for name, start, rows in _slices(near, first, features):
+        leaf = name.rpartition(".")[2]
         channel = identity if rows == features else trial.channel(name, start, rows, first[0])
         if channel is not None:
             producers = [f"{group[0].rpartition('.')[0]}.{leaf}" if len(members) > 1 else name for group in members]
@@ -242,7 +311,7 @@ def _candidates(
             ]
     if len(members) > 1:  # what experts read, their router and the shared expert read too
         readers = _readers(block, linears, groups, first[0].partition(".")[0], len(members))
-        yield from ([Site(name, 0, identity, tuple(sorted(readers)))] for name in norms)
+        yield from ([Site(name, 0, identity, tuple(sorted(readers)))] for name, offset in norms.items() if not offset)
 
 
 def _readers(

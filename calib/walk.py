@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq.calib.calls import Call, Recorder, hidden_states
 from ptq.calib.experts import pool_key, pooled, routed_everywhere, top_up
+from ptq.calib.hessian import distributed
 from ptq.calib.observe import InputGroup, Observer, Probe
 from ptq.calib.source import MemorySource, Source
 from ptq.calib.spill import HiddenStates
 
 __all__ = ["CalibratedBlock", "InputGroup", "walk"]
 
-PREPARE = 1 << 14  # tokens, at least one batch, that a block is prepared with
+PREPARE = 1 << 15  # tokens of all ranks, at least a batch on each, that a block is prepared with
 TRIAL = 64  # tokens that a block which is prepared can be run on at little cost
 
 
@@ -120,10 +122,12 @@ def walk(
                     run = partial(_run, calls, i, block, states)
                     observe = partial(_observed, block, name, run, batches, held, device, ignore, route_all)
                     if prepare is not None:
-                        few = min(len(batches), math.ceil(PREPARE / batches[0].numel()))
-                        statistics = made(groups=observe(few, probes={}, feed=None))
                         start = states[0][:1, :TRIAL].clone()
-                        prepare(statistics, partial(_tried, short[i], block, start))
+                        # in the call only: afterwards nobody holds these statistics, nor layers that were replaced
+                        prepare(
+                            made(groups=observe(_few(batches), probes={}, feed=None)),
+                            partial(_tried, short[i], block, start),
+                        )
                     groups = observe(len(batches), probes=probes, feed=feed)
                 yield made(groups=groups)
                 if i + 1 < len(blocks) or go_on:
@@ -143,6 +147,13 @@ def walk(
 def _run(calls: list[list[Call]], index: int, block: nn.Module, states: HiddenStates, batch: int) -> object:
     """What a block returns for a batch."""
     return calls[batch][index](block, states[batch])
+
+
+def _few(batches: Sequence[Tensor]) -> int:
+    """How many of this rank's batches hold its share of ``PREPARE`` tokens: batch i of all is on rank i % ranks."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    wanted = math.ceil(PREPARE / batches[0].numel())
+    return min(len(batches), max(1, len(range(rank, wanted, ranks))))
 
 
 def _tried(call: Call, block: nn.Module, start: Tensor) -> Tensor:

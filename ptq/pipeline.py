@@ -124,6 +124,8 @@ def quantize(
             )  # fmt: skip
         if out is not None and world()[0] == 0:
             _write(block, layers, balancing.of(block) if balancing else {}, source, out, reports)
+        del shared, solved, layers
+        block.groups.clear()  # while the next block is observed nobody holds the statistics and layers of this one
         yield Progress(block.name, block.index, block.count, reports, False)
 
 
@@ -281,8 +283,8 @@ class _Balancing:
         with together():
             for group in block.groups:
                 group.reduce()
-            groups = [list(group.layers) for group in block.groups]
-            sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None) or []
+        groups = [list(group.layers) for group in block.groups]
+        sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
         layers = {f"{name}.weight": f"{block.prefix}{name}" for group in groups for name in group}
         self.strengths = {}
         for site in sites:
@@ -415,9 +417,11 @@ def _reinstall(
     """Replace the layers of a block that an earlier run finished."""
     infos = out.layers(block.name)
     tensors = from_disk(out.read(block.name), infos)
+    known = set(source.names())
     for name, parameter in block.module.named_parameters():  # norms, biases, routers: balancing may have changed them
         stored = source.checkpoint_name(f"{block.prefix}{name}")
-        if stored in tensors and tensors[stored].shape == parameter.shape:
+        if stored in tensors and not (stored in known and torch.equal(tensors[stored], source.tensor(stored))):
+            assert tensors[stored].shape == parameter.shape, stored
             parameter.data = tensors[stored].to(parameter)
     for stored, info in infos.items():
         name = source.module_name(f"{stored}.weight_packed").rpartition(".")[0]

@@ -122,8 +122,8 @@ class Recipe:
                 f"scales {self.scales!r} need the columns of a group together; use order group or natural, not act"
             )
         _positive("damping", self.damping)
-        if not 0 <= self.balance <= 1:
-            raise ValueError(f"balance must be from 0 (none) to 1, got {self.balance}")
+        if not isinstance(self.balance, int | float) or not 0 <= self.balance <= 1:
+            raise ValueError(f"balance must be from 0 (none) to 1, got {self.balance!r}")
         for name in ("samples", "seq_len", "batch_size"):
             _positive(name, getattr(self, name))
         for pattern, change in self.rules:

@@ -193,3 +193,58 @@ def test_no_site_where_the_block_is_not_homogeneous():
         return x + block.out((block.left(y) * block.right(y)).tanh()) + y
 
     assert find_sites(block, GROUPS, run) == []
+
+
+def test_a_reader_whose_result_is_not_used_counts():
+    """As the indexer of sparse attention on texts that are too short for it."""
+    block = Block().requires_grad_(False)
+    block.index = nn.Linear(8, 4, bias=False).requires_grad_(False)
+    x = torch.randn(5, 8)
+
+    def run() -> Tensor:
+        y = block.norm(x)
+        block.index(y)
+        return x + block.out(block.left(y) * block.right(y))
+
+    assert {site.producer for site in find_sites(block, GROUPS, run)} == {"right"}
+
+
+def test_a_clamp_far_above_what_is_seen_shows():
+    block = Block().requires_grad_(False)
+    x = torch.randn(5, 8)
+    limit = 4 * float((block.left(block.norm(x)) * block.right(block.norm(x))).abs().max())
+
+    def run() -> Tensor:
+        y = block.norm(x)
+        return x + block.out((block.left(y) * block.right(y)).clamp(-limit, limit))
+
+    assert {site.producer for site in find_sites(block, GROUPS, run)} == {"norm"}
+
+
+def test_float16_parameters_keep_their_storage():
+    """A model in memory is known by its tensors, which a trial must leave as they were."""
+    block = Block(torch.float16).requires_grad_(False)
+    kept = {name: (p.data, p.data.clone()) for name, p in block.named_parameters()}
+    x = torch.randn(5, 8, dtype=torch.float16)
+    find_sites(block, GROUPS, lambda: block(x))
+    for name, parameter in block.named_parameters():
+        alias, value = kept[name]
+        assert parameter.data_ptr() == alias.data_ptr() and torch.equal(alias, value), name
+
+
+def test_experts_cost_no_run_each(tiny_model: Build, batches: Batches):
+    runs: list[int] = []
+
+    def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        count = 0
+
+        def counted() -> Tensor:
+            nonlocal count
+            count += 1
+            return run()
+
+        find_sites(block.module, groups(block), counted)
+        runs.append(count)
+
+    prepared(MemorySource(tiny_model("qwen3_moe", num_experts=32)), batches, prepare, is_router)
+    assert max(runs) < 40

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptq.balance import LIMIT, balancing
 from ptq.loading import load
@@ -129,3 +129,43 @@ def test_a_balanced_checkpoint_is_the_model_in_memory(
     assert all(after[name].dtype == before[name].dtype for name in changed)
     assert ("model.layers.0.self_attn.v_proj.bias" in changed) == (kind == "qwen2")
     assert any(n.endswith("gate.weight") for n in changed) == (kind == "mixtral"), "the router undoes its factors"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_computing_in_sixteen_bits_balances_too(
+    kind: str, dtype: torch.dtype, make_tiny_model: Make, tiny_text: Path, tmp_path: Path
+):
+    model = make_tiny_model(kind, dtype=dtype)
+    reports: list[dict[str, object]] = []
+    quantize_model(
+        model, tmp_path / "q", recipe=recipe(tiny_text), device="cpu", dtype=dtype,
+        on_block=lambda progress: reports.extend(progress.reports),
+    )  # fmt: skip
+    assert reports and all(report["balance"] == 0.5 for report in reports)
+    tokens = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    assert damage(model, tmp_path / "q", tokens) < 0.5
+
+
+def test_a_resumed_run_keeps_layers_that_were_left_out(tiny_text: Path, tmp_path: Path, make_tiny_model: Make):
+    """GPT-2 stores them transposed; this one is square, so that its shape does not tell."""
+    path = tmp_path / "model"
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    for file in make_tiny_model("llama").glob("tokenizer*"):
+        shutil.copy(file, path)
+    settings = recipe(tiny_text, ignore=("attn.c_proj",))
+    quantize_model(path, tmp_path / "whole", recipe=settings, device="cpu")
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        quantize_model(path, tmp_path / "parts", recipe=settings, device="cpu", on_block=stop)
+    quantize_model(path, tmp_path / "parts", recipe=settings, device="cpu")
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
