@@ -105,7 +105,7 @@ def candidates(arch: int, operation: str, fmt: str, tokens: int, n: int, k: int)
             tile = replace(base, block_n=block_n, stages=stages)
             ruled = split_rule(tile, tokens, n, k, MULTIPROCESSORS[arch])
             for split in {1, max(ruled // 2, 1), ruled, min(2 * ruled, 16)}:
-                if k % (split * tile.block_k) == 0:
+                if split == 1 or k % (split * tile.block_k) == 0:
                     yield replace(tile, split=split)
 
 

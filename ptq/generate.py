@@ -25,8 +25,9 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> in
         _check(largest)
         return int(token)
     logits = logits.cpu()
-    _check(float(logits.amax()))
-    probabilities = (logits.double() / temperature).softmax(-1)
+    largest = float(logits.amax())
+    _check(largest)
+    probabilities = ((logits.double() - largest) / temperature).softmax(-1)  # no overflow at small temperatures
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

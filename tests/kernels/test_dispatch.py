@@ -109,3 +109,9 @@ def test_a_table_with_unknown_keys_is_refused() -> None:
     row = {"operation": "w4a16", "format": "nvfp4", "tokens": 1, "n": 1, "k": 1, "kernel": "w4a16", "blok_m": 3}
     with pytest.raises(ValueError, match="blok_m"):
         Table.from_dict({"architecture": 90, "source": "", "triton": "", "rows": [row]})
+
+
+def test_every_shape_has_a_tile_to_time() -> None:
+    """640 is no multiple of the 256 columns that a W4A4 tile takes at a time."""
+    assert all(tile.split == 1 for tile in tune.candidates(120, "w4a4", "nvfp4", 1, 256, 640))
+    assert list(tune.candidates(120, "w4a4", "nvfp4", 1, 256, 640))

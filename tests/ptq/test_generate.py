@@ -147,3 +147,8 @@ def test_the_model_is_fed_one_token_at_a_time(model: nn.Module):
     list(generate(model, [1, 2, 3], max_new_tokens=4))
     handle.remove()
     assert lengths == [3, 1, 1, 1]
+
+
+def test_a_tiny_temperature_takes_the_most_likely_token():
+    generator = torch.Generator().manual_seed(0)
+    assert choose(torch.tensor([1.0, 3.0, 2.0]), 1e-308, generator) == 1
