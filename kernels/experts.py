@@ -141,8 +141,8 @@ def launch_w4a4(
 def w4a4_tile(tile: Tile, k: int) -> Tile:
     """The tile of a single W4A4 matmul as one of experts: K is not split, because there are many of them already.
 
-    Where K is no multiple of the tile's, masks take registers: 64 × 128 × 256 spills 48–136 bytes on sm_120, and swapped
-    16 × 128 × 128 with more than two stages 24 bytes on sm_100 with Triton 3.6.
+    Where K is no multiple of the tile's, masks take registers: 64 × 128 × 256 spills 48–136 bytes on sm_120, and
+    swapped 16 × 128 × 128 with more than two stages 24 bytes on sm_100 with Triton 3.6.
     """
     if k % tile.block_k == 0:
         return replace(tile, split=1)
