@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from ptq.calib import walk as walk_module
 from ptq.calib.calls import Recorder
 from ptq.calib.experts import top_up
 from ptq.calib.source import MemorySource, Source
@@ -505,3 +506,16 @@ def test_experts_can_be_calibrated_with_all_tokens(family: str, tiny_model: Buil
                 assert any(g.hessian.tokens < 9 * 24 for g in experts)
         assert seen
     assert all(torch.equal(finals[0][j], finals[1][j]) for j in finals[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_prepare_blocks_with_the_tokens_that_one_would_take(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """Batch i is on rank i % ranks: together they take the same first batches, or results depended on the ranks."""
+    everything = [torch.zeros(4, 2048, dtype=torch.int64) for _ in range(8)]
+    monkeypatch.setattr(walk_module, "distributed", lambda: ranks > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    taken: list[int] = []
+    for rank in range(ranks):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        taken += list(range(8))[rank::ranks][: walk_module._few(everything[rank::ranks])]
+    assert sorted(taken) == list(range(walk_module.PREPARE // (4 * 2048)))
