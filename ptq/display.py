@@ -168,6 +168,7 @@ def print_report(report: Report, *, layers: bool) -> None:
         f"{report.bits_per_weight:.2f} bits per quantized weight, "
         f"{report.bits_per_parameter:.2f} per parameter"
     )
+    out.print("run here by " + "; ".join(f"{how} ({count} layers)" for how, count in report.runs.items()))
     if layers and report.recipe:
         shown = {key: value for key, value in report.recipe.items() if value not in (None, [], "")}
         out.print("recipe: " + ", ".join(f"{key}={value}" for key, value in shown.items()), style="dim", markup=False)

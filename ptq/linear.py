@@ -181,19 +181,8 @@ class QuantLinear(nn.Module):
             Why the reference path stays in use, or None.
         """
         self.kernel_dtype = self._blocked_scales = None
-        device, fmt = self.weight_packed.device, self.format
-        if not dispatch.available(device):
-            return f"Triton kernels do not run on {device.type}"
-        if self.quantize_inputs and not (dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"):
-            return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
-        reason = dispatch.obstacle(
-            fmt.element.name,
-            self.kernel_scale,
-            fmt.group_size,
-            self.in_features,
-            rotation=self.rotation.size,
-            dtype=dtype,
-            scale_bits=self.scales.bits,
+        reason = kernel_obstacle(
+            self.info, self.in_features, self.weight_packed.device, dtype=dtype, scale_bits=self.scales.bits
         )
         if reason is None:
             self.kernel_dtype = dtype
@@ -290,6 +279,30 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format.name}{rotation}{inputs}"
         )
+
+
+def kernel_obstacle(
+    info: LayerInfo,
+    in_features: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_bits: Tensor | None = None,
+) -> str | None:
+    """Why a layer takes the reference path on ``device`` for inputs of ``dtype``, or None if Triton kernels serve it.
+
+    Args:
+        scale_bits: of the weight; without them it is not known whether E8M0 scales stay in the kernels' range.
+    """
+    fmt = FORMATS[info.format]
+    if not dispatch.available(device):
+        return f"Triton kernels do not run on {device.type}"
+    if info.quantize_inputs and not (dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"):
+        return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
+    scale = "e4m3" if fmt.has_global_scale else "e8m0"
+    return dispatch.obstacle(
+        fmt.element.name, scale, fmt.group_size, in_features, rotation=info.rotation, dtype=dtype, scale_bits=scale_bits
+    )
 
 
 def _alone(tensor: Tensor | None) -> Tensor | None:

@@ -1,13 +1,18 @@
 """What a finished checkpoint holds, from its configuration, reports and the heads of its files; no weight is read."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ptq.checkpoint import Checkpoint
+import torch
+
+from ptq.checkpoint import Checkpoint, config_dtype
 from ptq.dialects import LayerInfo, natural
 from ptq.formats import FORMATS
+from ptq.kernels import dispatch
+from ptq.linear import kernel_obstacle
 from ptq.storage import Entry
 
 
@@ -56,6 +61,8 @@ class Report:
         bytes: of all tensors; ``file_bytes``: of all files of the directory.
         source_bytes: what the same parameters take at 16 bits each.
         parameters, quantized_parameters: counts of numbers.
+        runs: how many layers Triton kernels serve on the first GPU of this machine, and how many the reference path
+            serves for which reason.
         bits_per_weight: over quantized layers; ``bits_per_parameter``: over everything.
     """
 
@@ -73,6 +80,7 @@ class Report:
     bits_per_parameter: float
     layers: tuple[LayerRow, ...]
     kept: tuple[Kept, ...]
+    runs: dict[str, int]
 
     @property
     def mean_error(self) -> float | None:
@@ -135,7 +143,22 @@ def inspect(path: Path) -> Report:
         bits_per_parameter=8 * sizes["total"] / parameters if parameters else math.nan,
         layers=layers,
         kept=kept,
+        runs=_runs(layers, checkpoint),
     )
+
+
+def _runs(layers: Iterable[LayerRow], checkpoint: Checkpoint) -> dict[str, int]:
+    """Counts of layers by what serves them here; inputs are rounded where a GPU multiplies FP4, see ``load``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = config_dtype(checkpoint.config)
+    counts: Counter[str] = Counter()
+    for row in layers:
+        info = checkpoint.layers[row.layer]
+        info = replace(info, quantize_inputs=info.quantize_inputs and dispatch.multiplies_fp4(device))
+        dtype = getattr(torch, named) if named else torch.bfloat16
+        reason = kernel_obstacle(info, row.shape[1], device, dtype=dtype)
+        counts["Triton kernels" if reason is None else f"the reference path: {reason}"] += 1
+    return dict(counts)
 
 
 def _layer_row(name: str, info: LayerInfo, packed: Entry, own: list[Entry], report: dict[str, object]) -> LayerRow:

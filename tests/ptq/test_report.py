@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ptq.report import Report, block, inspect, kind, mean, natural
@@ -102,3 +103,13 @@ def test_names_are_grouped_by_what_layers_do_and_where():
 
 def test_means_ignore_what_is_unknown():
     assert mean([1.0, None, 3.0]) == 2.0 and mean([None]) is None and mean([]) is None
+
+
+def test_what_serves_the_layers_here_is_said(report: Report, made: Path, monkeypatch: pytest.MonkeyPatch):
+    assert sum(report.runs.values()) == len(report.layers)
+    if not torch.cuda.is_available():
+        assert list(report.runs) == ["the reference path: Triton kernels do not run on cpu"]
+    monkeypatch.setattr("ptq.kernels.dispatch.available", lambda device: True)
+    monkeypatch.setattr("ptq.kernels.dispatch.multiplies_fp4", lambda device: False)
+    served = inspect(made).runs
+    assert sum(served.values()) == len(report.layers) and any("float32" in how for how in served)  # a float32 model
