@@ -207,7 +207,7 @@ def backends(place: torch.device | Limits, fmt: Format, rotation: int) -> list[s
 
 def _parts(fmt: Format) -> tuple[str, str]:
     """The names that kernels have for the element and the scale of a format."""
-    return fmt.element.name, "e4m3" if fmt.has_global_scale else "e8m0"
+    return fmt.element.name, fmt.scale_name
 
 
 def cost(backend: str, shape: tuple[int, int, int], fmt: Format, rotation: int) -> tuple[int, int]:

@@ -146,6 +146,11 @@ class Format:
         return self.scale_dtype == torch.float8_e4m3fn
 
     @property
+    def scale_name(self) -> str:
+        """What kernels call the type of the scales: ``e4m3`` or ``e8m0``."""
+        return "e4m3" if self.has_global_scale else "e8m0"
+
+    @property
     def packed(self) -> bool:
         """Whether two codes share a byte in storage; wider codes take a byte each."""
         return self.element.bits == 4

@@ -156,7 +156,7 @@ class QuantLinear(nn.Module):
     @property
     def kernel_scale(self) -> str:
         """What kernels call the type of the scales."""
-        return "e4m3" if self.format.has_global_scale else "e8m0"
+        return self.format.scale_name
 
     @property
     def kernel_rule(self) -> str:
@@ -299,9 +299,14 @@ def kernel_obstacle(
         return f"Triton kernels do not run on {device.type}"
     if info.quantize_inputs and not (dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"):
         return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
-    scale = "e4m3" if fmt.has_global_scale else "e8m0"
     return dispatch.obstacle(
-        fmt.element.name, scale, fmt.group_size, in_features, rotation=info.rotation, dtype=dtype, scale_bits=scale_bits
+        fmt.element.name,
+        fmt.scale_name,
+        fmt.group_size,
+        in_features,
+        rotation=info.rotation,
+        dtype=dtype,
+        scale_bits=scale_bits,
     )
 
 

@@ -271,6 +271,13 @@ def _feed(recipe: Recipe, name: str, x: Tensor) -> Tensor:
     return torch.stack(quantized).reshape(x.shape)
 
 
+def _reduce(block: CalibratedBlock) -> None:
+    """Statistics of all ranks, on every rank."""
+    with together():
+        for group in block.groups:
+            group.reduce()
+
+
 class _Balancing:
     """Balances blocks before they are observed, and remembers which unquantized values of the last one changed."""
 
@@ -280,9 +287,7 @@ class _Balancing:
         self.strengths: dict[str, float] = {}  # of the layers whose inputs could be balanced
 
     def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
-        with together():
-            for group in block.groups:
-                group.reduce()
+        _reduce(block)
         groups = [list(group.layers) for group in block.groups]
         sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
         layers = {f"{name}.weight": f"{block.prefix}{name}" for group in groups for name in group}
@@ -334,9 +339,7 @@ class _Task:
 
 def _tasks(block: CalibratedBlock, recipe: Recipe) -> list[_Task]:
     """The layers of every input group, split where their recipes differ."""
-    with together():
-        for group in block.groups:
-            group.reduce()
+    _reduce(block)
     tasks = []
     for group in block.groups:
         own: list[_Task] = []
