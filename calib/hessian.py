@@ -14,11 +14,13 @@ WIDE = 4096  # features above which float64 sums would cost too much memory (in�
 class Hessian:
     """The mean of ``xᵀx`` over all tokens seen so far; every token has the same weight.
 
-    Products are computed per batch in ``dtype`` without TF32; the running sum is float64 on the CPU up to 4096
-    features and ``dtype`` otherwise. What is observed is never written to.
+    Products are computed per batch in ``dtype`` without TF32; the running sum is float64 on the CPU
+    up to 4096 features and ``dtype`` otherwise. What is observed is never written to.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.features, self.device, self.dtype = features, torch.device(device), dtype
         self.tokens = 0
         self._sum: Tensor | None = None  # allocated at the first token: an expert may never see one
@@ -33,10 +35,12 @@ class Hessian:
         self.tokens += len(x)
 
     def mean(self) -> Float[Tensor, "in in"]:
-        """``Σ xᵀx / tokens``, exactly symmetric, in the dtype of the sum; ValueError when no token came by."""
+        """``Σ xᵀx / tokens``, exactly symmetric, in the dtype of the sum; ValueError when no token
+        came by."""
         if not self.tokens or self._sum is None:
             raise ValueError(
-                "no tokens reached this layer during calibration; use more or longer samples, or leave the layer out"
+                "no tokens reached this layer during calibration; use more or longer samples, or "
+                "leave the layer out"
             )
         return (self._sum + self._sum.T) / (2 * self.tokens)
 
@@ -60,7 +64,10 @@ class Hessian:
     def _zeros(self) -> Tensor:
         exact = self.device.type == "cpu" and self.features <= WIDE
         return torch.zeros(
-            self.features, self.features, device=self.device, dtype=torch.float64 if exact else self.dtype
+            self.features,
+            self.features,
+            device=self.device,
+            dtype=torch.float64 if exact else self.dtype,
         )
 
     def _add(self, product: Tensor) -> None:
@@ -82,7 +89,8 @@ def distributed() -> bool:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32: no TF32 on CUDA, no bfloat16 on CPU, whatever the caller has set."""
+    """Matrix products of float32 in float32: no TF32 on CUDA, no bfloat16 on CPU, whatever the
+    caller has set."""
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009
     before = [b.fp32_precision for b in backends]
     for backend in backends:

@@ -1,14 +1,15 @@
 """Leaf functions of the kernels: codes and scale bytes to numbers and back, in Triton.
 
-Elements are named as in ``ptq.formats``: ``e2m1`` (0bSEEM) and ``int4`` (two's complement); scale bytes are ``e4m3`` or
-``e8m0``. Two codes share a byte, the even column in the low nibble. Every rounding here is explicit (an added power of
-two, integer operations) and every cast is exact, for two reasons: Triton's interpreter truncates inexact casts to bf16
-and fp8 without a word, and one written order of operations is what makes kernels and their torch twins equal bit for
-bit.
+Elements are named as in ``ptq.numerics.formats``: ``e2m1`` (0bSEEM) and ``int4`` (two's
+complement); scale bytes are ``e4m3`` or ``e8m0``. Two codes share a byte, the even column in the
+low nibble. Every rounding here is explicit (an added power of two, integer operations) and every
+cast is exact, for two reasons: Triton's interpreter truncates inexact casts to bf16 and fp8 without
+a word, and one written order of operations is what makes kernels and their torch twins equal bit
+for bit.
 
-Inline assembly lives in this file only. Each block has a plain twin below it that yields the same order of elements;
-the tests model the instructions bit by bit on torch integers. Flush-to-zero must stay off: code 1 of E2M1 and small
-scales are subnormal operands of the products that decode them.
+Inline assembly lives in this file only. Each block has a plain twin below it that yields the same
+order of elements; the tests model the instructions bit by bit on torch integers. Flush-to-zero must
+stay off: code 1 of E2M1 and small scales are subnormal operands of the products that decode them.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: SIM108, SIM300
@@ -16,11 +17,11 @@ scales are subnormal operands of the products that decode them.
 import triton
 import triton.language as tl
 
-# 2^126: what E2M1 bits, put where an exponent and a mantissa meet, have to be multiplied by (fp32 and bf16 share the
-# exponent).
+# 2^126: what E2M1 bits, put where an exponent and a mantissa meet, have to be multiplied by (fp32
+# and bf16 share the exponent).
 E2M1_TO_FLOAT = tl.constexpr(2.0**126)
-# 2^120: the same for E4M3 bits. 2^(126 + 120 - 8) does not exist in fp32, so decoding both at once takes two factors of
-# 2^119.
+# 2^120: the same for E4M3 bits. 2^(126 + 120 - 8) does not exist in fp32, so decoding both at once
+# takes two factors of 2^119.
 E4M3_TO_FLOAT = tl.constexpr(2.0**120)
 HALF_OF_BOTH = tl.constexpr(2.0**119)
 
@@ -40,9 +41,8 @@ def as_float(bits):
 
 @triton.jit
 def round_half(x, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 → the nearest number of HALF, ties to even. The interpreter truncates casts to bf16: there it is done on the
-    bits.
-    """
+    """fp32 → the nearest number of HALF, ties to even. The interpreter truncates casts to bf16:
+    there it is done on the bits."""
     if INTERPRETED and HALF == tl.bfloat16:
         bits = as_bits(x)
         result = as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.bfloat16)
@@ -53,9 +53,8 @@ def round_half(x, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def round_fp8(x, INTERPRETED: tl.constexpr):
-    """fp32 → E4M3, nearest even, saturating. The interpreter's own cast loses carries: there an exact cast follows a
-    rounding.
-    """
+    """fp32 → E4M3, nearest even, saturating. The interpreter's own cast loses carries: there an
+    exact cast follows a rounding."""
     if INTERPRETED:
         magnitude = tl.minimum(tl.abs(x), 448.0)
         exponent = as_bits(tl.maximum(magnitude, 0.015625)) & 0x7F800000
@@ -67,12 +66,13 @@ def round_fp8(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def encode_e2m1(x):
-    """fp32 → code 0bSEEM in an int32: nearest, ties to even, saturating. A negative number that rounds to zero gives
-    code 8.
-    """
+    """fp32 → code 0bSEEM in an int32: nearest, ties to even, saturating. A negative number that
+    rounds to zero gives code 8."""
     magnitude = tl.minimum(tl.abs(x), 6.0)
     exponent = as_bits(tl.maximum(magnitude, 1.0)) & 0x7F800000  # (127 + e) << 23 with e in 0 … 2
-    rounder = exponent + 0x0B400000  # the bits of 1.5 · 2^(e + 22): adding it rounds to multiples of 2^(e - 1)
+    rounder = (
+        exponent + 0x0B400000
+    )  # the bits of 1.5 · 2^(e + 22): adding it rounds to multiples of 2^(e - 1)
     steps = as_bits(magnitude + as_float(rounder)) - rounder
     return (steps + ((exponent - 0x3F800000) >> 22)) | ((as_bits(x) >> 28) & 8)
 
@@ -100,7 +100,8 @@ def pack_pairs(even, odd):
 
 @triton.jit
 def encode_pairs_by_cvt(even, odd):
-    """Two fp32 → one byte of E2M1 codes by the instruction of sm_100 and sm_120, which keeps the sign of zeros."""
+    """Two fp32 → one byte of E2M1 codes by the instruction of sm_100 and sm_120, which keeps the
+    sign of zeros."""
     return tl.inline_asm_elementwise(
         "{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, $2, $1; cvt.u32.u8 $0, pair; }",
         "=r,r,r",
@@ -118,7 +119,9 @@ def encode_pairs_by_cvt(even, odd):
 def round_to_e4m3(x):
     """fp32 → the nearest E4M3 number of 2^-9 … 448, ties to even, as fp32."""
     x = tl.clamp(x, 0.001953125, 448.0)
-    exponent = as_bits(tl.maximum(x, 0.015625)) & 0x7F800000  # numbers below 2^-6 share the step of that binade
+    exponent = (
+        as_bits(tl.maximum(x, 0.015625)) & 0x7F800000
+    )  # numbers below 2^-6 share the step of that binade
     rounder = as_float(exponent + (20 << 23))  # 2^(e + 20): its unit in the last place is 2^(e - 3)
     return (x + rounder) - rounder
 
@@ -138,9 +141,8 @@ def decode_e4m3(byte):
 
 @triton.jit
 def encode_e8m0(amax, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """Largest magnitude of a group → E8M0 byte 1 … 254: its exponent − EXPONENT, one more if its mantissa bits exceed
-    MANTISSA.
-    """
+    """Largest magnitude of a group → E8M0 byte 1 … 254: its exponent − EXPONENT, one more if its
+    mantissa bits exceed MANTISSA."""
     bits = as_bits(amax)
     byte = (bits >> 23) - EXPONENT + ((bits & 0x7FFFFF) > MANTISSA).to(tl.int32)
     return tl.minimum(tl.maximum(byte, 1), 254)
@@ -183,18 +185,27 @@ def decode(code, ELEMENT: tl.constexpr):
 
 @triton.jit
 def spread_scales(values, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """values [ROWS, COLUMNS] times scales [ROWS, COLUMNS/GROUP], each scale over its group of consecutive columns."""
-    return (values.reshape(ROWS, COLUMNS // GROUP, GROUP) * scales[:, :, None]).reshape(ROWS, COLUMNS)
+    """values [ROWS, COLUMNS] times scales [ROWS, COLUMNS/GROUP], each scale over its group of
+    consecutive columns."""
+    return (values.reshape(ROWS, COLUMNS // GROUP, GROUP) * scales[:, :, None]).reshape(
+        ROWS, COLUMNS
+    )
 
 
 @triton.jit
-def operand_scale(byte, ELEMENT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, CVT: tl.constexpr):
-    """Scale bytes → the 16-bit factors that turn unpacked codes into value · scale / :func:`operand_factor`.
+def operand_scale(
+    byte, ELEMENT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, CVT: tl.constexpr
+):
+    """Scale bytes → the 16-bit factors that turn unpacked codes into value · scale /
+    :func:`operand_factor`.
 
-    E8M0 is for bf16 only, and with E2M1 for bytes up to 136 (a scale of 512): beyond, the factor leaves bf16.
+    E8M0 is for bf16 only, and with E2M1 for bytes up to 136 (a scale of 512): beyond, the factor
+    leaves bf16.
     """
     if HALF == tl.float16:
-        scale = (byte.to(tl.uint16) << 7).to(tl.float16, bitcast=True)  # value · 2^-8, subnormals included
+        scale = (byte.to(tl.uint16) << 7).to(
+            tl.float16, bitcast=True
+        )  # value · 2^-8, subnormals included
         if ELEMENT == "e2m1" and not CVT:
             scale = scale * 16384.0
     elif SCALE == "e8m0":
@@ -202,7 +213,11 @@ def operand_scale(byte, ELEMENT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.con
             scale = ((byte.to(tl.uint16) + 118) << 7).to(tl.bfloat16, bitcast=True)
         else:
             exponent = byte.to(tl.uint16)
-            scale = tl.where(exponent == 0, 0x0040, exponent << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            scale = (
+                tl.where(exponent == 0, 0x0040, exponent << 7)
+                .to(tl.uint16)
+                .to(tl.bfloat16, bitcast=True)
+            )
     else:
         bits = as_float(byte.to(tl.int32) << 20)
         if ELEMENT == "e2m1" and not CVT:
@@ -213,12 +228,15 @@ def operand_scale(byte, ELEMENT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.con
 
 
 @triton.jit
-def unpack_operand(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: tl.constexpr, HALF: tl.constexpr):
-    """Bytes [ROWS, COLUMNS/2] → 16-bit numbers [ROWS, COLUMNS], eight to a 32-bit word, in the order 0 4 1 5 2 6 3 7.
+def unpack_operand(
+    packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: tl.constexpr, HALF: tl.constexpr
+):
+    """Bytes [ROWS, COLUMNS/2] → 16-bit numbers [ROWS, COLUMNS], eight to a 32-bit word, in the
+    order 0 4 1 5 2 6 3 7.
 
-    E2M1 becomes value · 2^-126 (bf16) or 2^-14 (fp16): the code's exponent and mantissa are moved to where those of the
-    wider format meet. INT4 becomes value + 136 (bf16) or + 1032 (fp16): the nibble, made unsigned, under the mantissa
-    of a constant.
+    E2M1 becomes value · 2^-126 (bf16) or 2^-14 (fp16): the code's exponent and mantissa are moved
+    to where those of the wider format meet. INT4 becomes value + 136 (bf16) or + 1032 (fp16): the
+    nibble, made unsigned, under the mantissa of a constant.
     """
     if ELEMENT == "e2m1":
         if HALF == tl.bfloat16:
@@ -256,11 +274,10 @@ def unpack_operand(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: t
     else:
         if HALF == tl.bfloat16:
             first, second = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t, u<4>;
-                xor.b32 t, $4, 0x88888888; shr.u32 u1, t, 4; shr.u32 u2, t, 8; shr.u32 u3, t, 12;
-                lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, u1, 0x000F000F, 0x43004300, 0xEA;
-                lop3.b32 $2, u2, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $3, u3, 0x000F000F, 0x43004300, 0xEA; }""",
+                """{ .reg .b32 t, u<4>; xor.b32 t, $4, 0x88888888; shr.u32 u1, t, 4; shr.u32 u2, t,
+                8; shr.u32 u3, t, 12; lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, u1,
+                0x000F000F, 0x43004300, 0xEA; lop3.b32 $2, u2, 0x000F000F, 0x43004300, 0xEA;
+                lop3.b32 $3, u3, 0x000F000F, 0x43004300, 0xEA; }""",
                 "=r,=r,=r,=r,r",
                 [packed],
                 dtype=(tl.bfloat16, tl.bfloat16),
@@ -269,23 +286,28 @@ def unpack_operand(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: t
             )
         else:
             first, second = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t, u<4>;
-                xor.b32 t, $4, 0x88888888; shr.u32 u1, t, 4; shr.u32 u2, t, 8; shr.u32 u3, t, 12;
-                lop3.b32 $0, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, u1, 0x000F000F, 0x64006400, 0xEA;
-                lop3.b32 $2, u2, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, u3, 0x000F000F, 0x64006400, 0xEA; }""",
+                """{ .reg .b32 t, u<4>; xor.b32 t, $4, 0x88888888; shr.u32 u1, t, 4; shr.u32 u2, t,
+                8; shr.u32 u3, t, 12; lop3.b32 $0, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, u1,
+                0x000F000F, 0x64006400, 0xEA; lop3.b32 $2, u2, 0x000F000F, 0x64006400, 0xEA;
+                lop3.b32 $3, u3, 0x000F000F, 0x64006400, 0xEA; }""",
                 "=r,=r,=r,=r,r",
                 [packed],
                 dtype=(tl.float16, tl.float16),
                 is_pure=True,
                 pack=4,
             )
-    return tl.join(first, second).reshape(ROWS, COLUMNS // 8, 4, 2).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
+    return (
+        tl.join(first, second)
+        .reshape(ROWS, COLUMNS // 8, 4, 2)
+        .permute(0, 1, 3, 2)
+        .reshape(ROWS, COLUMNS)
+    )
 
 
 @triton.jit
 def unpack_operand_by_cvt(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
-    """Bytes of E2M1 codes → values in HALF, columns in order, by the conversion instruction of sm_100 and sm_120."""
+    """Bytes of E2M1 codes → values in HALF, columns in order, by the conversion instruction of
+    sm_100 and sm_120."""
     if HALF == tl.bfloat16:
         first, second = tl.inline_asm_elementwise(
             """{
@@ -312,14 +334,18 @@ def unpack_operand_by_cvt(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAL
             is_pure=True,
             pack=4,
         )
-    return tl.join(first, second).reshape(ROWS, COLUMNS // 8, 4, 2).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
+    return (
+        tl.join(first, second)
+        .reshape(ROWS, COLUMNS // 8, 4, 2)
+        .permute(0, 1, 3, 2)
+        .reshape(ROWS, COLUMNS)
+    )
 
 
 @triton.jit
 def operand_factor(ELEMENT: tl.constexpr, HALF: tl.constexpr, CVT: tl.constexpr):
-    """What :func:`weight_operand` divides by: a power of two that saves an instruction there and costs none in the
-    epilogue.
-    """
+    """What :func:`weight_operand` divides by: a power of two that saves an instruction there and
+    costs none in the epilogue."""
     whole: tl.constexpr = HALF == tl.bfloat16 and (ELEMENT == "int4" or CVT)
     return 1.0 if whole else 256.0
 
@@ -336,10 +362,12 @@ def weight_operand(
     HALF: tl.constexpr,
     CVT: tl.constexpr,
 ):
-    """value · scale / :func:`operand_factor` in HALF, exact; columns in ``word_order``, with CVT in their own.
+    """value · scale / :func:`operand_factor` in HALF, exact; columns in ``word_order``, with CVT in
+    their own.
 
-    For int4 one fused multiply-add removes the offset and applies the scale: 136 · scale (fp16: 1032 · scale) has at
-    most 8 (11) significant bits, so it is exact, and the fused operation rounds only its exact result.
+    For int4 one fused multiply-add removes the offset and applies the scale: 136 · scale (fp16:
+    1032 · scale) has at most 8 (11) significant bits, so it is exact, and the fused operation
+    rounds only its exact result.
     """
     tl.static_assert(ELEMENT == "e2m1" or not CVT)
     scales = operand_scale(scale_bytes, ELEMENT, SCALE, HALF, CVT)
@@ -368,6 +396,7 @@ def weight_operand_plain(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """value · scale in fp32, columns in order: the twin of :func:`weight_operand` but for order and factor."""
+    """value · scale in fp32, columns in order: the twin of :func:`weight_operand` but for order and
+    factor."""
     values = decode(unpack_codes(packed, ROWS, COLUMNS), ELEMENT)
     return spread_scales(values, decode_scale(scale_bytes, SCALE), ROWS, COLUMNS, GROUP)

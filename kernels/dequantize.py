@@ -1,10 +1,10 @@
-"""Kernel 4: packed weights to a dense matrix, for prefill where no tensor core multiplies the format.
+"""Kernel 4: packed weights to a dense matrix, for prefill where no tensor core multiplies the
+format.
 
 dense  ŵ = value · fl32(scale · t)   fp32 (bit-equal to ``QuantizedTensor.dequantize``), or rounded once to 16 bits
 fp8    ŵ ≈ e4m3 · row_scale[row] · t   exact for E8M0 scales within 15 binades of their row, re-rounded otherwise
 """
 # pyright: reportArgumentType=false
-# ruff: noqa: SIM108
 
 import math
 
@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.kernels.codec import decode, decode_scale, round_fp8, round_half, spread_scales, unpack_codes
+from ptq.kernels.codec import (
+    decode,
+    decode_scale,
+    round_fp8,
+    round_half,
+    spread_scales,
+    unpack_codes,
+)
 
 
 @triton.jit
@@ -32,7 +39,8 @@ def dequantize_kernel(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Grid (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K)). factor: the global scale [1], or with FP8 1 / row_scale [N]."""
+    """Grid (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K)). factor: the global scale [1], or with FP8 1 /
+    row_scale [N]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows[:, None] < N
     halves = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
@@ -55,7 +63,9 @@ def dequantize_kernel(
     else:
         factor = tl.load(factor_ptr)
     step = decode_scale(bytes, SCALE) * factor
-    dense = spread_scales(decode(unpack_codes(packed, BLOCK_N, BLOCK_K), ELEMENT), step, BLOCK_N, BLOCK_K, GROUP)
+    dense = spread_scales(
+        decode(unpack_codes(packed, BLOCK_N, BLOCK_K), ELEMENT), step, BLOCK_N, BLOCK_K, GROUP
+    )
     if FP8:
         result = round_fp8(dense, INTERPRETED)
     else:
@@ -65,10 +75,12 @@ def dequantize_kernel(
 
 
 def fp8_row_scale(scale_bits: Tensor, element: str, scale: str) -> Tensor:
-    """One fp32 factor per row (rows, 1) under which value · scale / factor fits E4M3 (magnitudes up to 448).
+    """One fp32 factor per row (rows, 1) under which value · scale / factor fits E4M3 (magnitudes up
+    to 448).
 
-    For E8M0 scales it is a power of two, and the fp8 copy is exact while the row's scales lie within 15 binades. For
-    E4M3 scales codes are rounded a second time (weight error of NVFP4 .0952 → .1004, measured on Gaussian weights).
+    For E8M0 scales it is a power of two, and the fp8 copy is exact while the row's scales lie
+    within 15 binades. For E4M3 scales codes are rounded a second time (weight error of NVFP4 .0952
+    → .1004, measured on Gaussian weights).
     """
     largest = 6.0 if element == "e2m1" else 8.0  # -8 is never written, but decoded where it stands
     if scale == "e8m0":

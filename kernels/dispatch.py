@@ -1,9 +1,10 @@
-"""Which kernel and which tile: by architecture, format and shape, from tables that ship with the package.
+"""Which kernel and which tile: by architecture, format and shape, from tables that ship with the
+package.
 
-Pure Python: importing this needs neither Triton nor a device, and nothing is tuned at run time. A table
-(``configs/sm90.json``) has rows for (kernel, format, tokens, out, in); tokens are rounded up to a bucket, a shape
-without a row takes the nearest row of its bucket and is logged once. ``ptq bench --tune`` rewrites the tables from
-timings.
+Pure Python: importing this needs neither Triton nor a device, and nothing is tuned at run time. A
+table (``configs/sm90.json``) has rows for (kernel, format, tokens, out, in); tokens are rounded up
+to a bucket, a shape without a row takes the nearest row of its bucket and is logged once. ``ptq
+bench --tune`` rewrites the tables from timings.
 """
 
 import importlib.util
@@ -24,13 +25,19 @@ CONFIGS = Path(__file__).parent / "configs"
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 ROTATIONS = (1, 16, 32, 64, 128)
 # Element and scale type → the format's name in tables; all of them pack two codes into a byte.
-FORMATS = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("int4", "e4m3"): "nvint4", ("int4", "e8m0"): "mxint4"}
+FORMATS = {
+    ("e2m1", "e8m0"): "mxfp4",
+    ("e2m1", "e4m3"): "nvfp4",
+    ("int4", "e4m3"): "nvint4",
+    ("int4", "e8m0"): "mxint4",
+}
 GROUP_SIZE = {"e8m0": 32, "e4m3": 16}
 # Compute capability → the architecture whose table it uses.
 FAMILIES = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 # Tables are made for these; a device's own count is used when it is there.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-# Largest E8M0 byte that the bf16 decoding of the matmul kernels covers: a scale of 2^9, far above any weight's.
+# Largest E8M0 byte that the bf16 decoding of the matmul kernels covers: a scale of 2^9, far above
+# any weight's.
 LARGEST_E8M0_BYTE = 136
 
 
@@ -39,8 +46,8 @@ class Tile:
     """How a kernel is cut into programs.
 
     Attributes:
-        kernel: ``w4a16``, ``dense`` (dequantize, then a library matmul), ``w4a4`` (by pointers) or ``w4a4_tma``
-            (persistent).
+        kernel: ``w4a16``, ``dense`` (dequantize, then a library matmul), ``w4a4`` (by pointers) or
+            ``w4a4_tma`` (persistent).
         order: of columns in the weight operand (``kernels/w4a16.py``): natural, words or fragments.
         swap: the weights are the left operand of a W4A4 matmul.
     """
@@ -58,7 +65,8 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One entry of a table: the tile for a shape, and what it took when it was timed (0: it never was)."""
+    """One entry of a table: the tile for a shape, and what it took when it was timed (0: it never
+    was)."""
 
     operation: str
     format: str
@@ -88,11 +96,18 @@ class Table:
         names = {f.name for f in fields(Tile)}
         rows = []
         for entry in data["rows"]:  # pyright: ignore[reportGeneralTypeIssues]
-            unknown = set(entry) - names - {"operation", "format", "tokens", "n", "k", "microseconds"}
+            unknown = (
+                set(entry) - names - {"operation", "format", "tokens", "n", "k", "microseconds"}
+            )
             if unknown:
-                raise ValueError(f"tile table: unknown keys {sorted(unknown)}; a row has a shape and {sorted(names)}")
+                raise ValueError(
+                    f"tile table: unknown keys {sorted(unknown)}; a row has a shape and "
+                    f"{sorted(names)}"
+                )
             tile = Tile(**{key: value for key, value in entry.items() if key in names})
-            rows.append(Row(tile=tile, **{key: value for key, value in entry.items() if key not in names}))
+            rows.append(
+                Row(tile=tile, **{key: value for key, value in entry.items() if key not in names})
+            )
         header = {key: data[key] for key in ("architecture", "source", "triton")}
         return cls(rows=tuple(rows), **header)  # pyright: ignore[reportArgumentType]
 
@@ -112,16 +127,20 @@ class Table:
                 if value != getattr(blank, field.name):
                     entry[field.name] = value
             rows.append({**entry, "microseconds": row.microseconds} if row.microseconds else entry)
-        return {"architecture": self.architecture, "source": self.source, "triton": self.triton, "rows": rows}
+        return {
+            "architecture": self.architecture,
+            "source": self.source,
+            "triton": self.triton,
+            "rows": rows,
+        }
 
 
 # ---------------------------------------------------------------- devices
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether the kernels run there: Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or
-    more.
-    """
+    """Whether the kernels run there: Triton is installed and the device is an NVIDIA GPU of compute
+    capability 8.0 or more."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
         return False
@@ -129,12 +148,14 @@ def available(device: torch.device | str) -> bool:
 
 
 def architecture(device: torch.device | str) -> int | None:
-    """The architecture (80, 90, 100 or 120) whose table serves this CUDA device; None if there is none."""
+    """The architecture (80, 90, 100 or 120) whose table serves this CUDA device; None if there is
+    none."""
     return FAMILIES.get(_capability(torch.device(device)))
 
 
 def multiplies_fp4(device: torch.device | str) -> bool:
-    """Whether tensor cores of this device multiply FP4 numbers natively, so that quantized inputs are worth while."""
+    """Whether tensor cores of this device multiply FP4 numbers natively, so that quantized inputs
+    are worth while."""
     device = torch.device(device)
     return device.type == "cuda" and available(device) and architecture(device) in (100, 120)
 
@@ -164,7 +185,8 @@ def obstacle(
     """Why no kernel serves such a layer (its reference path does), or None.
 
     Args:
-        scale_bits: the weight's scale bytes (uint8); looked at once, when a layer is loaded: it reads the device.
+        scale_bits: the weight's scale bytes (uint8); looked at once, when a layer is loaded: it
+            reads the device.
     """
     if (element, scale) not in FORMATS or GROUP_SIZE[scale] != group_size:
         return f"there is no kernel for {element} elements with {scale} scales over {group_size}"
@@ -193,7 +215,9 @@ def table(arch: int) -> Table:
     """
     path = CONFIGS / f"sm{arch}.json"
     if not path.is_file():
-        raise ValueError(f"no tile table for sm_{arch} in {CONFIGS}; make one with ptq bench --tune")
+        raise ValueError(
+            f"no tile table for sm_{arch} in {CONFIGS}; make one with ptq bench --tune"
+        )
     return Table.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -203,39 +227,66 @@ def bucket(tokens: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose(arch: int, operation: str, format: str, tokens: int, n: int, k: int, sms: int = 0) -> Tile:
-    """The tile for ``operation`` (w4a16, w4a4, grouped) on a weight of n × k; a neighbour's if the shape has no row.
+def choose(
+    arch: int, operation: str, format: str, tokens: int, n: int, k: int, sms: int = 0
+) -> Tile:
+    """The tile for ``operation`` (w4a16, w4a4, grouped) on a weight of n × k; a neighbour's if the
+    shape has no row.
 
     Raises:
         ValueError: the table has no row at all for this operation and format.
     """
     nearest = _nearest(table(arch).rows, operation, format, bucket(tokens), n, k)
     if nearest is None:
-        raise ValueError(f"the tile table of sm_{arch} has no row for {operation} {format}; run ptq bench --tune")
+        raise ValueError(
+            f"the tile table of sm_{arch} has no row for {operation} {format}; run ptq bench --tune"
+        )
     if (nearest.n, nearest.k) == (n, k):
         return nearest.tile
     _log_missing(arch, operation, format, n, k, nearest.n, nearest.k)
-    if nearest.tile.split == 1 and (nearest.operation == "grouped" or nearest.tile.kernel in ("dense", "w4a4_tma")):
+    if nearest.tile.split == 1 and (
+        nearest.operation == "grouped" or nearest.tile.kernel in ("dense", "w4a4_tma")
+    ):
         return nearest.tile
-    return replace(nearest.tile, split=split_rule(nearest.tile, tokens, n, k, sms or MULTIPROCESSORS[arch]))
+    return replace(
+        nearest.tile, split=split_rule(nearest.tile, tokens, n, k, sms or MULTIPROCESSORS[arch])
+    )
 
 
-def _nearest(rows: Sequence[Row], operation: str, format: str, tokens: int, n: int, k: int) -> Row | None:
+def _nearest(
+    rows: Sequence[Row], operation: str, format: str, tokens: int, n: int, k: int
+) -> Row | None:
     def distance(row: Row) -> float:
         return abs(math.log(row.n / n)) + abs(math.log(row.k / k))
 
-    fits = [row for row in rows if (row.operation, row.format, row.tokens) == (operation, format, tokens)]
+    fits = [
+        row
+        for row in rows
+        if (row.operation, row.format, row.tokens) == (operation, format, tokens)
+    ]
     return min(fits, key=distance, default=None)
 
 
 @lru_cache(maxsize=4096)
-def _log_missing(arch: int, operation: str, format: str, n: int, k: int, row_n: int, row_k: int) -> None:
+def _log_missing(
+    arch: int, operation: str, format: str, n: int, k: int, row_n: int, row_k: int
+) -> None:
     """Once per shape, thanks to the cache."""
-    log.info("no tile for %s %s %d×%d on sm_%d: using that of %d×%d", operation, format, n, k, arch, row_n, row_k)
+    log.info(
+        "no tile for %s %s %d×%d on sm_%d: using that of %d×%d",
+        operation,
+        format,
+        n,
+        k,
+        arch,
+        row_n,
+        row_k,
+    )
 
 
 def split_rule(tile: Tile, tokens: int, n: int, k: int, sms: int) -> int:
-    """How many programs share a tile's K: the smallest power of two that makes two programs per multiprocessor.
+    """How many programs share a tile's K: the smallest power of two that makes two programs per
+    multiprocessor.
 
     Each keeps at least 4 steps of K, all have the same number, and there are at most 16.
     """

@@ -1,8 +1,10 @@
-"""The end of every matmul kernel: sum over programs that share a tile's K, scale, bias, one rounding, store.
+"""The end of every matmul kernel: sum over programs that share a tile's K, scale, bias, one
+rounding, store.
 
-Split-K is deterministic and one launch: every program writes its partial sums to a workspace and draws a ticket of its
-tile; the one that draws the last adds all parts in a fixed order and resets the ticket, so that CUDA graphs can replay
-the launch. Sums are never added atomically to a 16-bit output.
+Split-K is deterministic and one launch: every program writes its partial sums to a workspace and
+draws a ticket of its tile; the one that draws the last adds all parts in a fixed order and resets
+the ticket, so that CUDA graphs can replay the launch. Sums are never added atomically to a 16-bit
+output.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
@@ -14,9 +16,20 @@ from ptq.kernels.codec import round_half
 
 @triton.jit
 def store_output(
-    acc, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr
+    acc,
+    out_ptr,
+    bias_ptr,
+    m,
+    n,
+    m_mask,
+    n_mask,
+    factor,
+    N,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """out[m, n] = acc · factor + bias[n], rounded once; m, n and their masks broadcast to the shape of acc."""
+    """out[m, n] = acc · factor + bias[n], rounded once; m, n and their masks broadcast to the shape
+    of acc."""
     y = acc * factor
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
@@ -45,9 +58,11 @@ def finish(
     HAS_BIAS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Store the fp32 tile ``acc`` (ROWS, COLUMNS), first adding those of the SPLIT programs that share it.
+    """Store the fp32 tile ``acc`` (ROWS, COLUMNS), first adding those of the SPLIT programs that
+    share it.
 
-    The workspace holds ROWS · COLUMNS · SPLIT fp32 per tile, the tickets an int32 per tile, 0 before and after.
+    The workspace holds ROWS · COLUMNS · SPLIT fp32 per tile, the tickets an int32 per tile, 0
+    before and after.
     """
     if SPLIT == 1:
         store_output(acc, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS, INTERPRETED)
@@ -55,16 +70,21 @@ def finish(
         inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         place = workspace_ptr + tile.to(tl.int64) * (SPLIT * ROWS * COLUMNS) + inside
         tl.store(place + part * (ROWS * COLUMNS), acc)
-        tl.debug_barrier()  # all threads' partial sums are written before one of them draws the ticket
+        # all threads' partial sums are written before one of them draws the ticket
+        tl.debug_barrier()
         if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             if (
                 ROWS * COLUMNS <= 4096
-            ):  # all parts in flight at once; with wide tiles that would take more registers than there are
+                # all parts in flight at once; with wide tiles that would take more registers than
+                # there are
+            ):
                 for other in tl.static_range(SPLIT):
                     total += tl.load(place + other * (ROWS * COLUMNS), cache_modifier=".cg")
             else:
                 for other in range(0, SPLIT):
                     total += tl.load(place + other * (ROWS * COLUMNS), cache_modifier=".cg")
-            store_output(total, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS, INTERPRETED)
+            store_output(
+                total, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS, INTERPRETED
+            )
             tl.atomic_xchg(ticket_ptr + tile, 0, sem="relaxed")

@@ -1,11 +1,13 @@
-"""Operators with a matmul per expert, in one launch: constants, launches, schemas, fakes and checks.
+"""Operators with a matmul per expert, in one launch: constants, launches, schemas, fakes and
+checks.
 
     grouped_w4a16     16-bit inputs × 4-bit weights          grouped_w4a4      4-bit inputs × 4-bit weights (Blackwell)
 
     y[i] = x[rows[i]] · Ŵ[e]ᵀ (+ bias[e])   for offsets[e] ≤ i < offsets[e+1],   0 beyond the last offset
 
-Assignments of tokens to experts are sorted by expert. How many each expert got is read on the device: nothing
-synchronises, and shapes depend on the number of assignments alone, so CUDA graphs capture a whole layer of experts.
+Assignments of tokens to experts are sorted by expert. How many each expert got is read on the
+device: nothing synchronises, and shapes depend on the number of assignments alone, so CUDA graphs
+capture a whole layer of experts.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -48,16 +50,25 @@ def w4a4_constants(
     k: int, experts: int, scale: str, tile: Tile, *, gather: bool, bias: bool, inputs: str
 ) -> dict[str, object]:
     """The constexpr arguments of ``grouped_w4a4_kernel``."""
-    return _grouped(launch.w4a4_constants(k, scale, tile, bias=bias, inputs=inputs), experts, gather=gather)
+    return _grouped(
+        launch.w4a4_constants(k, scale, tile, bias=bias, inputs=inputs), experts, gather=gather
+    )
 
 
 def _grouped(constants: dict[str, object], experts: int, *, gather: bool) -> dict[str, object]:
     del constants["SPLIT"]
-    return {**constants, "EXPERTS": experts, "POWER": triton.next_power_of_2(experts + 1), "GATHER": gather}
+    return {
+        **constants,
+        "EXPERTS": experts,
+        "POWER": triton.next_power_of_2(experts + 1),
+        "GATHER": gather,
+    }
 
 
 def _grid(tile: Tile, m: int, experts: int, n: int) -> tuple[int, int]:
-    tiles = min(m, triton.cdiv(m, tile.block_m) + experts + 1)  # each expert, and nobody, may leave one partly filled
+    tiles = min(
+        m, triton.cdiv(m, tile.block_m) + experts + 1
+    )  # each expert, and nobody, may leave one partly filled
     return triton.cdiv(n, tile.block_n), tiles
 
 
@@ -77,7 +88,15 @@ def launch_w4a16(
     """Fill ``out`` (assignments, out)."""
     (experts, n), k = packed.shape[:2], x.shape[1]
     constants = w4a16_constants(
-        n, k, experts, element, scale, tile, gather=rows is not None, bias=bias is not None, half=x.dtype
+        n,
+        k,
+        experts,
+        element,
+        scale,
+        tile,
+        gather=rows is not None,
+        bias=bias is not None,
+        half=x.dtype,
     )
     grouped_w4a16_kernel[_grid(tile, len(out), experts, n)](
         x,
@@ -113,9 +132,14 @@ def launch_w4a4(
     """Fill ``out`` (assignments, out)."""
     (experts, n), k = packed.shape[:2], 2 * packed.shape[2]
     if scale == "e4m3" and not launch.INTERPRETED:
-        x_scale_bits, scale_bits = x_scale_bits.view(torch.float8_e4m3fn), scale_bits.view(torch.float8_e4m3fn)
+        x_scale_bits, scale_bits = (
+            x_scale_bits.view(torch.float8_e4m3fn),
+            scale_bits.view(torch.float8_e4m3fn),
+        )
     inputs = launch.input_scales(x_global_scale)
-    constants = w4a4_constants(k, experts, scale, tile, gather=rows is not None, bias=bias is not None, inputs=inputs)
+    constants = w4a4_constants(
+        k, experts, scale, tile, gather=rows is not None, bias=bias is not None, inputs=inputs
+    )
     grouped_w4a4_kernel[_grid(tile, len(out), experts, n)](
         x_packed,
         x_scale_bits,
@@ -139,10 +163,12 @@ def launch_w4a4(
 
 
 def w4a4_tile(tile: Tile, k: int) -> Tile:
-    """The tile of a single W4A4 matmul as one of experts: K is not split, because there are many of them already.
+    """The tile of a single W4A4 matmul as one of experts: K is not split, because there are many of
+    them already.
 
-    Where K is no multiple of the tile's, masks take registers: 64 × 128 × 256 spills 48–136 bytes on sm_120, and
-    swapped 16 × 128 × 128 with more than two stages 24 bytes on sm_100 with Triton 3.6.
+    Where K is no multiple of the tile's, masks take registers: 64 × 128 × 256 spills 48–136 bytes
+    on sm_120, and swapped 16 × 128 × 128 with more than two stages 24 bytes on sm_100 with Triton
+    3.6.
     """
     if k % tile.block_k == 0:
         return replace(tile, split=1)
@@ -201,7 +227,9 @@ def _w4a4_fake(
     scale: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    return x_packed.new_empty((x_packed.shape[0] if rows is None else rows.shape[0], packed.shape[1]), dtype=dtype)
+    return x_packed.new_empty(
+        (x_packed.shape[0] if rows is None else rows.shape[0], packed.shape[1]), dtype=dtype
+    )
 
 
 def _w4a4(
@@ -228,14 +256,17 @@ def _w4a4(
 
 
 define(
-    "grouped_w4a16(Tensor x, Tensor offsets, Tensor packed, Tensor scale_bits, Tensor global_scale, Tensor? bias, "
+    "grouped_w4a16(Tensor x, Tensor offsets, Tensor packed, Tensor scale_bits, Tensor "
+    "global_scale, Tensor? bias, "
     "Tensor? rows, str element, str scale) -> Tensor",
     _w4a16,
     _w4a16_fake,
 )
 define(
-    "grouped_w4a4(Tensor x_packed, Tensor x_scale_bits, Tensor? x_global_scale, Tensor offsets, Tensor packed, "
-    "Tensor scale_bits, Tensor global_scale, Tensor? bias, Tensor? rows, str scale, ScalarType dtype) -> Tensor",
+    "grouped_w4a4(Tensor x_packed, Tensor x_scale_bits, Tensor? x_global_scale, Tensor offsets, "
+    "Tensor packed, "
+    "Tensor scale_bits, Tensor global_scale, Tensor? bias, Tensor? rows, str scale, ScalarType "
+    "dtype) -> Tensor",
     _w4a4,
     _w4a4_fake,
 )
@@ -260,9 +291,11 @@ def grouped_w4a16(
     Args:
         x: (tokens, in) bfloat16 (or float16 with e4m3 scales), rotated as the weights are.
         offsets: int32 (experts + 1,), ascending, from 0 to at most the number of assignments.
-        packed: uint8 (experts, out, in/2); scale_bits: uint8 (experts, out, groups); global_scale: fp32 (experts,).
+        packed: uint8 (experts, out, in/2); scale_bits: uint8 (experts, out, groups); global_scale:
+            fp32 (experts,).
         bias: (experts, out) or None.
-        rows: int32 (assignments,), the row of x for each; None if x is sorted already (assignments = tokens).
+        rows: int32 (assignments,), the row of x for each; None if x is sorted already (assignments
+            = tokens).
 
     Returns:
         (assignments, out) in the dtype of x.
@@ -273,7 +306,9 @@ def grouped_w4a16(
     ops.check("grouped_w4a16", element, scale, x.shape[-1], dtype=x.dtype)
     ops.check_weight("grouped_w4a16", x.shape[-1], packed, scale_bits, scale)
     _check_experts("grouped_w4a16", offsets, packed, global_scale, rows)
-    return torch.ops.ptq.grouped_w4a16(x, offsets, packed, scale_bits, global_scale, bias, rows, element, scale)
+    return torch.ops.ptq.grouped_w4a16(
+        x, offsets, packed, scale_bits, global_scale, bias, rows, element, scale
+    )
 
 
 def grouped_w4a4(
@@ -290,7 +325,8 @@ def grouped_w4a4(
     """One matmul per expert with quantized inputs and E2M1 weights, on FP4 tensor cores.
 
     Args:
-        inputs: what ``ops.rotate_quantize`` returned, of the weights' format, with scale bytes in rows.
+        inputs: what ``ops.rotate_quantize`` returned, of the weights' format, with scale bytes in
+            rows.
         offsets, packed, scale_bits, global_scale, bias, rows: as for :func:`grouped_w4a16`.
 
     Returns:
@@ -304,15 +340,27 @@ def grouped_w4a4(
     ops.check_weight("grouped_w4a4", k, packed, scale_bits, scale)
     _check_experts("grouped_w4a4", offsets, packed, global_scale, rows)
     if inputs.scale_bits.ndim != 2:
-        raise ValueError("grouped_w4a4: scales of inputs must be in rows, not in 128 × 4 blocks (swizzle=False)")
-    return torch.ops.ptq.grouped_w4a4(*inputs, offsets, packed, scale_bits, global_scale, bias, rows, scale, dtype)
+        raise ValueError(
+            "grouped_w4a4: scales of inputs must be in rows, not in 128 × 4 blocks (swizzle=False)"
+        )
+    return torch.ops.ptq.grouped_w4a4(
+        *inputs, offsets, packed, scale_bits, global_scale, bias, rows, scale, dtype
+    )
 
 
-def _check_experts(name: str, offsets: Tensor, packed: Tensor, global_scale: Tensor, rows: Tensor | None) -> None:
+def _check_experts(
+    name: str, offsets: Tensor, packed: Tensor, global_scale: Tensor, rows: Tensor | None
+) -> None:
     experts = packed.shape[0]
     if packed.ndim != 3 or offsets.shape != (experts + 1,) or offsets.dtype != torch.int32:
-        raise ValueError(f"{name}: {experts} experts need {experts + 1} int32 offsets and weights (experts, out, in/2)")
+        raise ValueError(
+            f"{name}: {experts} experts need {experts + 1} int32 offsets and weights (experts, "
+            "out, in/2)"
+        )
     if global_scale.shape != (experts,):
-        raise ValueError(f"{name}: {experts} experts need a global scale each, got shape {tuple(global_scale.shape)}")
+        raise ValueError(
+            f"{name}: {experts} experts need a global scale each, got shape "
+            f"{tuple(global_scale.shape)}"
+        )
     if rows is not None and rows.dtype != torch.int32:
         raise ValueError(f"{name}: the rows of the inputs must be int32, not {rows.dtype}")

@@ -1,9 +1,11 @@
-"""Kernels 2 and 3 for a list of experts: rows offsets[e] … offsets[e+1] − 1 of the output use the weights of expert e.
+"""Kernels 2 and 3 for a list of experts: rows offsets[e] … offsets[e+1] − 1 of the output use the
+weights of expert e.
 
-Rows offsets[EXPERTS] … M − 1 belong to nobody and become zeros. Grid (cdiv(N, BLOCK_N), an upper bound of
-Σ cdiv(count, BLOCK_M)): how many rows an expert got stays on the device, each program finds its expert by a prefix sum
-over the counts, and programs beyond the last tile leave at once. With GATHER row i of the output reads row rows[i] of
-the inputs, otherwise row i. POWER: a power of two above EXPERTS.
+Rows offsets[EXPERTS] … M − 1 belong to nobody and become zeros. Grid (cdiv(N, BLOCK_N), an upper
+bound of Σ cdiv(count, BLOCK_M)): how many rows an expert got stays on the device, each program
+finds its expert by a prefix sum over the counts, and programs beyond the last tile leave at once.
+With GATHER row i of the output reads row rows[i] of the inputs, otherwise row i. POWER: a power of
+two above EXPERTS.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: SIM108
@@ -19,7 +21,9 @@ from ptq.kernels.w4a16 import fragment_rows
 
 
 @triton.jit
-def _locate(offsets_ptr, tile, M, EXPERTS: tl.constexpr, POWER: tl.constexpr, BLOCK_M: tl.constexpr):
+def _locate(
+    offsets_ptr, tile, M, EXPERTS: tl.constexpr, POWER: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """(expert, its first row in this tile, where its rows end) of tile number ``tile``.
 
     Nobody is expert EXPERTS; tiles beyond its rows have a greater one.
@@ -33,7 +37,9 @@ def _locate(offsets_ptr, tile, M, EXPERTS: tl.constexpr, POWER: tl.constexpr, BL
     passed = real & (tl.cumsum(tiles, 0) <= tile)
     expert = tl.sum(passed.to(tl.int32), 0)
     before = tl.sum(tl.where(passed, tiles, 0), 0)
-    first = tl.load(offsets_ptr + expert, mask=expert <= EXPERTS, other=0) + (tile - before) * BLOCK_M
+    first = (
+        tl.load(offsets_ptr + expert, mask=expert <= EXPERTS, other=0) + (tile - before) * BLOCK_M
+    )
     end = tl.load(offsets_ptr + expert + 1, mask=expert < EXPERTS, other=M)
     return expert, first, end
 
@@ -161,7 +167,8 @@ def grouped_w4a4_kernel(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """4-bit inputs (rows of codes, of scale bytes and of global scales are gathered alike); as in ``w4a4_kernel``."""
+    """4-bit inputs (rows of codes, of scale bytes and of global scales are gathered alike); as in
+    ``w4a4_kernel``."""
     tile_n = tl.program_id(0)
     expert, first, end = _locate(offsets_ptr, tl.program_id(1), M, EXPERTS, POWER, BLOCK_M)
     if expert == EXPERTS:

@@ -1,8 +1,9 @@
-"""Launches: from tensors to grids and constants. Shapes are checked in ``ops.py``, tiles chosen in ``dispatch.py``.
+"""Launches: from tensors to grids and constants. Shapes are checked in ``ops.py``, tiles chosen in
+``dispatch.py``.
 
-What a launch compiles is a pure function of shapes and tile (the ``…_constants`` below), so that the compile checks
-build exactly what runs. Workspaces and tickets of split-K live as long as the process, one set per device and stream: a
-captured CUDA graph may replay at any time.
+What a launch compiles is a pure function of shapes and tile (the ``…_constants`` below), so that
+the compile checks build exactly what runs. Workspaces and tickets of split-K live as long as the
+process, one set per device and stream: a captured CUDA graph may replay at any time.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -19,13 +20,15 @@ from ptq.kernels.quantize import rotate_quantize_kernel
 from ptq.kernels.w4a4 import w4a4_kernel, w4a4_tma_kernel
 from ptq.kernels.w4a16 import w4a16_kernel
 
-# Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled or interpreted on the CPU.
+# Triton decides at import, by TRITON_INTERPRET, whether kernels are compiled or interpreted on the
+# CPU.
 INTERPRETED = not isinstance(w4a16_kernel, triton.JITFunction)
-# cvt.rn.bf16x2.e2m1x2 needs the assembler of Triton 3.9; before, weights are unpacked by integer operations.
+# cvt.rn.bf16x2.e2m1x2 needs the assembler of Triton 3.9; before, weights are unpacked by integer
+# operations.
 NEW_ASSEMBLER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 LARGEST = {"e2m1": 6.0, "int4": 7.0}
-# (element, rule) → by how much the exponent of the largest magnitude is lowered, and above which mantissa bits by one
-# less (F6).
+# (element, rule) → by how much the exponent of the largest magnitude is lowered, and above which
+# mantissa bits by one less (F6).
 E8M0_RULES = {
     ("e2m1", "ceil"): (2, 0x400000),
     ("e2m1", "ocp"): (2, 0x7FFFFF),
@@ -49,7 +52,9 @@ def quantize_tile(
     """(rows, columns, warps) of a program of ``rotate_quantize_kernel``."""
     if rows <= 16:  # decode: latency, so many small programs
         block_m, block_k, warps = 1, 2048, 4
-    elif rotation == 128:  # at least 128 blocks of the rotation, so that the wide tensor-core instructions are used
+    elif (
+        rotation == 128
+    ):  # at least 128 blocks of the rotation, so that the wide tensor-core instructions are used
         block_m, block_k, warps = 32, 512, 8
         if prologue == "silu_mul" and arch in (
             80,
@@ -121,18 +126,28 @@ def rotate_quantize(
     computed: bool,
     swizzle: bool,
 ) -> None:
-    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs, in 16 bits or in fp8.
+    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs, in 16 bits or
+    in fp8.
 
-    Global scales (rows, 1) are filled too if they are to be ``computed``; otherwise they are read, as is a scalar.
+    Global scales (rows, 1) are filled too if they are to be ``computed``; otherwise they are read,
+    as is a scalar.
     """
     rows, rotation = len(x), 1 if block is None else len(block)
     output = "codes"
     if isinstance(outputs, Tensor):
         output = "fp8" if outputs.dtype == torch.float8_e4m3fn else "rotated"
     arch = 0 if INTERPRETED else dispatch.architecture(x.device) or 0
-    kind = "computed" if computed else "rows" if global_scale is not None and global_scale.ndim == 2 else "tensor"
+    kind = (
+        "computed"
+        if computed
+        else "rows"
+        if global_scale is not None and global_scale.ndim == 2
+        else "tensor"
+    )
     whole_rows = computed or prologue == "rms_norm"
-    block_m, block_k, warps = quantize_tile(rows, k, rotation, whole_rows=whole_rows, arch=arch, prologue=prologue)
+    block_m, block_k, warps = quantize_tile(
+        rows, k, rotation, whole_rows=whole_rows, arch=arch, prologue=prologue
+    )
     constants = quantize_constants(
         k,
         element,
@@ -184,10 +199,11 @@ def dequantize_constants(k: int, element: str, scale: str, *, fp8: bool) -> dict
     }
 
 
-def dequantize(packed: Tensor, scale_bits: Tensor, factor: Tensor, out: Tensor, element: str, scale: str) -> None:
-    """Fill ``out`` (rows, in): fp32, bf16 or fp16 with ``factor`` the global scale; fp8 with the inverse of its row
-    scales.
-    """
+def dequantize(
+    packed: Tensor, scale_bits: Tensor, factor: Tensor, out: Tensor, element: str, scale: str
+) -> None:
+    """Fill ``out`` (rows, in): fp32, bf16 or fp16 with ``factor`` the global scale; fp8 with the
+    inverse of its row scales."""
     n, k = out.shape
     constants = dequantize_constants(k, element, scale, fp8=out.dtype == torch.float8_e4m3fn)
     dequantize_kernel[(triton.cdiv(n, 32), triton.cdiv(k, 256))](
@@ -202,9 +218,8 @@ _outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write t
 
 
 def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """fp32 scratch and int32 tickets, all zero, of the current stream; allocated on first use: run once before
-    capturing.
-    """
+    """fp32 scratch and int32 tickets, all zero, of the current stream; allocated on first use: run
+    once before capturing."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = _workspaces.get((device, stream))
     if held is None or len(held[0]) < elements or len(held[1]) < tiles:
@@ -215,12 +230,22 @@ def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, 
             max(tiles, 1 << 14),
         )  # 16 MiB: enough for every row of the tables up to 64 tokens
         scratch = torch.empty(elements, dtype=torch.float32, device=device)
-        held = _workspaces[device, stream] = (scratch, torch.zeros(tiles, dtype=torch.int32, device=device))
+        held = _workspaces[device, stream] = (
+            scratch,
+            torch.zeros(tiles, dtype=torch.int32, device=device),
+        )
     return held
 
 
 def w4a16_constants(
-    n: int, k: int, element: str, scale: str, tile: Tile, *, bias: bool, half: torch.dtype = torch.bfloat16
+    n: int,
+    k: int,
+    element: str,
+    scale: str,
+    tile: Tile,
+    *,
+    bias: bool,
+    half: torch.dtype = torch.bfloat16,
 ) -> dict[str, object]:
     """The constexpr arguments of ``w4a16_kernel``."""
     order = tile.order
@@ -285,7 +310,9 @@ def w4a16(
     )
 
 
-def w4a4_constants(k: int, scale: str, tile: Tile, *, bias: bool, inputs: str, programs: int = 0) -> dict[str, object]:
+def w4a4_constants(
+    k: int, scale: str, tile: Tile, *, bias: bool, inputs: str, programs: int = 0
+) -> dict[str, object]:
     """The constexpr arguments of ``w4a4_kernel``, or of ``w4a4_tma_kernel`` if the tile says so."""
     constants: dict[str, object] = {
         "K": k,
@@ -324,7 +351,10 @@ def w4a4(
     """Fill ``out`` (tokens, out). Scales are bytes in rows, for ``w4a4_tma`` in 128 × 4 blocks."""
     m, n, k = len(x_packed), len(packed), 2 * packed.shape[1]
     if scale == "e4m3" and not INTERPRETED:
-        x_scale_bits, scale_bits = x_scale_bits.view(torch.float8_e4m3fn), scale_bits.view(torch.float8_e4m3fn)
+        x_scale_bits, scale_bits = (
+            x_scale_bits.view(torch.float8_e4m3fn),
+            scale_bits.view(torch.float8_e4m3fn),
+        )
     operands = (
         x_packed,
         x_scale_bits,
@@ -339,15 +369,21 @@ def w4a4(
     if tile.kernel == "w4a4_tma":
         tiles = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n)
         programs = min(tiles, 2 if INTERPRETED else dispatch.multiprocessors(x_packed.device))
-        constants = w4a4_constants(k, scale, tile, bias=bias is not None, inputs=inputs, programs=programs)
+        constants = w4a4_constants(
+            k, scale, tile, bias=bias is not None, inputs=inputs, programs=programs
+        )
         if not INTERPRETED:
             triton.set_allocator(_scratch)
-        w4a4_tma_kernel[(programs,)](*operands, m, n, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        w4a4_tma_kernel[(programs,)](
+            *operands, m, n, **constants, num_warps=tile.warps, num_stages=tile.stages
+        )
         return
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n), tile.split)
     scratch, tickets = _split_workspace(out, tile, grid)
     constants = w4a4_constants(k, scale, tile, bias=bias is not None, inputs=inputs)
-    w4a4_kernel[grid](*operands, scratch, tickets, m, n, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    w4a4_kernel[grid](
+        *operands, scratch, tickets, m, n, **constants, num_warps=tile.warps, num_stages=tile.stages
+    )
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

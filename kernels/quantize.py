@@ -1,14 +1,15 @@
-"""Kernel 1: block rotation and quantization of activations, in one launch, with an optional step before the rotation.
+"""Kernel 1: block rotation and quantization of activations, in one launch, with an optional step
+before the rotation.
 
     y = (x · B) · c            B: any square block, in the dtype of x; c: an fp32 factor (size^-½ for Hadamard blocks)
-    codes, scale bytes         by the law of ``ptq.inputs.quantize_inputs``, which is the oracle of this kernel
+    codes, scale bytes         by the law of ``ptq.numerics.activations.quantize_inputs``, which is the oracle of this kernel
 
-One division per group, one product per element (a division per element is what bound other Triton quantizers to 52–68 %
-of the bandwidth). The rotation is a ``tl.dot``: 4–6 instructions per element, a butterfly of reshapes costs 19–23.
-Launch with ``enable_fp_fusion=False``: contracting a product with an add that rounds would move ties.
+One division per group, one product per element (a division per element is what bound other Triton
+quantizers to 52–68 % of the bandwidth). The rotation is a ``tl.dot``: 4–6 instructions per element,
+a butterfly of reshapes costs 19–23. Launch with ``enable_fp_fusion=False``: contracting a product
+with an add that rounds would move ties.
 """
 # pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
-# ruff: noqa: SIM108
 
 import torch
 import triton
@@ -41,20 +42,22 @@ def _load_inputs(
     EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A tile of the layer's inputs: as stored, or RMS-normalised, or SiLU(gate) · up from rows [gate | up] of 2K
-    numbers.
-    """
+    """A tile of the layer's inputs: as stored, or RMS-normalised, or SiLU(gate) · up from rows
+    [gate | up] of 2K numbers."""
     half: tl.constexpr = x_ptr.dtype.element_ty
     mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)
     if PROLOGUE == "silu_mul":
         place = x_ptr + rows[:, None] * (2 * K) + columns[None, :]
         gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(place + K, mask=mask, other=0.0).to(tl.float32)
-        # the only approximate division: no part of the law of the quantizer, and an exact one spills on sm_120
+        # the only approximate division: no part of the law of the quantizer, and an exact one
+        # spills on sm_120
         swish = round_half(gate / (1.0 + tl.exp(-gate)), half, INTERPRETED)
         x = round_half(swish.to(tl.float32) * up, half, INTERPRETED)
     elif PROLOGUE == "rms_norm":
-        x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         gain = tl.load(gain_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
         normed = round_half(x * root[:, None], half, INTERPRETED)
         x = round_half(normed.to(tl.float32) * gain[None, :], half, INTERPRETED)
@@ -73,9 +76,8 @@ def _rotate(
     ROTATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """x in blocks of ROTATION columns times the block, accumulated in fp32 and scaled afterwards: fp32 [BLOCK_M,
-    BLOCK_K].
-    """
+    """x in blocks of ROTATION columns times the block, accumulated in fp32 and scaled afterwards:
+    fp32 [BLOCK_M, BLOCK_K]."""
     if ROTATION == 1:
         y = x.to(tl.float32)
     else:
@@ -120,12 +122,13 @@ def rotate_quantize_kernel(
     CHUNKS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K · CHUNKS)); a program sees whole rows if it needs a statistic of them.
+    """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K · CHUNKS)); a program sees whole rows if it needs a
+    statistic of them.
 
-    OUTPUT: "codes" (packed codes and scale bytes), "rotated" (y in the dtype of x) or "fp8" (E4M3, a scale per row).
-    GLOBAL_SCALE: one for the whole "tensor" or one for each of its "rows" is read, or one per row is "computed" and
-    stored. SWIZZLE: scale bytes are stored in the 128 × 4 blocks of Blackwell. LARGEST, EXPONENT, MANTISSA: the element
-    and scale rule.
+    OUTPUT: "codes" (packed codes and scale bytes), "rotated" (y in the dtype of x) or "fp8" (E4M3,
+    a scale per row). GLOBAL_SCALE: one for the whole "tensor" or one for each of its "rows" is
+    read, or one per row is "computed" and stored. SWIZZLE: scale bytes are stored in the 128 × 4
+    blocks of Blackwell. LARGEST, EXPONENT, MANTISSA: the element and scale rule.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
@@ -141,7 +144,9 @@ def rotate_quantize_kernel(
         for chunk in range(0, CHUNKS):
             columns = chunk * BLOCK_K + offsets
             mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)
-            x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
             squares += tl.sum(x * x, axis=1)
         root = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, K * 1.0) + epsilon))
 
@@ -150,7 +155,9 @@ def rotate_quantize_kernel(
             row_amax = tl.zeros((BLOCK_M,), tl.float32)
             for chunk in range(0, CHUNKS):
                 columns = chunk * BLOCK_K + offsets
-                x = _load_inputs(x_ptr, gain_ptr, rows, columns, row_mask, root, K, PROLOGUE, EVEN, INTERPRETED)
+                x = _load_inputs(
+                    x_ptr, gain_ptr, rows, columns, row_mask, root, K, PROLOGUE, EVEN, INTERPRETED
+                )
                 y = _rotate(x, block_ptr, factor, BLOCK_M, BLOCK_K, ROTATION, INTERPRETED)
                 row_amax = tl.maximum(row_amax, tl.max(tl.abs(y), axis=1))
             top: tl.constexpr = 448.0 if OUTPUT == "fp8" else 448.0 * LARGEST
@@ -167,22 +174,34 @@ def rotate_quantize_kernel(
 
     for chunk in range(0, CHUNKS):
         columns = (first + chunk) * BLOCK_K + offsets
-        x = _load_inputs(x_ptr, gain_ptr, rows, columns, row_mask, root, K, PROLOGUE, EVEN, INTERPRETED)
+        x = _load_inputs(
+            x_ptr, gain_ptr, rows, columns, row_mask, root, K, PROLOGUE, EVEN, INTERPRETED
+        )
         y = _rotate(x, block_ptr, factor, BLOCK_M, BLOCK_K, ROTATION, INTERPRETED)
         if OUTPUT == "rotated":
             mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)
             half: tl.constexpr = rotated_ptr.dtype.element_ty
-            tl.store(rotated_ptr + rows[:, None] * K + columns[None, :], round_half(y, half, INTERPRETED), mask=mask)
+            tl.store(
+                rotated_ptr + rows[:, None] * K + columns[None, :],
+                round_half(y, half, INTERPRETED),
+                mask=mask,
+            )
         elif OUTPUT == "fp8":
             mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)
-            tl.store(rotated_ptr + rows[:, None] * K + columns[None, :], round_fp8(y * inverse, INTERPRETED), mask=mask)
+            tl.store(
+                rotated_ptr + rows[:, None] * K + columns[None, :],
+                round_fp8(y * inverse, INTERPRETED),
+                mask=mask,
+            )
         else:
             y = y.reshape(BLOCK_M, GROUPS, GROUP)
             amax = tl.max(tl.abs(y), axis=2)
             if SCALE == "e4m3":
                 scale = round_to_e4m3(amax * constant)
                 byte = encode_e4m3(scale)
-                to_code = tl.div_rn(inverse + tl.zeros_like(scale), scale)  # div_rn does not broadcast
+                to_code = tl.div_rn(
+                    inverse + tl.zeros_like(scale), scale
+                )  # div_rn does not broadcast
             else:
                 byte = encode_e8m0(amax, EXPONENT, MANTISSA)
                 to_code = as_float((254 - byte) << 23)
@@ -201,21 +220,26 @@ def rotate_quantize_kernel(
             if SWIZZLE:
                 tiles: tl.constexpr = (K // GROUP + 3) // 4
                 tile = (rows[:, None] // 128) * tiles + groups[None, :] // 4
-                inside = (rows[:, None] % 32) * 16 + ((rows[:, None] % 128) // 32) * 4 + groups[None, :] % 4
+                inside = (
+                    (rows[:, None] % 32) * 16
+                    + ((rows[:, None] % 128) // 32) * 4
+                    + groups[None, :] % 4
+                )
                 place = scales_ptr + tile * 512 + inside
             else:
                 place = scales_ptr + rows[:, None] * (K // GROUP) + groups[None, :]
             tl.store(place, byte.to(tl.uint8), mask=mask)
 
 
-# ---------------------------------------------------------------- twins of what ptq.inputs has no word for
+# ---------------------------------------------------------------- twins of what ptq.numerics.activations has no word for
 
 
 def swizzle_scales(scale_bits: Tensor) -> Tensor:
-    """Scale bytes (rows, groups) in the 128 × 4 blocks that Blackwell's tensor cores read; padded with zeros (F25).
+    """Scale bytes (rows, groups) in the 128 × 4 blocks that Blackwell's tensor cores read; padded
+    with zeros (F25).
 
-    Returns uint8 (ceil(rows/128), ceil(groups/4), 32, 4, 4): inside a block, row r and column c are at [r % 32, r //
-    32, c].
+    Returns uint8 (ceil(rows/128), ceil(groups/4), 32, 4, 4): inside a block, row r and column c are
+    at [r % 32, r // 32, c].
     """
     rows, groups = scale_bits.shape
     padded = scale_bits.new_zeros(-(-rows // 128) * 128, -(-groups // 4) * 4)
@@ -224,7 +248,8 @@ def swizzle_scales(scale_bits: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """What decoder blocks do before projections: normalised in fp32, rounded to the dtype of x, times the gain."""
+    """What decoder blocks do before projections: normalised in fp32, rounded to the dtype of x,
+    times the gain."""
     wide = x.float()
     root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return (wide * root).to(x.dtype) * gain

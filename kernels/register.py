@@ -1,7 +1,9 @@
-"""The operators as torch knows them: schemas, implementations on tensors that were checked, fakes for torch.compile.
+"""The operators as torch knows them: schemas, implementations on tensors that were checked, fakes
+for torch.compile.
 
 Opaque on purpose: inductor cannot fuse into a dot kernel, and would trace the choice of tiles. With
-``TRITON_INTERPRET=1`` the same launchers also serve CPU tensors, so that every operator is tested without a GPU.
+``TRITON_INTERPRET=1`` the same launchers also serve CPU tensors, so that every operator is tested
+without a GPU.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ INTERPRETED_TILE = {
 
 
 def define(schema: str, implementation: Callable[..., object], fake: Callable[..., object]) -> None:
-    """Register an operator of the ``ptq`` namespace: for CUDA, for CPU when kernels are interpreted, and its fake."""
+    """Register an operator of the ``ptq`` namespace: for CUDA, for CPU when kernels are
+    interpreted, and its fake."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     LIBRARY.impl(name, on_device(implementation), "CUDA")
@@ -34,7 +37,8 @@ def define(schema: str, implementation: Callable[..., object], fake: Callable[..
 
 
 def on_device(implementation: Callable[..., object]) -> Callable[..., object]:
-    """``implementation`` with the device of its first tensor as the current one, where Triton launches."""
+    """``implementation`` with the device of its first tensor as the current one, where Triton
+    launches."""
 
     @wraps(implementation)
     def run(*args: object, **options: object) -> object:
@@ -45,16 +49,25 @@ def on_device(implementation: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
-def tile_for(operation: str, device: torch.device, element: str, scale: str, tokens: int, n: int, k: int) -> Tile:
+def tile_for(
+    operation: str, device: torch.device, element: str, scale: str, tokens: int, n: int, k: int
+) -> Tile:
     if launch.INTERPRETED:
         return INTERPRETED_TILE[operation]
     arch = dispatch.architecture(device)
     if arch is None:
         raise ValueError(
-            f"no kernels for {torch.cuda.get_device_name(device)}; they need compute capability 8.0 or more"
+            f"no kernels for {torch.cuda.get_device_name(device)}; they need compute capability "
+            "8.0 or more"
         )
     return dispatch.choose(
-        arch, operation, dispatch.FORMATS[element, scale], tokens, n, k, dispatch.multiprocessors(device)
+        arch,
+        operation,
+        dispatch.FORMATS[element, scale],
+        tokens,
+        n,
+        k,
+        dispatch.multiprocessors(device),
     )
 
 
@@ -79,7 +92,9 @@ def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _block(x: Tensor, rotation: int, matrix: Tensor | None) -> tuple[Tensor | None, float]:
     if matrix is not None:
         return matrix, 1.0
-    return (None, 1.0) if rotation == 1 else (_hadamard(rotation, x.dtype, x.device), rotation**-0.5)
+    return (
+        (None, 1.0) if rotation == 1 else (_hadamard(rotation, x.dtype, x.device), rotation**-0.5)
+    )
 
 
 def _rotate_quantize_fake(
@@ -147,13 +162,23 @@ def _rotate_quantize(
 
 
 def _rotate_fake(
-    x: Tensor, rotation: int, block: Tensor | None, prologue: str, gain: Tensor | None, epsilon: float
+    x: Tensor,
+    rotation: int,
+    block: Tensor | None,
+    prologue: str,
+    gain: Tensor | None,
+    epsilon: float,
 ) -> Tensor:
     return x.new_empty((x.shape[0], features(x, prologue)))
 
 
 def _rotate(
-    x: Tensor, rotation: int, block: Tensor | None, prologue: str, gain: Tensor | None, epsilon: float
+    x: Tensor,
+    rotation: int,
+    block: Tensor | None,
+    prologue: str,
+    gain: Tensor | None,
+    epsilon: float,
 ) -> Tensor:
     x = x.contiguous()
     out = _rotate_fake(x, rotation, block, prologue, gain, epsilon)
@@ -193,7 +218,12 @@ def _launch_rotation(
 
 
 def _rotate_fp8_fake(
-    x: Tensor, rotation: int, block: Tensor | None, prologue: str, gain: Tensor | None, epsilon: float
+    x: Tensor,
+    rotation: int,
+    block: Tensor | None,
+    prologue: str,
+    gain: Tensor | None,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     rows = x.shape[0]
     return x.new_empty((rows, features(x, prologue)), dtype=torch.float8_e4m3fn), x.new_empty(
@@ -202,7 +232,12 @@ def _rotate_fp8_fake(
 
 
 def _rotate_fp8(
-    x: Tensor, rotation: int, block: Tensor | None, prologue: str, gain: Tensor | None, epsilon: float
+    x: Tensor,
+    rotation: int,
+    block: Tensor | None,
+    prologue: str,
+    gain: Tensor | None,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     out, scales = _rotate_fp8_fake(x, rotation, block, prologue, gain, epsilon)
@@ -211,18 +246,21 @@ def _rotate_fp8(
 
 
 define(
-    "rotate_quantize(Tensor x, int rotation, Tensor? block, str element, str scale, Tensor? global_scale, str rule, "
+    "rotate_quantize(Tensor x, int rotation, Tensor? block, str element, str scale, Tensor? "
+    "global_scale, str rule, "
     "str prologue, Tensor? gain, float epsilon, bool swizzle) -> (Tensor, Tensor, Tensor)",
     _rotate_quantize,
     _rotate_quantize_fake,
 )
 define(
-    "rotate_fp8(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) -> (Tensor, Tensor)",
+    "rotate_fp8(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) "
+    "-> (Tensor, Tensor)",
     _rotate_fp8,
     _rotate_fp8_fake,
 )
 define(
-    "rotate(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) -> Tensor",
+    "rotate(Tensor x, int rotation, Tensor? block, str prologue, Tensor? gain, float epsilon) -> "
+    "Tensor",
     _rotate,
     _rotate_fake,
 )
@@ -246,7 +284,8 @@ def _dequantize(
 
 
 define(
-    "dequantize(Tensor packed, Tensor scale_bits, Tensor factor, str element, str scale, ScalarType dtype) -> Tensor",
+    "dequantize(Tensor packed, Tensor scale_bits, Tensor factor, str element, str scale, "
+    "ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
@@ -256,13 +295,25 @@ define(
 
 
 def _w4a16_fake(
-    x: Tensor, packed: Tensor, scale_bits: Tensor, global_scale: Tensor, bias: Tensor | None, element: str, scale: str
+    x: Tensor,
+    packed: Tensor,
+    scale_bits: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    scale: str,
 ) -> Tensor:
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
 def _w4a16(
-    x: Tensor, packed: Tensor, scale_bits: Tensor, global_scale: Tensor, bias: Tensor | None, element: str, scale: str
+    x: Tensor,
+    packed: Tensor,
+    scale_bits: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    scale: str,
 ) -> Tensor:
     out = _w4a16_fake(x, packed, scale_bits, global_scale, bias, element, scale)
     if not len(x):
@@ -301,24 +352,41 @@ def _w4a4(
     scale: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _w4a4_fake(x_packed, x_scale_bits, x_global_scale, packed, scale_bits, global_scale, bias, scale, dtype)
+    out = _w4a4_fake(
+        x_packed, x_scale_bits, x_global_scale, packed, scale_bits, global_scale, bias, scale, dtype
+    )
     if not len(out):
         return out
     m, n, k = len(x_packed), len(packed), 2 * packed.shape[1]
-    tile = tile_for("w4a4_blocked" if scale_bits.ndim == 5 else "w4a4", x_packed.device, "e2m1", scale, m, n, k)
+    tile = tile_for(
+        "w4a4_blocked" if scale_bits.ndim == 5 else "w4a4", x_packed.device, "e2m1", scale, m, n, k
+    )
     packed, scale_bits = packed.contiguous(), scale_bits.contiguous()
-    launch.w4a4(x_packed, x_scale_bits, x_global_scale, packed, scale_bits, global_scale, bias, out, scale, tile)
+    launch.w4a4(
+        x_packed,
+        x_scale_bits,
+        x_global_scale,
+        packed,
+        scale_bits,
+        global_scale,
+        bias,
+        out,
+        scale,
+        tile,
+    )
     return out
 
 
 define(
-    "w4a16_matmul(Tensor x, Tensor packed, Tensor scale_bits, Tensor global_scale, Tensor? bias, str element, "
+    "w4a16_matmul(Tensor x, Tensor packed, Tensor scale_bits, Tensor global_scale, Tensor? bias, "
+    "str element, "
     "str scale) -> Tensor",
     _w4a16,
     _w4a16_fake,
 )
 define(
-    "w4a4_matmul(Tensor x_packed, Tensor x_scale_bits, Tensor? x_global_scale, Tensor packed, Tensor scale_bits, "
+    "w4a4_matmul(Tensor x_packed, Tensor x_scale_bits, Tensor? x_global_scale, Tensor packed, "
+    "Tensor scale_bits, "
     "Tensor global_scale, Tensor? bias, str scale, ScalarType dtype) -> Tensor",
     _w4a4,
     _w4a4_fake,

@@ -1,9 +1,10 @@
-"""Kernel 2: 4-bit weights times 16-bit activations, y = (x · Ŵᵀ) · t + bias, for few and for several hundred tokens.
+"""Kernel 2: 4-bit weights times 16-bit activations, y = (x · Ŵᵀ) · t + bias, for few and for
+several hundred tokens.
 
-The weights are the left operand (Ŵ xᵀ), so that few tokens fill the narrow side of the tensor core, and they are read
-as the checkpoint stores them: bytes (N, K/2), scale bytes (N, K/group). Inline assembly turns eight codes into 16-bit
-numbers with 15 integer operations, which leaves them in another order; a dot sums over K, so x is permuted alike
-instead. ``order``:
+The weights are the left operand (Ŵ xᵀ), so that few tokens fill the narrow side of the tensor core,
+and they are read as the checkpoint stores them: bytes (N, K/2), scale bytes (N, K/group). Inline
+assembly turns eight codes into 16-bit numbers with 15 integer operations, which leaves them in
+another order; a dot sums over K, so x is permuted alike instead. ``order``:
 
     natural     the conversion instructions of sm_100 and sm_120 keep the columns where they are (E2M1 only)
     words       0 4 1 5 2 6 3 7 inside every eight columns; for mma.sync and tcgen05
@@ -31,20 +32,26 @@ def word_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def fragment_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of the other operand, in word order, as the dot meets them when the weights are in fragment order."""
-    return x.reshape(ROWS, COLUMNS // 128, 4, 8, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(ROWS, COLUMNS)
+    """The columns of the other operand, in word order, as the dot meets them when the weights are
+    in fragment order."""
+    return (
+        x.reshape(ROWS, COLUMNS // 128, 4, 8, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(ROWS, COLUMNS)
+    )
 
 
 @triton.jit
 def fragment_weights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Weights in word order → the order in which row-major 16-byte loads already are a left operand of ``wgmma``.
+    """Weights in word order → the order in which row-major 16-byte loads already are a left operand
+    of ``wgmma``.
 
-    A warp that reads 8 rows × 4 lanes × 16 bytes has lane = 4 · row + part, which is (row, part) of such a fragment.
-    The dot sums over columns, so they may be permuted if the other operand is permuted alike; rows are put back when
-    the result is stored. The compiler turns this into a renaming of registers: a courtesy, which the compile tests
-    watch.
+    A warp that reads 8 rows × 4 lanes × 16 bytes has lane = 4 · row + part, which is (row, part) of
+    such a fragment. The dot sums over columns, so they may be permuted if the other operand is
+    permuted alike; rows are put back when the result is stored. The compiler turns this into a
+    renaming of registers: a courtesy, which the compile tests watch.
     """
-    x = x.reshape(ROWS // 64, 2, 4, 8, COLUMNS // 128, 4, 8, 2, 2).permute(0, 2, 1, 3, 4, 6, 7, 5, 8)
+    x = x.reshape(ROWS // 64, 2, 4, 8, COLUMNS // 128, 4, 8, 2, 2).permute(
+        0, 2, 1, 3, 4, 6, 7, 5, 8
+    )
     return x.reshape(ROWS, COLUMNS)
 
 
@@ -78,7 +85,8 @@ def accumulate(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Σ over part ``part`` of SPLIT of K: fp32 (BLOCK_N, BLOCK_M), weight rows in ORDER, divided by ``operand_factor``.
+    """Σ over part ``part`` of SPLIT of K: fp32 (BLOCK_N, BLOCK_M), weight rows in ORDER, divided by
+    ``operand_factor``.
 
     x_rows, packed_rows, scale_rows: pointers to the beginning of every row of the tile.
     """
@@ -99,7 +107,9 @@ def accumulate(
                 packed = tl.load(packed_place + step * (BLOCK_K // 2))
                 scale_bytes = tl.load(scale_place + step * GROUPS)
             else:
-                packed = tl.load(packed_place + step * (BLOCK_K // 2), mask=n_mask[:, None], other=0)
+                packed = tl.load(
+                    packed_place + step * (BLOCK_K // 2), mask=n_mask[:, None], other=0
+                )
                 scale_bytes = tl.load(scale_place + step * GROUPS, mask=n_mask[:, None], other=0)
             x = tl.load(x_place + step * BLOCK_K, mask=x_mask[:, None], other=0.0)
         else:
@@ -111,13 +121,23 @@ def accumulate(
             mask = x_mask[:, None] & (start + columns[None, :] < K)
             x = tl.load(x_place + step * BLOCK_K, mask=mask, other=0.0)
         if INTERPRETED:
-            weight = weight_operand_plain(packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE)
+            weight = weight_operand_plain(
+                packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE
+            )
             if ORDER != "natural":
                 weight = word_order(weight, BLOCK_N, BLOCK_K)
             x = x.to(tl.float32)
         else:
             weight = weight_operand(
-                packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE, half, ORDER == "natural"
+                packed,
+                scale_bytes,
+                BLOCK_N,
+                BLOCK_K,
+                GROUP,
+                ELEMENT,
+                SCALE,
+                half,
+                ORDER == "natural",
             )
         if ORDER != "natural":
             x = word_order(x, BLOCK_M, BLOCK_K)
@@ -157,7 +177,8 @@ def w4a16_kernel(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT): those of one weight tile are neighbours, so it stays in L2."""
+    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT): those of one weight tile are neighbours, so
+    it stays in L2."""
     tile_m, tile_n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,18 +1,19 @@
-"""Kernel 3: 4-bit weights times 4-bit activations on the block-scaled tensor cores of Blackwell (sm_100, sm_120).
+"""Kernel 3: 4-bit weights times 4-bit activations on the block-scaled tensor cores of Blackwell
+(sm_100, sm_120).
 
     y = (Σ_groups  s_x · s_w · Σ code_x · code_w) · t_x · t_w + bias
 
-``w4a4_kernel`` reads row-major scale bytes by pointers: few tokens, and every shape on sm_120. ``w4a4_tma_kernel`` is
-persistent, loads by TMA and wants scales in 128 × 4 blocks (``swizzle_scales``), for many tokens on sm_100. With fewer
-than 128 tokens on sm_100 the weights must be the left operand (SWAP): the other way round Triton falls back to bf16
-without a word. Elsewhere than on Blackwell ``tl.dot_scaled`` is emulated and spills; dispatch never sends these kernels
-there.
+``w4a4_kernel`` reads row-major scale bytes by pointers: few tokens, and every shape on sm_120.
+``w4a4_tma_kernel`` is persistent, loads by TMA and wants scales in 128 × 4 blocks
+(``swizzle_scales``), for many tokens on sm_100. With fewer than 128 tokens on sm_100 the weights
+must be the left operand (SWAP): the other way round Triton falls back to bf16 without a word.
+Elsewhere than on Blackwell ``tl.dot_scaled`` is emulated and spills; dispatch never sends these
+kernels there.
 
-In Triton's interpreter ``dot_scaled`` is wrong for E4M3 scales, so there the operands are decoded and multiplied in
-fp32.
+In Triton's interpreter ``dot_scaled`` is wrong for E4M3 scales, so there the operands are decoded
+and multiplied in fp32.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# ruff: noqa: SIM108
 
 import triton
 import triton.language as tl
@@ -22,7 +23,14 @@ from ptq.kernels.epilogue import finish
 
 
 @triton.jit
-def _decoded(packed, scale_bytes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
+def _decoded(
+    packed,
+    scale_bytes,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE: tl.constexpr,
+):
     """Operand of an interpreted matmul: value · scale in fp32."""
     values = decode(unpack_codes(packed, ROWS, COLUMNS), "e2m1")
     return spread_scales(values, decode_scale(scale_bytes, SCALE), ROWS, COLUMNS, GROUP)
@@ -42,7 +50,8 @@ def _dot_scaled(
     SCALE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """acc + left · rightᵀ of packed E2M1 codes (ROWS, K/2), (COLUMNS, K/2) and their scale bytes (·, K/GROUP)."""
+    """acc + left · rightᵀ of packed E2M1 codes (ROWS, K/2), (COLUMNS, K/2) and their scale bytes
+    (·, K/GROUP)."""
     if INTERPRETED:
         left = _decoded(left, left_scale, ROWS, K, GROUP, SCALE)
         right = _decoded(right, right_scale, COLUMNS, K, GROUP, SCALE)
@@ -74,9 +83,11 @@ def accumulate(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Σ over part ``part`` of SPLIT of K, without global scales: fp32 (BLOCK_M, BLOCK_N), turned around if SWAP.
+    """Σ over part ``part`` of SPLIT of K, without global scales: fp32 (BLOCK_M, BLOCK_N), turned
+    around if SWAP.
 
-    x_row, w_row: int64 (·, 1), which rows of the inputs and of the weight the tile has; x_mask, w_mask: those it reads.
+    x_row, w_row: int64 (·, 1), which rows of the inputs and of the weight the tile has; x_mask,
+    w_mask: those it reads.
     """
     STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
     EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
@@ -86,7 +97,9 @@ def accumulate(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         halves = (part * STEPS + step) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
-        groups = (part * STEPS + step) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[None, :]
+        groups = (part * STEPS + step) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[
+            None, :
+        ]
         x_ok, w_ok, xs_ok, ws_ok = x_mask, w_mask, x_mask, w_mask
         if not EVEN_K:
             x_ok, w_ok = x_mask & (halves < K // 2), w_mask & (halves < K // 2)
@@ -96,9 +109,13 @@ def accumulate(
         x_scale = tl.load(x_scale_ptr + x_row * (K // GROUP) + groups, mask=xs_ok, other=0.0)
         w_scale = tl.load(scale_ptr + w_row * (K // GROUP) + groups, mask=ws_ok, other=0.0)
         if SWAP:
-            acc = _dot_scaled(w, w_scale, x, x_scale, acc, BLOCK_N, BLOCK_M, BLOCK_K, GROUP, SCALE, INTERPRETED)
+            acc = _dot_scaled(
+                w, w_scale, x, x_scale, acc, BLOCK_N, BLOCK_M, BLOCK_K, GROUP, SCALE, INTERPRETED
+            )
         else:
-            acc = _dot_scaled(x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED)
+            acc = _dot_scaled(
+                x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED
+            )
     return acc
 
 
@@ -129,7 +146,8 @@ def w4a4_kernel(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT). E4M3 scales are fp8 pointers (bytes when interpreted).
+    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT). E4M3 scales are fp8 pointers (bytes when
+    interpreted).
 
     INPUT_SCALE: the inputs have no global scale ("none"), one ("tensor") or one each ("token").
     """
@@ -192,7 +210,8 @@ def w4a4_kernel(
 
 @triton.jit
 def _blocked_scales(descriptor, block, tile, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Scales (ROWS, 4 · TILES) out of 128 × 4 blocks, whose 512 bytes are [row % 32][row // 32][group]."""
+    """Scales (ROWS, 4 · TILES) out of 128 × 4 blocks, whose 512 bytes are [row % 32][row //
+    32][group]."""
     blocks = descriptor.load([block, tile, 0, 0]).reshape(ROWS // 128, TILES, 32, 4, 4)
     return blocks.permute(0, 3, 2, 1, 4).reshape(ROWS, TILES * 4)
 
@@ -244,51 +263,94 @@ def w4a4_tma_kernel(
     WARP_SPECIALIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Grid (PROGRAMS,). Both scales in 128 × 4 blocks; BLOCK_M and BLOCK_N multiples of 128, K/GROUP of 4, N of 8.
+    """Grid (PROGRAMS,). Both scales in 128 × 4 blocks; BLOCK_M and BLOCK_N multiples of 128,
+    K/GROUP of 4, N of 8.
 
-    Tiles run down M first, so that a tile of the weight stays in L2 for all of them. Tails are TMA's: it reads zeros
-    outside a tensor and does not write there.
+    Tiles run down M first, so that a tile of the weight stays in L2 for all of them. Tails are
+    TMA's: it reads zeros outside a tensor and does not write there.
     """
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K // 2], [K // 2, 1], [BLOCK_M, BLOCK_K // 2])
-    w_desc = tl.make_tensor_descriptor(packed_ptr, [N, K // 2], [K // 2, 1], [BLOCK_N, BLOCK_K // 2])
+    w_desc = tl.make_tensor_descriptor(
+        packed_ptr, [N, K // 2], [K // 2, 1], [BLOCK_N, BLOCK_K // 2]
+    )
     out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
     TILES: tl.constexpr = BLOCK_K // GROUP // 4
     ALL: tl.constexpr = K // GROUP // 4
     # a block is described as two halves of 256 bytes: no side of a TMA box may be longer
     x_blocks, w_blocks = (M + 127) // 128, (N + 127) // 128
     xs_desc = tl.make_tensor_descriptor(
-        x_scale_ptr, [x_blocks, ALL, 2, 256], [ALL * 512, 512, 256, 1], [BLOCK_M // 128, TILES, 2, 256]
+        x_scale_ptr,
+        [x_blocks, ALL, 2, 256],
+        [ALL * 512, 512, 256, 1],
+        [BLOCK_M // 128, TILES, 2, 256],
     )
     ws_desc = tl.make_tensor_descriptor(
-        scale_ptr, [w_blocks, ALL, 2, 256], [ALL * 512, 512, 256, 1], [BLOCK_N // 128, TILES, 2, 256]
+        scale_ptr,
+        [w_blocks, ALL, 2, 256],
+        [ALL * 512, 512, 256, 1],
+        [BLOCK_N // 128, TILES, 2, 256],
     )
     rows = tl.cdiv(M, BLOCK_M)
     tiles = rows * tl.cdiv(N, BLOCK_N)
     global_scale = tl.load(global_scale_ptr)
     for tile in tl.range(
-        tl.program_id(0), tiles, PROGRAMS, flatten=True, warp_specialize=WARP_SPECIALIZE, disallow_acc_multi_buffer=True
+        tl.program_id(0),
+        tiles,
+        PROGRAMS,
+        flatten=True,
+        warp_specialize=WARP_SPECIALIZE,
+        disallow_acc_multi_buffer=True,
     ):
         tile_m, tile_n = tile % rows, tile // rows
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES, disallow_acc_multi_buffer=True):
+        for step in tl.range(
+            0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES, disallow_acc_multi_buffer=True
+        ):
             x = x_desc.load([tile_m * BLOCK_M, step * (BLOCK_K // 2)])
             w = w_desc.load([tile_n * BLOCK_N, step * (BLOCK_K // 2)])
-            x_scale = _blocked_scales(xs_desc, tile_m * (BLOCK_M // 128), step * TILES, BLOCK_M, TILES)
-            w_scale = _blocked_scales(ws_desc, tile_n * (BLOCK_N // 128), step * TILES, BLOCK_N, TILES)
-            acc = _dot_scaled(x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED)
+            x_scale = _blocked_scales(
+                xs_desc, tile_m * (BLOCK_M // 128), step * TILES, BLOCK_M, TILES
+            )
+            w_scale = _blocked_scales(
+                ws_desc, tile_n * (BLOCK_N // 128), step * TILES, BLOCK_N, TILES
+            )
+            acc = _dot_scaled(
+                x, x_scale, w, w_scale, acc, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SCALE, INTERPRETED
+            )
         factor = tl.zeros((BLOCK_M,), tl.float32) + global_scale
         if INPUT_SCALE == "token":
             m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
             factor = factor * tl.load(x_global_ptr + m, mask=m < M, other=0.0)
         elif INPUT_SCALE == "tensor":
             factor = factor * tl.load(x_global_ptr)
-        # stored in two halves: one piece of 128 × 256 with a bias needs more registers than there are
+        # stored in two halves: one piece of 128 × 256 with a bias needs more registers than there
+        # are
         left, right = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
         n = tile_n * BLOCK_N
         _store_half(
-            left, out_desc, out_ptr, bias_ptr, tile_m * BLOCK_M, n, factor, N, BLOCK_N // 2, HAS_BIAS, INTERPRETED
+            left,
+            out_desc,
+            out_ptr,
+            bias_ptr,
+            tile_m * BLOCK_M,
+            n,
+            factor,
+            N,
+            BLOCK_N // 2,
+            HAS_BIAS,
+            INTERPRETED,
         )
         n += BLOCK_N // 2
         _store_half(
-            right, out_desc, out_ptr, bias_ptr, tile_m * BLOCK_M, n, factor, N, BLOCK_N // 2, HAS_BIAS, INTERPRETED
+            right,
+            out_desc,
+            out_ptr,
+            bias_ptr,
+            tile_m * BLOCK_M,
+            n,
+            factor,
+            N,
+            BLOCK_N // 2,
+            HAS_BIAS,
+            INTERPRETED,
         )

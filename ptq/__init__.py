@@ -11,18 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ptq.loading import load
-    from ptq.pipeline import quantize_model as quantize
-    from ptq.recipe import Recipe
+    from ptq.pipeline.recipe import Recipe
+    from ptq.pipeline.run import quantize_model as quantize
+    from ptq.runtime.load import load
 
 __all__ = ["Recipe", "__version__", "load", "quantize"]
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Recipe": ("ptq.recipe", "Recipe"),
-    "load": ("ptq.loading", "load"),
-    "quantize": ("ptq.pipeline", "quantize_model"),
+    "Recipe": ("ptq.pipeline.recipe", "Recipe"),
+    "load": ("ptq.runtime.load", "load"),
+    "quantize": ("ptq.pipeline.run", "quantize_model"),
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m ptq``."""
 
-from ptq.cli import main
+from ptq.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,10 @@
-"""Time the column loop of GPTQ against the textbook loop, in one run: python scripts/bench_gptq.py [--out 1024 --in
-4096].
+"""Time the column loop of GPTQ against the textbook loop, in one run: python scripts/bench_gptq.py
+[--out 1024 --in 4096].
 
-The textbook loop rounds a column of the stored (out, in) weight and pays its error back within a block of 128 columns
-at once and to the rest after the block. Both loops round with the same function and get the same factor and scales; the
-factorisation, which they share, is timed apart. Prints the best of ``--repeats`` and the ratio.
+The textbook loop rounds a column of the stored (out, in) weight and pays its error back within a
+block of 128 columns at once and to the rest after the block. Both loops round with the same
+function and get the same factor and scales; the factorisation, which they share, is timed apart.
+Prints the best of ``--repeats`` and the ratio.
 """
 
 import argparse
@@ -14,13 +15,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ptq.algorithms import coordinate_descent, factorize, gptq
-from ptq.formats import FORMATS
-from ptq.metrics import output_error
-from ptq.scales import Grid, Scales
+from ptq.numerics.descent import coordinate_descent
+from ptq.numerics.errors import output_error
+from ptq.numerics.factor import factorize
+from ptq.numerics.formats import FORMATS
+from ptq.numerics.gptq import gptq
+from ptq.numerics.scales import Grid, Scales
 
 
-def textbook(weight: Tensor, factor: Tensor, scales: Scales, perm: Tensor, block: int = 128) -> Tensor:
+def textbook(
+    weight: Tensor, factor: Tensor, scales: Scales, perm: Tensor, block: int = 128
+) -> Tensor:
     """Codes of the per-column loop on the stored layout."""
     fmt, step = scales.format, scales.step()
     group = perm // fmt.group_size
@@ -50,7 +55,9 @@ def best(action: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=int, default=1024)
     parser.add_argument("--in", dest="features", type=int, default=4096)
     parser.add_argument("--format", default="nvfp4", choices=FORMATS)
@@ -64,8 +71,13 @@ def main() -> None:
     fmt = FORMATS[args.format]
     grid = Grid(fmt, fmt.global_scale(weight.abs().amax(), 1.5), "absmax")
 
-    print(f"{args.out} x {args.features}, {fmt.name}, {torch.get_num_threads()} threads, best of {args.repeats}")
-    factoring = best(lambda: factorize(hessian, fmt.group_size, order="act", damping=0.01), args.repeats)
+    print(
+        f"{args.out} x {args.features}, {fmt.name}, {torch.get_num_threads()} threads, best of "
+        f"{args.repeats}"
+    )
+    factoring = best(
+        lambda: factorize(hessian, fmt.group_size, order="act", damping=0.01), args.repeats
+    )
     act = factorize(hessian, fmt.group_size, order="act", damping=0.01)
     grouped = factorize(hessian, fmt.group_size, order="group", damping=0.01)
     scales = grid.scales(weight)
@@ -80,7 +92,10 @@ def main() -> None:
             "gptq, trial scales (14 candidates a group)",
             sweep,
         ),
-        ("coordinate descent, 1 sweep", lambda: coordinate_descent(weight, hessian, start, sweeps=1)),
+        (
+            "coordinate descent, 1 sweep",
+            lambda: coordinate_descent(weight, hessian, start, sweeps=1),
+        ),
     ]
     for name, action in rows:
         seconds = best(action, args.repeats)

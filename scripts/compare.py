@@ -2,9 +2,9 @@
 
     python scripts/compare.py [--model demo] [--calibration FILE] [--text FILE]
 
-Quantizes in memory by each method, format and scheme, evaluates against the original on the same windows, and prints a
-Markdown table of KL(original ‖ quantized) in nats per token (and perplexity in the JSON lines on stderr). The numbers
-of README come from here.
+Quantizes in memory by each method, format and scheme, evaluates against the original on the same
+windows, and prints a Markdown table of KL(original ‖ quantized) in nats per token (and perplexity
+in the JSON lines on stderr). The numbers of README come from here.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from ptq.calib.data import load_text, load_tokenizer
-from ptq.evaluate import evaluate
-from ptq.formats import FORMATS
-from ptq.models import resolve_model
-from ptq.pipeline import quantize_model
-from ptq.recipe import Recipe
+from ptq.numerics.formats import FORMATS
+from ptq.pipeline.recipe import Recipe
+from ptq.pipeline.run import quantize_model
+from ptq.runtime.evaluate import evaluate
+from ptq.runtime.loaded_model import resolve_model
+from ptq.text.windows import load_text, load_tokenizer
 
 PLAIN = {"algorithm": "gptq", "rotation": 1, "descent": 0, "damping": 0.01, "balance": 0.0}
 
@@ -42,7 +42,9 @@ def methods(fmt: str) -> dict[str, dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4", "nvint4"])
     parser.add_argument("--calibration", default="builtin")
@@ -53,7 +55,9 @@ def main() -> None:
     args = parser.parse_args()
     path = resolve_model(args.model)
     tokenizer = load_tokenizer(path)
-    tokens = torch.tensor(tokenizer(load_text(args.text), add_special_tokens=False, verbose=False)["input_ids"])
+    tokens = torch.tensor(
+        tokenizer(load_text(args.text), add_special_tokens=False, verbose=False)["input_ids"]
+    )
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     table: dict[str, list[str]] = {}
     for fmt in args.formats:
@@ -66,13 +70,26 @@ def main() -> None:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                 quantized = quantize_model(model, recipe=recipe, tokenizer=tokenizer, device="cpu")
                 result = evaluate(
-                    quantized, tokens, reference=original, seq_len=args.seq_len, max_tokens=args.max_tokens
+                    quantized,
+                    tokens,
+                    reference=original,
+                    seq_len=args.seq_len,
+                    max_tokens=args.max_tokens,
                 )
-                row = {"format": fmt, "scheme": scheme, "method": name, "kl": result.kl, "ppl": result.perplexity}
+                row = {
+                    "format": fmt,
+                    "scheme": scheme,
+                    "method": name,
+                    "kl": result.kl,
+                    "ppl": result.perplexity,
+                }
                 row |= {"reference_ppl": result.reference_perplexity, "top1": result.top1_agreement}
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 table.setdefault(f"{fmt} {scheme}", []).append(f"{result.kl:.4f}")
-    heads = [name.replace(", 32", ", rotated").replace(" (paper, 32)", " (paper)") for name in methods("mxfp4")]
+    heads = [
+        name.replace(", 32", ", rotated").replace(" (paper, 32)", " (paper)")
+        for name in methods("mxfp4")
+    ]
     print(f"| {Path(args.model).name} | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 1) + "|")
     for name, cells in table.items():

@@ -1,4 +1,5 @@
-"""Quantize the bundled model with one format in three ways; print what each costs and draw the error of every layer.
+"""Quantize the bundled model with one format in three ways; print what each costs and draw the
+error of every layer.
 
 ./scripts/demo [--format nvfp4] [--scheme w4a4] [--samples 64] [--out demo-output]
 """
@@ -13,13 +14,22 @@ from rich import box
 from rich.table import Table
 
 import ptq
-from ptq import display, models, report
-from ptq.evaluate import Evaluation, evaluate
+from ptq.cli import display
+from ptq.runtime import inspect as report
+from ptq.runtime import loaded_model as models
+from ptq.runtime.evaluate import Evaluation, evaluate
 
-# What each row of the table is, beside its format and scheme. The last is the best known recipe with a rotation.
+# What each row of the table is, beside its format and scheme. The last is the best known recipe
+# with a rotation.
 METHODS: dict[str, dict[str, object]] = {
     "RTN": {"algorithm": "rtn", "rotation": 1, "scales": "absmax"},
-    "GPTQ": {"algorithm": "gptq", "rotation": 1, "scales": "absmax", "order": "natural", "descent": 0},
+    "GPTQ": {
+        "algorithm": "gptq",
+        "rotation": 1,
+        "scales": "absmax",
+        "order": "natural",
+        "descent": 0,
+    },
     "MR-GPTQ": {},
 }
 NVFP4_ROTATION = 16  # its default recipe has none; the demo shows MR-GPTQ as published
@@ -27,7 +37,8 @@ NVFP4_ROTATION = 16  # its default recipe has none; the demo shows MR-GPTQ as pu
 
 @dataclass(frozen=True)
 class Row:
-    """A method: what its checkpoint holds, what the text says about it, and how long making it took."""
+    """A method: what its checkpoint holds, what the text says about it, and how long making it
+    took."""
 
     name: str
     report: report.Report
@@ -72,7 +83,9 @@ def table(rows: list[Row], title: str) -> Table:
         shown.add_column(column, justify="right", no_wrap=True)
     first = rows[0]
     original = display.number(first.evaluation.reference_perplexity)
-    shown.add_row("original", original, "0", "0", "100 %", "16", display.size(first.report.source_bytes), "–")
+    shown.add_row(
+        "original", original, "0", "0", "100 %", "16", display.size(first.report.source_bytes), "–"
+    )
     for row in rows:
         shown.add_row(
             row.name,
@@ -111,7 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--scheme", default="w4a4", choices=["w4a16", "w4a4"])
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="calibration sequences of 512 tokens"
+    )
     parser.add_argument("--max-tokens", type=int, default=32768, help="of held-out text")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     parser.add_argument("--quiet", action="store_true", help="no progress")

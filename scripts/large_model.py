@@ -1,11 +1,12 @@
-"""Show that memory does not grow with the model: quantize a random Llama that is written here and report the peak.
+"""Show that memory does not grow with the model: quantize a random Llama that is written here and
+report the peak.
 
-    python scripts/large_model.py --dir DIR [--gigabytes 6.2] [--hidden 2560 --intermediate 6912] [-- OPTIONS OF PTQ
-    QUANTIZE]
+    python scripts/large_model.py --dir DIR [--gigabytes 6.2] [--hidden 2560 --intermediate 6912]
+    [-- OPTIONS OF PTQ QUANTIZE]
 
-Writes DIR/model in bfloat16, one shard a block (once), prints what ``ptq quantize --dry-run`` predicts, quantizes to
-DIR/out in a process of its own, and prints the size of the model, the predicted and the measured peak of resident
-memory.
+Writes DIR/model in bfloat16, one shard a block (once), prints what ``ptq quantize --dry-run``
+predicts, quantizes to DIR/out in a process of its own, and prints the size of the model, the
+predicted and the measured peak of resident memory.
 """
 
 import argparse
@@ -25,7 +26,8 @@ DEMO = Path(__file__).parents[1] / "ptq" / "demo"
 
 
 def write_model(path: Path, gigabytes: float, hidden: int, intermediate: int) -> int:
-    """A Llama with grouped-query attention (head size 128, 4 query heads a key head); returns its bytes."""
+    """A Llama with grouped-query attention (head size 128, 4 query heads a key head); returns its
+    bytes."""
     kv = hidden // 4
     shapes = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
@@ -44,7 +46,9 @@ def write_model(path: Path, gigabytes: float, hidden: int, intermediate: int) ->
     for block in range(-1, blocks):
         generator = torch.Generator().manual_seed(block + 1)
         if block < 0:
-            tensors = {"model.embed_tokens.weight": torch.randn(4096, hidden, generator=generator) * 0.02}
+            tensors = {
+                "model.embed_tokens.weight": torch.randn(4096, hidden, generator=generator) * 0.02
+            }
             tensors["model.norm.weight"] = torch.ones(hidden)
         else:
             prefix = f"model.layers.{block}."
@@ -68,7 +72,9 @@ def write_model(path: Path, gigabytes: float, hidden: int, intermediate: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=6.2)
     parser.add_argument("--hidden", type=int, default=2560)
@@ -80,7 +86,17 @@ def main() -> None:
         shutil.rmtree(model, ignore_errors=True)
         write_model(model, args.gigabytes, args.hidden, args.intermediate)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    command = [sys.executable, "-m", "ptq", "quantize", "--model", str(model), "--out", str(out), "--overwrite"]
+    command = [
+        sys.executable,
+        "-m",
+        "ptq",
+        "quantize",
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        "--overwrite",
+    ]
     command += args.options or ["--format", "nvfp4", "--samples", "16", "--seq-len", "256"]
     plan = json.loads(subprocess.check_output([*command, "--dry-run", "--json"]))
     start = time.monotonic()
@@ -88,10 +104,15 @@ def main() -> None:
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     packed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print("model GB, predicted peak GB, measured peak GB, of the model, result GB (predicted), minutes (predicted)")
     print(
-        f"{size / 1e9:.2f} | {plan['peak_bytes'] / 1e9:.2f} | {peak / 1e9:.2f} | {peak / size:.0%} | "
-        f"{packed / 1e9:.2f} ({plan['output_bytes'] / 1e9:.2f}) | {seconds / 60:.1f} ({plan['seconds'] / 60:.1f})"
+        "model GB, predicted peak GB, measured peak GB, of the model, result GB (predicted), "
+        "minutes (predicted)"
+    )
+    print(
+        f"{size / 1e9:.2f} | {plan['peak_bytes'] / 1e9:.2f} | {peak / 1e9:.2f} | {peak / size:.0%} "
+        "| "
+        f"{packed / 1e9:.2f} ({plan['output_bytes'] / 1e9:.2f}) | {seconds / 60:.1f} "
+        f"({plan['seconds'] / 60:.1f})"
     )
 
 

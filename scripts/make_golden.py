@@ -1,8 +1,9 @@
-"""Write tests/golden/elements.json: numbers and the codes that ml_dtypes, an independent implementation, gives them.
+"""Write tests/golden/elements.json: numbers and the codes that ml_dtypes, an independent
+implementation, gives them.
 
-Every representable value, every midpoint between neighbours (a tie) and the float32 numbers next to the midpoint.
-Integers have no cast with ties in ml_dtypes; their codes are Python's own round-half-to-even. Run once; the file is
-checked in and never made by the code under test.
+Every representable value, every midpoint between neighbours (a tie) and the float32 numbers next to
+the midpoint. Integers have no cast with ties in ml_dtypes; their codes are Python's own
+round-half-to-even. Run once; the file is checked in and never made by the code under test.
 """
 
 import json
@@ -25,7 +26,13 @@ def probes(values: np.ndarray) -> np.ndarray:
     middle = ((values[1:] + values[:-1]) / 2).astype(np.float32)
     beyond = np.float32([values[-1] * 1.01, values[0] * 1.01])
     return np.concatenate(
-        [values, middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf)), beyond]
+        [
+            values,
+            middle,
+            np.nextafter(middle, np.float32(np.inf)),
+            np.nextafter(middle, np.float32(-np.inf)),
+            beyond,
+        ]
     )
 
 
@@ -34,7 +41,9 @@ def main() -> None:
     for name, (dtype, bits) in FLOATS.items():
         codes = np.arange(1 << bits, dtype=np.uint8)
         decoded = (
-            codes.view(dtype).astype(np.float32) if bits == 8 else codes.astype(np.uint8).view(dtype).astype(np.float32)
+            codes.view(dtype).astype(np.float32)
+            if bits == 8
+            else codes.astype(np.uint8).view(dtype).astype(np.float32)
         )
         finite = decoded[np.isfinite(decoded)]
         x = probes(finite)

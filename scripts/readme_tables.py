@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ptq.formats import FORMATS, Format
-from ptq.recipe import Recipe
+from ptq.numerics.formats import FORMATS, Format
+from ptq.pipeline.recipe import Recipe
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- formats: written by scripts/readme_tables.py -->", "<!-- /formats -->"
@@ -20,9 +20,15 @@ BEGIN, END = "<!-- formats: written by scripts/readme_tables.py -->", "<!-- /for
 def row(fmt: Format) -> str:
     element = fmt.element
     values = sorted({abs(v) for v in element.values if abs(v) <= element.max})
-    kind = "power of two (E8M0)" if fmt.scale_dtype == torch.float8_e8m0fnu else "E4M3, and one fp32 factor a tensor"
+    kind = (
+        "power of two (E8M0)"
+        if fmt.scale_dtype == torch.float8_e8m0fnu
+        else "E4M3, and one fp32 factor a tensor"
+    )
     shown = (
-        ", ".join(f"{v:g}" for v in values) if len(values) <= 8 else f"{len(values)} magnitudes up to {element.max:g}"
+        ", ".join(f"{v:g}" for v in values)
+        if len(values) <= 8
+        else f"{len(values)} magnitudes up to {element.max:g}"
     )
     rotation = Recipe.default(fmt.name).rotation
     cells = (
@@ -44,7 +50,9 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the README is current")
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the README is current"
+    )
     check = parser.parse_args().check
     text = README.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
@@ -54,7 +62,10 @@ def main() -> int:
         return 2
     fresh = f"{before}{BEGIN}\n{table()}\n{END}{after}"
     if check and fresh != text:
-        print("error: the table of formats is out of date: run python scripts/readme_tables.py", file=sys.stderr)
+        print(
+            "error: the table of formats is out of date: run python scripts/readme_tables.py",
+            file=sys.stderr,
+        )
         return 1
     if fresh != text:
         README.write_text(fresh, "utf-8")

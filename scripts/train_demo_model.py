@@ -1,13 +1,15 @@
 """Train the bundled demo model from scratch on the Python standard library's own source text.
 
-A 3.7M-parameter Llama (grouped-query attention, SwiGLU, RMSNorm, tied embeddings) with a byte-level BPE of 4096
-tokens. Held-out files (chosen by a hash of their path, ``ptq.calib.data.is_held_out``) are never trained on; a part
-of them becomes ``heldout.txt``, the built-in evaluation text.
+A 3.7M-parameter Llama (grouped-query attention, SwiGLU, RMSNorm, tied embeddings) with a byte-level
+BPE of 4096 tokens. Held-out files (chosen by a hash of their path,
+``ptq.text.windows.is_held_out``) are never trained on; a part of them becomes ``heldout.txt``, the
+built-in evaluation text.
 
     python scripts/train_demo_model.py --out ptq/demo --minutes 80
 
-The learning rate follows the elapsed time (constant, then linear to zero over the last 40 %), so that any budget ends
-in a finished model. Matrices are trained with Muon, embeddings and norms with AdamW.
+The learning rate follows the elapsed time (constant, then linear to zero over the last 40 %), so
+that any budget ends in a finished model. Matrices are trained with Muon, embeddings and norms with
+AdamW.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptq.calib.data import is_held_out
+from ptq.text.windows import is_held_out
 
 VOCABULARY, CONTEXT = 4096, 512
 END = "<|endoftext|>"
@@ -31,7 +33,8 @@ HELD_OUT_CHARACTERS = 200_000
 
 
 def sources() -> tuple[list[str], list[str]]:
-    """Texts of the standard library: (training, held out). Held out are no test modules: they repeat themselves."""
+    """Texts of the standard library: (training, held out). Held out are no test modules: they
+    repeat themselves."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = [], []
     for path in sorted(root.rglob("*.py")):
@@ -59,7 +62,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -71,22 +76,30 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
 def loss_of(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
     with torch.autocast("cpu" if batch.device.type == "cpu" else "cuda", dtype=torch.bfloat16):
         logits = model(batch, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
+    )
 
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: np.ndarray, device: str) -> float:
-    windows = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT].astype(np.int64)).view(-1, CONTEXT)
+    windows = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT].astype(np.int64)).view(
+        -1, CONTEXT
+    )
     windows = windows[:: max(1, len(windows) // 64)][:64].to(device)
     return float(np.mean([float(loss_of(model, w)) for w in windows.split(16)]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--threads", type=Path, help="a file whose number of CPU threads is read before every step")
+    parser.add_argument(
+        "--threads", type=Path, help="a file whose number of CPU threads is read before every step"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -95,7 +108,9 @@ def main() -> None:
     texts, held_out_texts = sources()
     tokenizer = train_tokenizer(texts)
     train, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
-    print(f"{len(train) / 1e6:.2f}M training tokens, {len(held_out) / 1e3:.0f}k held out", flush=True)
+    print(
+        f"{len(train) / 1e6:.2f}M training tokens, {len(held_out) / 1e3:.0f}k held out", flush=True
+    )
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
@@ -103,10 +118,16 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, rms_norm_eps=1e-5,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(args.device)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.Muon(
+            matrices, lr=0.02, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
+        ),
         torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     base = [o.param_groups[0]["lr"] for o in optimizers]
@@ -121,7 +142,9 @@ def main() -> None:
         if len(epoch) < args.batch:  # every window once per pass, at a random offset
             epoch = generator.permutation(windows) * CONTEXT + generator.integers(CONTEXT)
         offsets, epoch = epoch[: args.batch], epoch[args.batch :]
-        batch = torch.from_numpy(np.stack([train[o : o + CONTEXT] for o in offsets]).astype(np.int64)).to(args.device)
+        batch = torch.from_numpy(
+            np.stack([train[o : o + CONTEXT] for o in offsets]).astype(np.int64)
+        ).to(args.device)
         rate = min(1.0, (step + 1) / 50) * min(1.0, (1 - progress) / 0.4)
         for optimizer, lr in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
@@ -138,10 +161,17 @@ def main() -> None:
             rate_ = step * args.batch * CONTEXT / seconds
             line = f"step {step} {seconds / 60:.1f} min, {rate_:.0f} tokens/s, loss {running:.3f}"
             print(
-                line + (f", held out {held_out_loss(model, held_out, args.device):.3f}" if step % 500 == 0 else ""),
+                line
+                + (
+                    f", held out {held_out_loss(model, held_out, args.device):.3f}"
+                    if step % 500 == 0
+                    else ""
+                ),
                 flush=True,
             )
-    print(f"held out {held_out_loss(model, held_out, args.device):.4f} after {step} steps", flush=True)
+    print(
+        f"held out {held_out_loss(model, held_out, args.device):.4f} after {step} steps", flush=True
+    )
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

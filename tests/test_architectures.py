@@ -1,6 +1,8 @@
-"""Every family of models goes the whole way: random weights → quantized → checkpoint → loaded, the same logits.
+"""Every family of models goes the whole way: random weights → quantized → checkpoint → loaded, the
+same logits.
 
-``calib/ARCHITECTURES.md`` is made by this file: ``PTQ_WRITE_TABLE=1 pytest tests/test_architectures.py`` writes it.
+``calib/ARCHITECTURES.md`` is made by this file: ``PTQ_WRITE_TABLE=1 pytest
+tests/test_architectures.py`` writes it.
 """
 
 import dataclasses
@@ -19,20 +21,25 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ptq.calib.data import load_tokenizer
-from ptq.calib.routers import is_router
-from ptq.calib.source import MemorySource, Source
-from ptq.calib.structure import build_model
-from ptq.checkpoint import Checkpoint
-from ptq.forecast import forecast
-from ptq.linear import QuantLinear
-from ptq.loading import load
-from ptq.pipeline import Progress, quantize_model
-from ptq.recipe import Recipe, chosen_layers
-from ptq.refusals import Choice
+from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.reader import Checkpoint
+from ptq.model.checkpoint_source import Source
+from ptq.model.memory_source import MemorySource
+from ptq.model.structure import build_model, is_router
+from ptq.pipeline.forecast import forecast
+from ptq.pipeline.recipe import Recipe, chosen_layers
+from ptq.pipeline.run import Progress, quantize_model
+from ptq.runtime.load import load
+from ptq.runtime.quant_linear import QuantLinear
+from ptq.text.windows import load_tokenizer
 
 BASE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -111,7 +118,9 @@ def config_of(family: Family) -> transformers.PretrainedConfig:
             "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32,
         }  # fmt: skip
         text = {"model_type": "llama", **BASE}
-        return AutoConfig.for_model("llava", text_config=text, vision_config=tower, image_token_index=255)
+        return AutoConfig.for_model(
+            "llava", text_config=text, vision_config=tower, image_token_index=255
+        )
     return AutoConfig.for_model(family.type, **{**BASE, **family.settings})
 
 
@@ -124,7 +133,9 @@ def random_model(family: Family) -> PreTrainedModel:
         for parameter in model.parameters():  # also what is initialised as zeros or ones
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval()
-    model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
+    model.set_experts_implementation("eager") if hasattr(
+        model, "set_experts_implementation"
+    ) else None
     return model
 
 
@@ -139,7 +150,8 @@ class Outcome:
 def quantized(
     tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, make_tiny_model: Callable[..., Path]
 ) -> Callable[[str], tuple[Path, Path, Recipe]]:
-    """``quantized(family)``: directory of the model, directory of its checkpoint, recipe; made once."""
+    """``quantized(family)``: directory of the model, directory of its checkpoint, recipe; made
+    once."""
     made: dict[str, tuple[Path, Path, Recipe]] = {}
 
     def make(name: str) -> tuple[Path, Path, Recipe]:
@@ -149,7 +161,9 @@ def quantized(
             for file in make_tiny_model("llama").glob("tokenizer*"):  # one token per byte
                 shutil.copy(file, folder / "model")
             recipe = quick(tiny_text, FAMILIES[name].format)
-            quantize_model(folder / "model", folder / "out", recipe=recipe, device="cpu", dialect="ptq")
+            quantize_model(
+                folder / "model", folder / "out", recipe=recipe, device="cpu", dialect="ptq"
+            )
             made[name] = (folder / "model", folder / "out", recipe)
         return made[name]
 
@@ -172,11 +186,14 @@ def generic(layer: str) -> str:
     parts = layer.split(".")
     if "experts" in parts:
         return ".".join(["experts", "*", *parts[parts.index("experts") + 2 :]])
-    return ".".join(parts[-2:] if "shared" in parts[-2] or parts[-1] in ("c_proj", "dense") else parts[-1:])
+    return ".".join(
+        parts[-2:] if "shared" in parts[-2] or parts[-1] in ("c_proj", "dense") else parts[-1:]
+    )
 
 
 def outcome(model: Path, out: Path) -> Outcome:
-    """What of a checkpoint is quantized, and why the rest is not; an assertion fails where there is no reason."""
+    """What of a checkpoint is quantized, and why the rest is not; an assertion fails where there is
+    no reason."""
     source, checkpoint = Source(model), Checkpoint(out)
     skeleton, blocks = source.skeleton(), tuple(f"{name}." for name, _ in source.blocks())
     modules, alone = dict(skeleton.named_modules()), {}
@@ -184,20 +201,26 @@ def outcome(model: Path, out: Path) -> Outcome:
     for stored in checkpoint.other_names():
         name = source.module_name(stored)
         owner = modules.get(name.rpartition(".")[0])
-        if len(checkpoint.entries[stored].shape) < 2 or (owner is not None and "norm" in type(owner).__name__.lower()):
+        if len(checkpoint.entries[stored].shape) < 2 or (
+            owner is not None and "norm" in type(owner).__name__.lower()
+        ):
             why = "norms and other vectors"
         elif owner is skeleton.get_output_embeddings():
             why = "output head"
         elif isinstance(owner, nn.Embedding):
             why = "embeddings"
         elif name.startswith(blocks):
-            assert owner is not None and is_router(skeleton, name.rpartition(".")[0]), f"{stored} is left for no reason"
+            assert owner is not None and is_router(skeleton, name.rpartition(".")[0]), (
+                f"{stored} is left for no reason"
+            )
             why = f"router: `{name.split('.')[-2]}`"
         else:
             assert not any(part in name for part in ("layers.", "h.")) or "vision" in name, stored
             why = f"outside the decoder: `{next(p for p in name.split('.') if p != 'model')}`"
         alone[stored] = why
-    unbalanced = {generic(str(report["layer"])) for report in checkpoint.reports if not report["balance"]}
+    unbalanced = {
+        generic(str(report["layer"])) for report in checkpoint.reports if not report["balance"]
+    }
     return Outcome({name: generic(name) for name in checkpoint.layer_names()}, alone, unbalanced)
 
 
@@ -211,12 +234,16 @@ def test_a_family_goes_the_whole_way(name: str, quantized, tokens: Tensor, tiny_
         source = Source(model, dtype=torch.float32)
         source.fill(source.skeleton(), "", "cpu")
         torch.testing.assert_close(source.skeleton()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
-        in_memory = quantize_model(original, recipe=recipe, device="cpu", tokenizer=load_tokenizer(model))
+        in_memory = quantize_model(
+            original, recipe=recipe, device="cpu", tokenizer=load_tokenizer(model)
+        )
         loaded = load(out, dtype=torch.float32)
         assert isinstance(in_memory, nn.Module)
         logits = loaded(tokens).logits
         assert torch.equal(logits, in_memory(tokens).logits)
-    assert (logits - expected).norm() < 0.5 * (expected - expected.mean(-1, keepdim=True)).norm(), "far off"
+    assert (logits - expected).norm() < 0.5 * (expected - expected.mean(-1, keepdim=True)).norm(), (
+        "far off"
+    )
     found = outcome(model, out)
     assert set(found.quantized.values()) == set(family.layers.split())
     replaced = {n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
@@ -225,7 +252,8 @@ def test_a_family_goes_the_whole_way(name: str, quantized, tokens: Tensor, tiny_
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_on_disk_are_those_of_the_source(name: str, quantized) -> None:
-    """Every tensor of the source is there, unchanged or rescaled, or is the weight of a quantized layer."""
+    """Every tensor of the source is there, unchanged or rescaled, or is the weight of a quantized
+    layer."""
     family = FAMILIES[name]
     model, out, _ = quantized(name)
     source, checkpoint = Source(model), Checkpoint(out)
@@ -235,12 +263,18 @@ def test_names_on_disk_are_those_of_the_source(name: str, quantized) -> None:
         if stored in checkpoint.entries:
             before, after = source.tensor(stored), checkpoint.tensor(stored)
             offset = family.type.startswith("gemma")  # gains are 1 + weight
-            rescaled = before.shape == after.shape and bool(((before + offset) * (after + offset) >= 0).all())
-            may_be = stored not in why or why[stored].startswith(("norms", "router"))  # biases, gains, routers
+            rescaled = before.shape == after.shape and bool(
+                ((before + offset) * (after + offset) >= 0).all()
+            )
+            may_be = stored not in why or why[stored].startswith(
+                ("norms", "router")
+            )  # biases, gains, routers
             assert torch.equal(before, after) or (rescaled and may_be), stored
         elif stored.removesuffix(".weight") not in layers:
             stem = next(
-                stored.rpartition(leaf)[0] for leaf in ("experts", "input_linear", "output_linear") if leaf in stored
+                stored.rpartition(leaf)[0]
+                for leaf in ("experts", "input_linear", "output_linear")
+                if leaf in stored
             )
             assert any(layer.startswith(f"{stem}experts.0.") for layer in layers), stored
 
@@ -260,22 +294,38 @@ def row(name: str, found: Outcome) -> str:
         left.append("output head: tied to the embedding")
     layers = ", ".join(f"`{leaf}`" for leaf in dict.fromkeys(found.quantized.values()))
     plain = ", ".join(f"`{leaf}`" for leaf in sorted(found.unbalanced))
-    balanced = "none" if found.unbalanced == {*found.quantized.values()} else f"all but {plain}" if plain else "all"
-    cells = (name, f"`{family.type}`", layers, "; ".join(left), balanced, f"{family.format}: passes", family.note)
+    balanced = (
+        "none"
+        if found.unbalanced == {*found.quantized.values()}
+        else f"all but {plain}"
+        if plain
+        else "all"
+    )
+    cells = (
+        name,
+        f"`{family.type}`",
+        layers,
+        "; ".join(left),
+        balanced,
+        f"{family.format}: passes",
+        family.note,
+    )
     return f"| {' | '.join(cells)} |"
 
 
 NAMED = ("embeddings", "output head")
 HEAD = """# Families of models
 
-Made by `tests/test_architectures.py`, which quantizes a random two-layer model of each family, writes it, loads it and
-compares. *Passes* means: the loaded model gives the logits of the model that was quantized in memory, bit for bit; the
-unquantized skeleton gives those of transformers; every tensor of the source is in the checkpoint, or its packed parts.
+Made by `tests/test_architectures.py`, which quantizes a random two-layer model of each family,
+writes it, loads it and compares. *Passes* means: the loaded model gives the logits of the model
+that was quantized in memory, bit for bit; the unquantized skeleton gives those of transformers;
+every tensor of the source is in the checkpoint, or its packed parts.
 
-No family has code of its own. A model works if its decoder is a list of blocks of linear layers; `Conv1D` becomes
-`Linear`, and experts stored as a stack (transposed, interleaved or with biases as well) become one `Linear` for each
-expert and projection. Layers in other places (attention sinks, rotary tables, convolutions) stay as they are.
-*Balanced* are layers whose inputs can be scaled for nothing, by what produces them; that is tried, not looked up.
+No family has code of its own. A model works if its decoder is a list of blocks of linear layers;
+`Conv1D` becomes `Linear`, and experts stored as a stack (transposed, interleaved or with biases as
+well) become one `Linear` for each expert and projection. Layers in other places (attention sinks,
+rotary tables, convolutions) stay as they are. *Balanced* are layers whose inputs can be scaled for
+nothing, by what produces them; that is tried, not looked up.
 
 | family | type | quantized | left in high precision, and why | balanced | result | note |
 |---|---|---|---|---|---|---|
@@ -291,18 +341,30 @@ One line says so, before anything is computed.
 
 
 def test_the_table_is_what_the_tests_found(quantized, root: Path) -> None:
-    made = HEAD + "".join(row(name, outcome(*quantized(name)[:2])) + "\n" for name in FAMILIES) + REFUSED
+    made = (
+        HEAD
+        + "".join(row(name, outcome(*quantized(name)[:2])) + "\n" for name in FAMILIES)
+        + REFUSED
+    )
     for name, (type_, settings) in UNSUPPORTED.items():
         made += f"| {name} | `{type_}` | {refusal(type_, settings)} |\n"
     file = root / "calib" / "ARCHITECTURES.md"
     if os.environ.get("PTQ_WRITE_TABLE"):
         file.write_text(made, encoding="utf-8")
-    assert file.read_text(encoding="utf-8") == made, "set PTQ_WRITE_TABLE=1 and run this test to write it anew"
+    assert file.read_text(encoding="utf-8") == made, (
+        "set PTQ_WRITE_TABLE=1 and run this test to write it anew"
+    )
 
 
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "Nemotron-H": ("nemotron_h", {"layers_block_type": ["moe", "attention"], "n_routed_experts": 2}),
-    "Llama 4": ("llama4_text", {**MOE, "intermediate_size_mlp": 64, "head_dim": 16, "moe_layers": [0, 1]}),
+    "Nemotron-H": (
+        "nemotron_h",
+        {"layers_block_type": ["moe", "attention"], "n_routed_experts": 2},
+    ),
+    "Llama 4": (
+        "llama4_text",
+        {**MOE, "intermediate_size_mlp": 64, "head_dim": 16, "moe_layers": [0, 1]},
+    ),
     "JetMoE": ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}),
     "T5": ("t5", {"d_model": 64, "num_layers": 2}),
 }
@@ -319,7 +381,8 @@ def refusal(type_: str, settings: dict[str, Any]) -> str:
 def test_gpt_oss_in_mxfp4_is_quantized_as_its_values_are(
     quantized, tmp_path: Path, tiny_text: Path, tokens: Tensor
 ) -> None:
-    """The experts of the hub's gpt-oss are packed; filled, they are what transformers makes of them."""
+    """The experts of the hub's gpt-oss are packed; filled, they are what transformers makes of
+    them."""
     plain, _, recipe = quantized("gpt-oss")
     packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
     for folder in (packed, unpacked):
@@ -330,23 +393,33 @@ def test_gpt_oss_in_mxfp4_is_quantized_as_its_values_are(
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, features, rows = stored.pop(name).shape
         shape = (experts, rows, features // 32)
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        stored[f"{name}_scales"] = torch.randint(122, 126, shape, generator=generator, dtype=torch.uint8)
+        stored[f"{name}_blocks"] = torch.randint(
+            0, 256, (*shape, 16), generator=generator, dtype=torch.uint8
+        )
+        stored[f"{name}_scales"] = torch.randint(
+            122, 126, shape, generator=generator, dtype=torch.uint8
+        )
         values[name] = convert_moe_packed_tensors(
             stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.bfloat16
         ).float()
     save_file(stored, packed / "model.safetensors")
     save_file(values, unpacked / "model.safetensors")
     config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    (packed / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
     for folder in (packed, unpacked):
         quantize_model(folder, folder / "out", recipe=recipe, device="cpu", dialect="ptq")
     one, other = Checkpoint(packed / "out"), Checkpoint(unpacked / "out")
     assert one.names() == other.names() and not any(n.endswith("_blocks") for n in one.names())
     for name in one.names():
-        assert torch.equal(one.tensor(name).view(torch.uint8), other.tensor(name).view(torch.uint8)), name
+        assert torch.equal(
+            one.tensor(name).view(torch.uint8), other.tensor(name).view(torch.uint8)
+        ), name
     with torch.no_grad():
-        assert torch.equal(load(packed / "out")(tokens).logits, load(unpacked / "out")(tokens).logits)
+        assert torch.equal(
+            load(packed / "out")(tokens).logits, load(unpacked / "out")(tokens).logits
+        )
     kept = quick(tiny_text, "nvfp4", ignore=("*.experts.*",))
     quantize_model(packed, tmp_path / "kept", recipe=kept, device="cpu")
     assert any(n.endswith("_blocks") for n in Checkpoint(tmp_path / "kept").names())  # as they were
@@ -360,7 +433,11 @@ def test_layers_that_are_left_out_are_loaded_as_they_were(
 ) -> None:
     """Also where the source has them fused with others, or transposed."""
     model = quantized(name)[0]
-    ignore = ("*.0.*.c_fc", "*.1.*.c_attn") if name == "GPT-2" else ("*.experts.1.down_proj", "*.0.*.experts.2.*")
+    ignore = (
+        ("*.0.*.c_fc", "*.1.*.c_attn")
+        if name == "GPT-2"
+        else ("*.experts.1.down_proj", "*.0.*.experts.2.*")
+    )
     recipe = quick(tiny_text, "mxfp4", ignore=ignore)
     original, tokenizer = random_model(FAMILIES[name]), load_tokenizer(model)
     in_memory = quantize_model(original, recipe=recipe, tokenizer=tokenizer, device="cpu")
@@ -371,12 +448,19 @@ def test_layers_that_are_left_out_are_loaded_as_they_were(
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "Granite-MoE", "GPT-2"])
-def test_a_regrouped_model_is_written_in_our_dialect_only(name: str, quantized, tmp_path: Path) -> None:
+def test_a_regrouped_model_is_written_in_our_dialect_only(
+    name: str, quantized, tmp_path: Path
+) -> None:
     """Other programs would not look for its layers under their names, and compute without them."""
     model, _, recipe = quantized(name)
     quick_recipe = dataclasses.replace(recipe, format="mxfp4", algorithm="rtn")
-    with pytest.raises(ValueError, match=r"cannot write compressed-tensors: its .* here|single ones; use dialect ptq"):
-        quantize_model(model, tmp_path / "out", recipe=quick_recipe, device="cpu", dialect="compressed-tensors")
+    with pytest.raises(
+        ValueError,
+        match=r"cannot write compressed-tensors: its .* here|single ones; use dialect ptq",
+    ):
+        quantize_model(
+            model, tmp_path / "out", recipe=quick_recipe, device="cpu", dialect="compressed-tensors"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -406,7 +490,11 @@ def test_the_output_head_is_quantized_on_request(
     original, tokenizer = random_model(FAMILIES[name]), load_tokenizer(model)
     in_memory = quantize_model(original, recipe=recipe, tokenizer=tokenizer, device="cpu")
     choice = quantize_model(model, tmp_path / "out", recipe=recipe, device="cpu")
-    assert isinstance(in_memory, PreTrainedModel) and isinstance(choice, Choice) and choice.dialect == "ptq"
+    assert (
+        isinstance(in_memory, PreTrainedModel)
+        and isinstance(choice, Choice)
+        and choice.dialect == "ptq"
+    )
     assert isinstance(in_memory.get_output_embeddings(), QuantLinear)
     checkpoint = Checkpoint(tmp_path / "out")
     head = Source(model).checkpoint_name("lm_head.weight").removesuffix(".weight")
@@ -417,16 +505,22 @@ def test_the_output_head_is_quantized_on_request(
         assert torch.equal(load(tmp_path / "out")(tokens).logits, in_memory(tokens).logits)
 
 
-def test_all_tokens_through_all_experts_on_request(quantized, tmp_path: Path, tiny_text: Path) -> None:
+def test_all_tokens_through_all_experts_on_request(
+    quantized, tmp_path: Path, tiny_text: Path
+) -> None:
     model, out, _ = quantized("Mixtral")
     recipe = quick(tiny_text, "nvfp4", route_all_experts=True)
     quantize_model(model, tmp_path / "out", recipe=recipe, device="cpu", dialect="ptq")
 
     def tokens_of(path: Path) -> list[int]:
-        return [int(str(r["tokens"])) for r in Checkpoint(path).reports if "experts" in str(r["layer"])]
+        return [
+            int(str(r["tokens"])) for r in Checkpoint(path).reports if "experts" in str(r["layer"])
+        ]
 
     assert set(tokens_of(tmp_path / "out")) == {4 * 32}
-    assert sum(tokens_of(out)) == 2 * 3 * 2 * 4 * 32  # two experts of a token, three projections, two blocks
+    assert (
+        sum(tokens_of(out)) == 2 * 3 * 2 * 4 * 32
+    )  # two experts of a token, three projections, two blocks
     assert not any(r["topped_up"] for r in Checkpoint(tmp_path / "out").reports)
     rare = [r for r in Checkpoint(out).reports if r["topped_up"]]
     assert rare and all(int(str(r["tokens"])) < int(str(r["in"])) for r in rare)
@@ -436,7 +530,8 @@ def test_all_tokens_through_all_experts_on_request(quantized, tmp_path: Path, ti
     "name", ["GPT-2", "gpt-oss", "Granite-MoE", "DeepSeek-V3", "Falcon", "LLaVA (vision-language)"]
 )
 def test_transformers_loads_what_was_regrouped(name: str, quantized, tokens: Tensor) -> None:
-    """``from_pretrained`` after ``import ptq.hf`` gives the same model, with no tensor missing or left over."""
+    """``from_pretrained`` after ``import ptq.hf`` gives the same model, with no tensor missing or
+    left over."""
     importlib.import_module("ptq.hf")
     out = quantized(name)[1]
     auto = AutoModelForImageTextToText if FAMILIES[name].type == "llava" else AutoModelForCausalLM
@@ -470,7 +565,9 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
         on_block=lambda progress: resumed.append(progress.resumed),
     )
     assert resumed == [i <= stop for i in range(3)]
-    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts"))
+    one, other = (
+        (tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")
+    )
     assert one == other
 
 
@@ -480,23 +577,35 @@ def test_a_model_in_memory_is_written_as_its_directory_is(
 ) -> None:
     """With quantized inputs and, where it is not tied, the head; what is left out is as it was."""
     model = quantized(name)[0]
-    recipe = quick(tiny_text, "nvfp4", scheme="w4a4", lm_head=name == "Llama", ignore=("layers.1.*", "h.1.*")[:1])
+    recipe = quick(
+        tiny_text,
+        "nvfp4",
+        scheme="w4a4",
+        lm_head=name == "Llama",
+        ignore=("layers.1.*", "h.1.*")[:1],
+    )
     if name == "GPT-2":
         recipe = dataclasses.replace(recipe, ignore=("*.1.mlp.*",))
     original, tokenizer = random_model(FAMILIES[name]), load_tokenizer(model)
     quantize_model(model, tmp_path / "directory", recipe=recipe, device="cpu")
     quantize_model(original, tmp_path / "memory", recipe=recipe, tokenizer=tokenizer, device="cpu")
-    loaded = [load(tmp_path / folder, dtype=torch.float32, inputs="quantized") for folder in ("directory", "memory")]
+    loaded = [
+        load(tmp_path / folder, dtype=torch.float32, inputs="quantized")
+        for folder in ("directory", "memory")
+    ]
     with torch.no_grad():
         one, other, own = (m(tokens).logits for m in (*loaded, original))
     assert torch.equal(one, other) and torch.equal(one, own)
 
 
 def test_gpt_2_by_the_names_of_the_hub(quantized, tmp_path: Path, tokens: Tensor) -> None:
-    """The hub's files lack the first part of the names, and hold masks that the model does not know."""
+    """The hub's files lack the first part of the names, and hold masks that the model does not
+    know."""
     model, out, recipe = quantized("GPT-2")
     shutil.copytree(model, tmp_path / "hub")
-    tensors = {k.removeprefix("transformer."): t for k, t in load_file(model / "model.safetensors").items()}
+    tensors = {
+        k.removeprefix("transformer."): t for k, t in load_file(model / "model.safetensors").items()
+    }
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(2)}
     save_file(tensors | masks, tmp_path / "hub" / "model.safetensors")
     quantize_model(tmp_path / "hub", tmp_path / "out", recipe=recipe, device="cpu", dialect="ptq")

@@ -49,7 +49,10 @@ def test_links_are_links_in_git(root: Path):
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "-s", "ptq/kernels", "ptq/calib"], cwd=root, capture_output=True, text=True
+        ["git", "ls-files", "-s", "ptq/kernels", "ptq/calib"],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     modes = {line.split("\t")[1]: line.split()[0] for line in listed.stdout.splitlines()}
     if not modes:
@@ -58,17 +61,21 @@ def test_links_are_links_in_git(root: Path):
 
 
 def test_leaves_are_not_imported_under_their_short_names(root: Path):
-    """From elsewhere than the checkout ``kernels`` and ``calib`` are not ours; from everywhere ``ptq`` is."""
+    """From elsewhere than the checkout ``kernels`` and ``calib`` are not ours; from everywhere
+    ``ptq`` is."""
     code = (
         "import importlib.util as u, pathlib, ptq\n"
         f"root = pathlib.Path({str(root)!r})\n"
         "assert pathlib.Path(ptq.__file__).resolve().is_relative_to(root), ptq.__file__\n"
         "for name in ('kernels', 'calib'):\n"
         "    spec = u.find_spec(name)\n"
-        "    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]\n"
+        "    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or "
+        "())]\n"
         "    assert not any(str(root) in str(place) for place in places), spec\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -79,14 +86,25 @@ def test_importing_ptq_imports_nothing_heavy():
 
 
 def test_the_wheel_holds_everything(root: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     copy = tmp_path / "source"  # a build leaves files beside what it builds
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (copy / name).write_bytes((root / name).read_bytes())
     for name in ("ptq", "kernels", "calib"):
         subprocess.run(["cp", "-R", str(root / name), str(copy)], check=True)
-    done = subprocess.run([*command, "-w", str(tmp_path), str(copy)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "-w", str(tmp_path), str(copy)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("ptq-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -108,7 +126,9 @@ def test_every_third_party_import_is_declared(root: Path, project: dict):
     """What the package imports is declared, not there by accident of another's dependencies."""
     from_transformers = {"tokenizers", "huggingface_hub", "numpy", "yaml"}
     names = {line.split(";")[0] for line in requires("ptq") or []}
-    declared = {name.split("[")[0].split(">")[0].split("=")[0].strip().replace("-", "_") for name in names}
+    declared = {
+        name.split("[")[0].split(">")[0].split("=")[0].strip().replace("-", "_") for name in names
+    }
     imported = set()
     for folder in ("ptq", "ptq/algorithms", "calib", "kernels"):
         for path in (root / folder).glob("*.py"):
@@ -124,9 +144,17 @@ def test_every_third_party_import_is_declared(root: Path, project: dict):
 def test_nothing_in_the_repository_is_large(root: Path):
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True).stdout.split("\0")
-    sizes = {name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()}
-    large = {name: size for name, size in sizes.items() if size > 250_000 and not name.startswith("ptq/demo/")}
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True
+    ).stdout.split("\0")
+    sizes = {
+        name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()
+    }
+    large = {
+        name: size
+        for name, size in sizes.items()
+        if size > 250_000 and not name.startswith("ptq/demo/")
+    }
     assert large == {}
     assert sum(size for name, size in sizes.items() if name.startswith("ptq/demo/")) < 14_000_000
 
@@ -141,6 +169,8 @@ def test_scripts_are_executable_and_valid(root: Path, script: str):
 def test_the_readme_is_short_and_its_tables_are_current(root: Path):
     assert len((root / "README.md").read_text("utf-8").splitlines()) <= 200
     done = subprocess.run(
-        [sys.executable, str(root / "scripts" / "readme_tables.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(root / "scripts" / "readme_tables.py"), "--check"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

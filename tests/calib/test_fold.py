@@ -1,4 +1,5 @@
-"""Factors that move between layers: found by trial in every family, and the model stays the same function."""
+"""Factors that move between layers: found by trial in every family, and the model stays the same
+function."""
 
 import re
 from collections.abc import Callable
@@ -8,9 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ptq.calib.fold import FoldedLinear, Site, find_sites, fold
-from ptq.calib.source import MemorySource
+from ptq.calib.fold import FoldedLinear, Site, fold
+from ptq.calib.foldable_sites import find_sites
 from ptq.calib.walk import CalibratedBlock, walk
+from ptq.model.memory_source import MemorySource
 
 Build = Callable[..., transformers.PreTrainedModel]
 Batches = list[Tensor]
@@ -81,25 +83,38 @@ def test_a_folded_model_is_the_same_function(family: str, tiny_model: Build, bat
     folded = prepared(MemorySource(tiny_model(family)), batches, prepare, ignore)
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
     if family in EXPECTED:
-        names = [[(s.producer, tuple(n.removesuffix(".weight") for n in s.readers)) for s in sites] for sites in found]
+        names = [
+            [(s.producer, tuple(n.removesuffix(".weight") for n in s.readers)) for s in sites]
+            for sites in found
+        ]
         assert all(sorted(sites) == sorted(EXPECTED[family]) for sites in names), names[0]
     else:
         producers = {site.producer for site in found[-1]}
         last = {site.producer: site for site in found[-1]}
         assert "post_attention_layernorm" in producers
-        assert "mlp.gate.weight" in last["post_attention_layernorm"].readers, "the router reads it too"
+        assert "mlp.gate.weight" in last["post_attention_layernorm"].readers, (
+            "the router reads it too"
+        )
         down = {"mixtral": "w2"}.get(family, "down_proj")
-        experts = [site for site in found[-1] if re.fullmatch(rf"mlp.experts.\d+.{down}.weight", site.readers[0])]
+        experts = [
+            site
+            for site in found[-1]
+            if re.fullmatch(rf"mlp.experts.\d+.{down}.weight", site.readers[0])
+        ]
         assert len(experts) == (4 if family == "mixtral" else 8)
 
 
-def test_every_query_head_of_a_group_shares_the_factors_of_its_value_head(tiny_model: Build, batches: Batches):
+def test_every_query_head_of_a_group_shares_the_factors_of_its_value_head(
+    tiny_model: Build, batches: Batches
+):
     channels: list[Tensor] = []
 
     def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
         channels.append(find_sites(block.module, groups(block), run)[1].channel)
 
-    prepared(MemorySource(tiny_model("llama")), batches, prepare)  # 4 heads of 16, 2 key-value heads
+    prepared(
+        MemorySource(tiny_model("llama")), batches, prepare
+    )  # 4 heads of 16, 2 key-value heads
     expected = torch.arange(32).view(2, 1, 16).expand(2, 2, 16).flatten()
     assert all(torch.equal(channel, expected) for channel in channels)
 
@@ -111,7 +126,9 @@ def test_a_norm_that_somebody_else_reads_is_left_alone(tiny_model: Build, batche
     def prepare(block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
         producers.append({site.producer for site in find_sites(block.module, groups(block), run)})
 
-    prepared(MemorySource(tiny_model("llama")), batches, prepare, lambda name: name.endswith("up_proj"))
+    prepared(
+        MemorySource(tiny_model("llama")), batches, prepare, lambda name: name.endswith("up_proj")
+    )
     assert producers == [{"input_layernorm", "self_attn.v_proj"}] * 2
 
 
@@ -160,7 +177,10 @@ def test_where_biases_stay_factors_are_powers_of_two():
     nn.init.normal_(block.norm.bias)
     old = block.norm.bias.clone()
     changed = fold(block, SITE, torch.full((8,), 3.0), NAMES)
-    assert torch.equal(changed["norm.bias"], 4 * old) and set(changed) == {"norm.weight", "norm.bias"}
+    assert torch.equal(changed["norm.bias"], 4 * old) and set(changed) == {
+        "norm.weight",
+        "norm.bias",
+    }
 
 
 def test_a_dead_gain_keeps_its_channel():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq.calib.experts import pooled, top_up
 from ptq.calib.hessian import Hessian, full_precision
+from ptq.calib.rare_experts import pooled, top_up
 
 FEATURES = 24
 
@@ -84,7 +84,9 @@ def test_reduce_is_a_no_op_on_one_process():
 
 
 def _reduce_on_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     seen, unseen_on_one = Hessian(FEATURES), Hessian(FEATURES)
     seen.update(tokens(3 + rank, seed=rank))
     if rank == 1:
@@ -98,7 +100,8 @@ def _reduce_on_rank(rank: int, folder: str) -> None:
 def test_reduce_gives_every_rank_the_sum_over_ranks(tmp_path: Path):
     # by path: a process of its own cannot import a test module by name
     code = (
-        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('worker', sys.argv[1]); "
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('worker', "
+        "sys.argv[1]); "
         "worker = importlib.util.module_from_spec(spec); spec.loader.exec_module(worker); "
         "worker._reduce_on_rank(int(sys.argv[2]), sys.argv[3])"
     )

@@ -1,4 +1,5 @@
-"""Laws of the walk (gptq.md sections 1, 7, 8): what is fed, what is measured, what is kept in memory."""
+"""Laws of the walk (gptq.md sections 1, 7, 8): what is fed, what is measured, what is kept in
+memory."""
 
 import gc
 import tempfile
@@ -11,10 +12,11 @@ import transformers
 from torch import nn
 
 from ptq.calib import walk as walk_module
-from ptq.calib.calls import Recorder
-from ptq.calib.experts import top_up
-from ptq.calib.source import MemorySource, Source
+from ptq.calib.block_arguments import Recorder
+from ptq.calib.rare_experts import top_up
 from ptq.calib.walk import CalibratedBlock, walk
+from ptq.model.checkpoint_source import Source
+from ptq.model.memory_source import MemorySource
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -34,7 +36,9 @@ FAMILIES = [
 ]
 
 
-def run(source: Source | MemorySource, batches: Batches, **changes: object) -> Iterator[CalibratedBlock]:
+def run(
+    source: Source | MemorySource, batches: Batches, **changes: object
+) -> Iterator[CalibratedBlock]:
     settings = {
         "probes": {1: lambda x: x},
         "skip": lambda _: False,
@@ -49,7 +53,9 @@ def finish(blocks: Iterator[CalibratedBlock]) -> list[CalibratedBlock]:
     return list(blocks)
 
 
-def seen_by(model: nn.Module, name: str, batches: Batches, *, outputs: bool = False) -> list[torch.Tensor]:
+def seen_by(
+    model: nn.Module, name: str, batches: Batches, *, outputs: bool = False
+) -> list[torch.Tensor]:
     """What module ``name`` reads (or returns) when the whole model runs."""
     seen: list[torch.Tensor] = []
 
@@ -68,14 +74,18 @@ def seen_by(model: nn.Module, name: str, batches: Batches, *, outputs: bool = Fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_unchanged_walk_is_the_model(family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches):
+def test_an_unchanged_walk_is_the_model(
+    family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
+):
     model, source = tiny_model(family), Source(tiny_checkpoint(family))
     last = source.blocks()[-1][0]
     finals: dict[int, torch.Tensor] = {}
     blocks = finish(run(source, batches, finished=lambda j, x: finals.update({j: x})))
     assert [b.name for b in blocks] == [name for name, _ in source.blocks()]
     assert [(b.index, b.count) for b in blocks] == [(i, len(blocks)) for i in range(len(blocks))]
-    for got, expected in zip(finals.values(), seen_by(model, last, batches, outputs=True), strict=True):
+    for got, expected in zip(
+        finals.values(), seen_by(model, last, batches, outputs=True), strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -87,7 +97,9 @@ def test_hessians_are_the_second_moments_of_what_layers_read(
     for block in run(Source(tiny_checkpoint(family)), batches):
         for group in block.groups:
             for layer in group.layers:
-                x = torch.cat([s.flatten(0, 1) for s in seen_by(model, f"{block.name}.{layer}", batches)]).double()
+                x = torch.cat(
+                    [s.flatten(0, 1) for s in seen_by(model, f"{block.name}.{layer}", batches)]
+                ).double()
                 kept = torch.arange(len(x)) // 24 != 7  # the eighth sequence is held out
                 for hessian, rows in ((group.hessian, x[kept]), (group.holdout, x[~kept])):
                     exact = rows.T @ rows / len(rows)
@@ -103,12 +115,20 @@ def test_layers_that_read_the_same_share_one_hessian(tiny_checkpoint: Save, batc
             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"],
         ]  # fmt: skip
         assert len({id(g.hessian) for g in block.groups}) == 4
-        assert all(layer is block.module.get_submodule(n) for g in block.groups for n, layer in g.layers.items())
+        assert all(
+            layer is block.module.get_submodule(n)
+            for g in block.groups
+            for n, layer in g.layers.items()
+        )
 
 
-def test_layers_that_read_the_same_with_others_between_share_one_hessian(tiny_checkpoint: Save, batches: Batches):
+def test_layers_that_read_the_same_with_others_between_share_one_hessian(
+    tiny_checkpoint: Save, batches: Batches
+):
     first = next(run(Source(tiny_checkpoint("deepseek_v3")), batches))
-    assert ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"] in [list(g.layers) for g in first.groups]
+    assert ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"] in [
+        list(g.layers) for g in first.groups
+    ]
 
 
 def test_hooks_leave_inputs_as_they_are_bit_for_bit(tiny_model: Build, batches: Batches):
@@ -116,30 +136,47 @@ def test_hooks_leave_inputs_as_they_are_bit_for_bit(tiny_model: Build, batches: 
     name = "model.layers.0.self_attn.v_proj"  # the last of three readers
     before = seen_by(model, name, batches)
     during: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, args, __: during.append(args[0].clone()))
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, args, __: during.append(args[0].clone())
+    )
     next(run(MemorySource(model), batches))
     hook.remove()
-    assert all(torch.equal(a, b) for a, b in zip(before, during[-3:], strict=True))  # first there was a trial
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, during[-3:], strict=True)
+    )  # first there was a trial
 
 
 def test_the_order_of_samples_does_not_change_amax(tiny_checkpoint: Save, batches: Batches):
     probes = {1: lambda x: x, 32: lambda x: x.unflatten(-1, (-1, 32)).sum(-1)}
 
     def amax(data: Batches) -> list[dict[int, torch.Tensor]]:
-        return [g.amax for b in run(Source(tiny_checkpoint("llama")), data, probes=probes) for g in b.groups]
+        return [
+            g.amax
+            for b in run(Source(tiny_checkpoint("llama")), data, probes=probes)
+            for g in b.groups
+        ]
 
     for a, b in zip(amax(batches), amax([batch.flip(0) for batch in batches[::-1]]), strict=True):
         assert a.keys() == b.keys() == {1, 32}
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_probes_apply_where_their_size_divides_the_features(tiny_checkpoint: Save, batches: Batches):
+def test_probes_apply_where_their_size_divides_the_features(
+    tiny_checkpoint: Save, batches: Batches
+):
     sizes = {k: (lambda x: x) for k in (1, 32, 64)}
     first = next(run(Source(tiny_checkpoint("llama")), batches, probes=sizes))
-    assert [set(g.amax) for g in first.groups] == [{1, 32, 64}, {1, 32, 64}, {1, 32, 64}, {1, 32}]  # down: 96
+    assert [set(g.amax) for g in first.groups] == [
+        {1, 32, 64},
+        {1, 32, 64},
+        {1, 32, 64},
+        {1, 32},
+    ]  # down: 96
 
 
-def test_what_the_caller_puts_in_place_feeds_the_next_block(tiny_model: Build, tiny_checkpoint: Save, batches: Batches):
+def test_what_the_caller_puts_in_place_feeds_the_next_block(
+    tiny_model: Build, tiny_checkpoint: Save, batches: Batches
+):
     def damage(block: nn.Module) -> None:
         old = block.get_submodule("mlp.down_proj")
         assert isinstance(old, nn.Linear)
@@ -151,7 +188,9 @@ def test_what_the_caller_puts_in_place_feeds_the_next_block(tiny_model: Build, t
     for i in range(2):
         damage(changed.get_submodule(f"model.layers.{i}"))
     finals: list[torch.Tensor] = []
-    for block in run(Source(tiny_checkpoint("llama")), batches, finished=lambda _, x: finals.append(x)):
+    for block in run(
+        Source(tiny_checkpoint("llama")), batches, finished=lambda _, x: finals.append(x)
+    ):
         damage(block.module)
     expected = seen_by(changed, "model.layers.1", batches, outputs=True)
     assert all(torch.equal(a, b) for a, b in zip(finals, expected, strict=True))
@@ -171,7 +210,11 @@ def test_only_one_block_is_in_memory_at_a_time(tiny_model: Build, tmp_path: Path
         module.register_forward_pre_hook(lambda *_: peak.append(len(filled())))
     for block in run(source, batches, finished=lambda *_: None):
         assert filled() == [block.name]
-        outside = [n for n, p in source.skeleton().named_parameters() if not p.is_meta and "layers" not in n]
+        outside = [
+            n
+            for n, p in source.skeleton().named_parameters()
+            if not p.is_meta and "layers" not in n
+        ]
         assert not outside
     assert max(peak) == 1
     assert filled() == []
@@ -203,15 +246,24 @@ def test_a_model_that_is_refused_leaves_nothing_behind(
     with pytest.raises(ValueError, match="refused"):
         next(run(source, batches))
     assert all(p.is_meta for p in source.skeleton().parameters())
-    assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in source.skeleton().modules())
+    assert not any(
+        "forward" in m.__dict__ or m._forward_pre_hooks for m in source.skeleton().modules()
+    )
 
 
 @pytest.mark.parametrize("activations", ["device", "disk"])
-def test_where_activations_live_changes_nothing(activations: str, tiny_checkpoint: Save, batches: Batches):
+def test_where_activations_live_changes_nothing(
+    activations: str, tiny_checkpoint: Save, batches: Batches
+):
     def result(storage: str) -> list[torch.Tensor]:
         made: list[torch.Tensor] = []
         blocks = finish(
-            run(Source(tiny_checkpoint("gemma3")), batches, activations=storage, finished=lambda _, x: made.append(x))
+            run(
+                Source(tiny_checkpoint("gemma3")),
+                batches,
+                activations=storage,
+                finished=lambda _, x: made.append(x),
+            )
         )
         return made + [g.hessian.mean() for b in blocks for g in b.groups]
 
@@ -224,7 +276,9 @@ def test_unknown_storage_is_refused(tiny_checkpoint: Save, batches: Batches):
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_disk_and_memory_measure_the_same(family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches):
+def test_disk_and_memory_measure_the_same(
+    family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
+):
     on_disk = finish(run(Source(tiny_checkpoint(family)), batches))
     in_memory = finish(run(MemorySource(tiny_model(family)), batches))
     for a, b in zip(on_disk, in_memory, strict=True):
@@ -235,9 +289,13 @@ def test_disk_and_memory_measure_the_same(family: str, tiny_model: Build, tiny_c
             assert torch.equal(x.sample, y.sample) and torch.equal(x.amax[1], y.amax[1])
 
 
-def test_skipped_blocks_are_filled_and_run_but_not_measured(tiny_checkpoint: Save, batches: Batches):
+def test_skipped_blocks_are_filled_and_run_but_not_measured(
+    tiny_checkpoint: Save, batches: Batches
+):
     measured = finish(run(Source(tiny_checkpoint("llama")), batches))
-    for block in run(Source(tiny_checkpoint("llama")), batches, skip=lambda name: name.endswith(".0")):
+    for block in run(
+        Source(tiny_checkpoint("llama")), batches, skip=lambda name: name.endswith(".0")
+    ):
         assert not any(p.is_meta for p in block.module.parameters())
         if block.index == 0:
             assert block.groups == []
@@ -254,18 +312,28 @@ def test_ignored_layers_are_neither_measured_nor_fed(tiny_checkpoint: Save, batc
         return x
 
     ignored = {"model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"}
-    first = next(run(Source(tiny_checkpoint("llama")), batches, ignore=ignored.__contains__, feed=feed))
+    first = next(
+        run(Source(tiny_checkpoint("llama")), batches, ignore=ignored.__contains__, feed=feed)
+    )
     measured = {f"model.layers.0.{n}" for g in first.groups for n in g.layers}
     assert measured == fed and not measured & ignored and len(measured) == 5
 
 
-def test_feed_changes_what_layers_get_but_not_what_is_measured(tiny_checkpoint: Save, batches: Batches):
+def test_feed_changes_what_layers_get_but_not_what_is_measured(
+    tiny_checkpoint: Save, batches: Batches
+):
     plain = next(run(Source(tiny_checkpoint("llama")), batches)).groups
     fed = next(
-        run(Source(tiny_checkpoint("llama")), batches, feed=lambda name, x: x * 0 if "v_proj" in name else x)
+        run(
+            Source(tiny_checkpoint("llama")),
+            batches,
+            feed=lambda name, x: x * 0 if "v_proj" in name else x,
+        )
     ).groups
     assert torch.equal(plain[0].hessian.total(), fed[0].hessian.total())  # q/k/v read the same x
-    assert fed[1].hessian.total().abs().max() == 0 < plain[1].hessian.total().abs().max()  # o reads what v made
+    assert (
+        fed[1].hessian.total().abs().max() == 0 < plain[1].hessian.total().abs().max()
+    )  # o reads what v made
 
 
 def test_feed_does_not_touch_what_the_next_block_reads(tiny_checkpoint: Save, batches: Batches):
@@ -275,19 +343,29 @@ def test_feed_does_not_touch_what_the_next_block_reads(tiny_checkpoint: Save, ba
 
 
 @pytest.mark.parametrize("sequences, every, held", [(7, 8, 0), (8, 8, 1), (10, 4, 2), (10, 0, 0)])
-def test_every_eighth_sequence_is_held_out(sequences: int, every: int, held: int, tiny_checkpoint: Save):
+def test_every_eighth_sequence_is_held_out(
+    sequences: int, every: int, held: int, tiny_checkpoint: Save
+):
     data = list(torch.randint(3, 100, (sequences, 12)).split(3))
     for family in ("llama", "mixtral"):
         first = next(run(Source(tiny_checkpoint(family)), data, holdout_every=every))
-        routed = [g for g in first.groups if "down" in next(iter(g.layers)) or "w2" in next(iter(g.layers))]
+        routed = [
+            g
+            for g in first.groups
+            if "down" in next(iter(g.layers)) or "w2" in next(iter(g.layers))
+        ]
         times = 2 if family == "mixtral" else 1  # experts per token
         assert sum(g.holdout.tokens for g in routed) == times * 12 * held
         assert sum(g.hessian.tokens for g in routed) == times * 12 * (sequences - held)
 
 
-def test_experts_hold_out_the_tokens_of_the_same_sequences(tiny_model: Build, tiny_checkpoint: Save, batches: Batches):
+def test_experts_hold_out_the_tokens_of_the_same_sequences(
+    tiny_model: Build, tiny_checkpoint: Save, batches: Batches
+):
     together = next(run(Source(tiny_checkpoint("mixtral")), batches))
-    alone = next(run(Source(tiny_checkpoint("mixtral")), [batches[1][3:]], holdout_every=0))  # the eighth sequence
+    alone = next(
+        run(Source(tiny_checkpoint("mixtral")), [batches[1][3:]], holdout_every=0)
+    )  # the eighth sequence
     for a, b in zip(together.groups, alone.groups, strict=True):
         assert a.holdout.tokens == b.hessian.tokens
         torch.testing.assert_close(a.holdout.total(), b.hessian.total(), rtol=1e-4, atol=1e-5)
@@ -297,8 +375,15 @@ def test_samples_are_real_tokens_from_all_batches(tiny_model: Build, tiny_checkp
     data = list(torch.randint(3, 100, (60, 48)).split(20))  # 2880 tokens
     first = next(run(Source(tiny_checkpoint("llama")), data, holdout_every=0))
     assert [len(g.sample) for g in first.groups] == [2048] * 4
-    x = torch.cat([s.flatten(0, 1) for s in seen_by(tiny_model("llama"), "model.layers.0.self_attn.o_proj", data)])
-    where = torch.cdist(first.groups[1].sample, x, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    x = torch.cat(
+        [
+            s.flatten(0, 1)
+            for s in seen_by(tiny_model("llama"), "model.layers.0.self_attn.o_proj", data)
+        ]
+    )
+    where = torch.cdist(
+        first.groups[1].sample, x, compute_mode="donot_use_mm_for_euclid_dist"
+    ).argmin(1)
     assert torch.equal(x[where], first.groups[1].sample)
     assert (where // 960).unique().tolist() == [0, 1, 2]
 
@@ -307,7 +392,9 @@ def without_two_experts(model: transformers.PreTrainedModel) -> transformers.Pre
     """The same with a router that never chooses expert 1 or 3."""
     for i in range(2):
         gate = model.get_submodule(f"model.layers.{i}.mlp.gate")
-        gate.register_forward_hook(lambda _, __, out: (*out[:2], torch.tensor([[0, 2]]).expand(len(out[1]), 2)))
+        gate.register_forward_hook(
+            lambda _, __, out: (*out[:2], torch.tensor([[0, 2]]).expand(len(out[1]), 2))
+        )
     return model
 
 
@@ -324,7 +411,9 @@ def test_unseen_experts_appear_with_no_tokens(tiny_model: Build, batches: Batche
 
 
 def test_rare_experts_are_solved_with_the_pool(tiny_model: Build, batches: Batches):
-    block = next(run(MemorySource(without_two_experts(tiny_model("mixtral"))), [batches[0][:2, :10]]))
+    block = next(
+        run(MemorySource(without_two_experts(tiny_model("mixtral"))), [batches[0][:2, :10]])
+    )
     groups = {next(iter(g.layers)): g for g in block.groups}
     seen, unseen, pool = (
         groups["mlp.experts.0.w2"],
@@ -351,7 +440,9 @@ def test_nan_in_activations_names_the_layer(tiny_model: Build, batches: Batches)
     model.get_parameter("model.layers.1.post_attention_layernorm.weight").data[3] = float("nan")
     blocks = run(MemorySource(model), batches)
     next(blocks)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: its inputs contain NaN"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: its inputs contain NaN"
+    ):
         next(blocks)
 
 
@@ -369,7 +460,10 @@ def test_blocks_that_change_the_type_are_caught(tiny_model: Build, batches: Batc
     [
         ([], "no calibration batches"),
         ([torch.zeros(2, 8)], "int64 token ids"),
-        ([torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64)], "all of the same length"),
+        (
+            [torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64)],
+            "all of the same length",
+        ),
         ([torch.full((1, 8), 128)], "token id 128 is outside the model's vocabulary of 128"),
     ],
 )
@@ -379,9 +473,20 @@ def test_unusable_batches_are_refused(data: Batches, message: str, tiny_checkpoi
 
 
 def test_the_decoder_of_a_vision_language_model_is_walked(tmp_path: Path, batches: Batches):
-    text = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
-    tower = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+    }
     config = transformers.Gemma3Config(
         text_config=text | heads,
         vision_config=tower | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
@@ -391,7 +496,9 @@ def test_the_decoder_of_a_vision_language_model_is_walked(tmp_path: Path, batche
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
     source, finals = Source(tmp_path), []
-    assert source.checkpoint_name("model.language_model.layers.0.mlp.up_proj.weight") in source.names()
+    assert (
+        source.checkpoint_name("model.language_model.layers.0.mlp.up_proj.weight") in source.names()
+    )
     names = [b.name for b in run(source, batches, finished=lambda _, x: finals.append(x))]
     assert names == ["model.language_model.layers.0", "model.language_model.layers.1"]
     expected = seen_by(model, names[-1], batches, outputs=True)
@@ -437,22 +544,30 @@ def test_the_output_head_is_a_last_block_that_reads_what_it_reads_in_the_model(
     *_, last = run(source, batches, head=True)
     assert (last.name, last.prefix, last.index, last.count) == ("lm_head", "", count, count + 1)
     (group,) = last.groups
-    x = torch.cat([s.flatten(0, 1) for s in seen_by(tiny_model(family), "lm_head", batches)]).double()
+    x = torch.cat(
+        [s.flatten(0, 1) for s in seen_by(tiny_model(family), "lm_head", batches)]
+    ).double()
     kept = torch.arange(len(x)) // 24 != 7
     for hessian, rows in ((group.hessian, x[kept]), (group.holdout, x[~kept])):
         exact = rows.T @ rows / len(rows)
-        assert hessian.tokens == len(rows) and (hessian.mean() - exact).norm() <= 1e-6 * exact.norm()
+        assert (
+            hessian.tokens == len(rows) and (hessian.mean() - exact).norm() <= 1e-6 * exact.norm()
+        )
     assert last.hessian(group).shape == exact.shape
     if from_disk:
         assert all(p.is_meta for p in source.skeleton().parameters())
 
 
-def test_the_output_head_has_its_weights_and_what_replaces_it_stays(tiny_model: Build, batches: Batches):
+def test_the_output_head_has_its_weights_and_what_replaces_it_stays(
+    tiny_model: Build, batches: Batches
+):
     source = MemorySource(tiny_model("llama"))
     new = nn.Linear(64, 128, bias=False)
     for block in run(source, batches, head=True):
         if block.name == "lm_head":
-            assert torch.equal(block.module.get_parameter("lm_head.weight"), source.tensor("lm_head.weight"))
+            assert torch.equal(
+                block.module.get_parameter("lm_head.weight"), source.tensor("lm_head.weight")
+            )
             block.module.set_submodule("lm_head", new)
     assert source.skeleton().get_submodule("lm_head") is new
 
@@ -466,14 +581,19 @@ def test_the_output_head_reads_what_changed_blocks_make(tiny_model: Build, batch
         else:
             changed = block.groups[0].hessian.mean()
     *_, last = run(plain, batches, head=True)
-    x = torch.cat([s.flatten(0, 1) for s in seen_by(source.skeleton(), "lm_head", batches)]).double()
+    x = torch.cat(
+        [s.flatten(0, 1) for s in seen_by(source.skeleton(), "lm_head", batches)]
+    ).double()
     x = x[torch.arange(len(x)) // 24 != 7]
     assert (changed - x.T @ x / len(x)).norm() <= 1e-6 * changed.norm()
     assert (changed - last.groups[0].hessian.mean()).norm() > 1e-2 * changed.norm()
 
 
 def test_a_head_that_is_skipped_or_ignored_has_no_statistics(tiny_model: Build, batches: Batches):
-    for change in ({"skip": lambda name: name == "lm_head"}, {"ignore": lambda name: name == "lm_head"}):
+    for change in (
+        {"skip": lambda name: name == "lm_head"},
+        {"ignore": lambda name: name == "lm_head"},
+    ):
         *_, last = run(MemorySource(tiny_model("llama")), batches, head=True, **change)
         assert last.name == "lm_head" and last.groups == []
 
@@ -484,8 +604,11 @@ def test_a_tied_head_is_refused_before_anything_runs(tiny_model: Build, batches:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_experts_can_be_calibrated_with_all_tokens(family: str, tiny_model: Build, batches: Batches):
-    """Then gate and up of every expert read what the router reads, and the walk goes on as it would have."""
+def test_experts_can_be_calibrated_with_all_tokens(
+    family: str, tiny_model: Build, batches: Batches
+):
+    """Then gate and up of every expert read what the router reads, and the walk goes on as it would
+    have."""
     finals: list[dict[int, torch.Tensor]] = []
     for route_all in (False, True):
         finals.append(made := {})
@@ -509,8 +632,11 @@ def test_experts_can_be_calibrated_with_all_tokens(family: str, tiny_model: Buil
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_prepare_blocks_with_the_tokens_that_one_would_take(ranks: int, monkeypatch: pytest.MonkeyPatch):
-    """Batch i is on rank i % ranks: together they take the same first batches, or results depended on the ranks."""
+def test_ranks_prepare_blocks_with_the_tokens_that_one_would_take(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Batch i is on rank i % ranks: together they take the same first batches, or results depended
+    on the ranks."""
     everything = [torch.zeros(4, 2048, dtype=torch.int64) for _ in range(8)]
     monkeypatch.setattr(walk_module, "distributed", lambda: ranks > 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)

@@ -1,4 +1,5 @@
-"""Leaf functions against ``ptq.formats``, and the inline assembly as integer algebra on torch words."""
+"""Leaf functions against ``ptq.numerics.formats``, and the inline assembly as integer algebra on
+torch words."""
 
 import re
 from pathlib import Path
@@ -11,8 +12,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ptq.formats import E2M1, FORMATS, INT4, NVFP4
 from ptq.kernels import codec
+from ptq.numerics.formats import E2M1, FORMATS, INT4, NVFP4
 
 if isinstance(codec.encode, triton.JITFunction) and not torch.cuda.is_available():
     pytest.skip("kernels were imported without TRITON_INTERPRET=1", allow_module_level=True)
@@ -42,20 +43,32 @@ def _numbers() -> torch.Tensor:
     """262 144 numbers: a grid over ±8, small ones, a wide range, every tie and its neighbours."""
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.5, 1.5, 4.5, 5.5, 6.5])
     ties = torch.cat(
-        [ties, -ties, torch.tensor([1.0625, 1.1875, 17.0, 19.0, 432.0, 448.0, 500.0, 2.0**-10, 1.5 * 2.0**-9, 0.0])]
+        [
+            ties,
+            -ties,
+            torch.tensor(
+                [1.0625, 1.1875, 17.0, 19.0, 432.0, 448.0, 500.0, 2.0**-10, 1.5 * 2.0**-9, 0.0]
+            ),
+        ]
     )
     dense = torch.linspace(-8, 8, 65536 - 4096)
     first = torch.cat([dense, ties, torch.randn(4096 - len(ties)) * 1e-2])
-    return torch.cat([first, torch.nextafter(first, torch.tensor(9.0)), torch.logspace(-14, 9.5, 131072, base=2.0)]).to(
-        DEVICE
-    )
+    return torch.cat(
+        [
+            first,
+            torch.nextafter(first, torch.tensor(9.0)),
+            torch.logspace(-14, 9.5, 131072, base=2.0),
+        ]
+    ).to(DEVICE)
 
 
 def test_encoding_is_that_of_the_formats() -> None:
     x = _numbers()
     e2m1, int4, e4m3 = (torch.zeros(len(x), dtype=torch.int32, device=DEVICE) for _ in range(3))
     _encode_all[(len(x) // 4096,)](x, e2m1, int4, e4m3, 4096)
-    e2m1 = torch.where(e2m1 == 8, 0, e2m1)  # F4: a kernel may keep the sign of a number that rounds to zero
+    e2m1 = torch.where(
+        e2m1 == 8, 0, e2m1
+    )  # F4: a kernel may keep the sign of a number that rounds to zero
     assert torch.equal(e2m1.to(torch.uint8), E2M1.encode(x))
     assert torch.equal(int4.to(torch.uint8), INT4.encode(x))
     assert torch.equal(e4m3.to(torch.uint8), NVFP4.encode_scale(x.abs()))
@@ -77,7 +90,12 @@ def test_decoding_every_code_and_every_scale_byte() -> None:
 
 def _assembly(function: str) -> dict[str, str]:
     """The inline PTX of a function of codec.py, by the dtype it yields."""
-    source = Path(codec.__file__).read_text(encoding="utf-8").split(f"def {function}(")[1].split("@triton.jit")[0]
+    source = (
+        Path(codec.__file__)
+        .read_text(encoding="utf-8")
+        .split(f"def {function}(")[1]
+        .split("@triton.jit")[0]
+    )
     blocks = re.findall(r'"""\{(.*?)\}"""', source, flags=re.DOTALL)
     halves = re.findall(r"dtype=\(tl\.(\w+),", source)
     return {f"{half}{i}": block for i, (half, block) in enumerate(zip(halves, blocks, strict=True))}
@@ -91,7 +109,11 @@ def _run(block: str, word: torch.Tensor) -> list[torch.Tensor]:
 
     def value(operand: str) -> torch.Tensor | int:
         return (
-            int(operand, 16) if operand.startswith("0x") else int(operand) if operand.isdigit() else registers[operand]
+            int(operand, 16)
+            if operand.startswith("0x")
+            else int(operand)
+            if operand.isdigit()
+            else registers[operand]
         )
 
     for statement in block.replace("\n", " ").split(";"):
@@ -126,14 +148,18 @@ def _number(half: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     ("bfloat162", INT4, torch.bfloat16, 1.0, 136.0),
     ("float163", INT4, torch.float16, 1.0, 1032.0),
 ])  # fmt: skip
-def test_the_assembly_decodes_every_nibble_at_every_place(kind, element, dtype, scale, offset) -> None:
+def test_the_assembly_decodes_every_nibble_at_every_place(
+    kind, element, dtype, scale, offset
+) -> None:
     word = torch.randint(0, 2**32, (50_000,), dtype=torch.int64)
     nibbles = [((word >> (4 * i)) & 15).to(torch.uint8) for i in range(8)]
     pairs = _run(_assembly("unpack_operand")[kind], word)
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # what word_order promises
     for i, column in enumerate(order):
         half = (pairs[i // 2] >> (16 * (i % 2))) & 0xFFFF
-        assert torch.equal((_number(half, dtype) * scale - offset).float(), element.decode(nibbles[column])), (kind, i)
+        assert torch.equal(
+            (_number(half, dtype) * scale - offset).float(), element.decode(nibbles[column])
+        ), (kind, i)
 
 
 @pytest.mark.parametrize(
@@ -147,20 +173,23 @@ def test_the_assembly_decodes_every_nibble_at_every_place(kind, element, dtype, 
     ],
 )
 def test_every_product_of_code_and_scale_is_exact_in_16_bits(name: str, dtype: torch.dtype) -> None:
-    """The premise of decoding into the operand of a 16-bit matmul, for all codes and scale bytes, with the factors in
-    use.
-    """
+    """The premise of decoding into the operand of a 16-bit matmul, for all codes and scale bytes,
+    with the factors in use."""
     fmt = FORMATS[name]
     bits = torch.arange(1, 0x7F if fmt.has_global_scale else 137, dtype=torch.uint8)
     value = fmt.element.decode(torch.arange(16, dtype=torch.uint8)).double()[:, None]
     scale = fmt.decode_scale(bits).double()[None, :]
     if fmt.element is E2M1:
         left, right = (2.0**-126, 2.0**118) if dtype == torch.bfloat16 else (2.0**-14, 2.0**6)
-        keep = scale >= 2.0**-118  # E8M0 bytes below 10 lose bits of subnormals; no weight is that small
+        keep = (
+            scale >= 2.0**-118
+        )  # E8M0 bytes below 10 lose bits of subnormals; no weight is that small
         factor, operand = (scale * right).to(dtype), (value * left).to(dtype)
         assert torch.isfinite(factor).all() and torch.equal(factor.double(), scale * right)
         exact = operand.double() * factor.double()
-        assert torch.equal(exact.to(dtype).double()[:, keep[0]], (value * scale * left * right)[:, keep[0]])
+        assert torch.equal(
+            exact.to(dtype).double()[:, keep[0]], (value * scale * left * right)[:, keep[0]]
+        )
     else:  # one fused multiply-add: its addend and its result are exact
         offset = 136.0 if dtype == torch.bfloat16 else 1032.0
         factor = scale if dtype == torch.bfloat16 else scale * 2.0**-8

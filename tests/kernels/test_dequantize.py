@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS, Format
 from ptq.kernels import ops
-from ptq.tensor import QuantizedTensor, Scales, pack
+from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.tensor import QuantizedTensor, Scales, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not ops.launch.INTERPRETED:
@@ -16,7 +16,9 @@ if DEVICE == "cpu" and not ops.launch.INTERPRETED:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (33, 352), (64, 512)])
-def test_it_is_the_oracle_rounded_once(fmt: Format, dtype, rows, columns, random_weight, scale_kind) -> None:
+def test_it_is_the_oracle_rounded_once(
+    fmt: Format, dtype, rows, columns, random_weight, scale_kind
+) -> None:
     weight, packed = random_weight(fmt, rows, columns, t=0.0371)
     got = ops.dequantize(
         packed.to(DEVICE), weight.scales.bits.to(DEVICE), weight.scales.global_scale.to(DEVICE),
@@ -26,7 +28,8 @@ def test_it_is_the_oracle_rounded_once(fmt: Format, dtype, rows, columns, random
 
 
 def test_every_code_with_every_scale_byte(fmt: Format, scale_kind) -> None:
-    """All 16 codes under all finite scale bytes, subnormals and the largest included, bit for bit in fp32."""
+    """All 16 codes under all finite scale bytes, subnormals and the largest included, bit for bit
+    in fp32."""
     count = 127 if fmt.has_global_scale else 252  # beyond, 8 · 2^125 overflows fp32
     codes = (torch.arange(fmt.group_size, dtype=torch.uint8) % 16).repeat(count, 1)
     bits = torch.arange(count, dtype=torch.uint8)[:, None]
@@ -47,7 +50,9 @@ def test_the_fp8_copy_of_power_of_two_scales_is_exact(name: str, random_weight) 
     fmt = FORMATS[name]
     weight, packed = random_weight(fmt, 40, 256)
     weight.scales.bits.clamp_(min=123)  # 14 binades up to 136
-    fp8, rows = ops.dequantize_fp8(packed.to(DEVICE), weight.scales.bits.to(DEVICE), fmt.element.name, "e8m0")
+    fp8, rows = ops.dequantize_fp8(
+        packed.to(DEVICE), weight.scales.bits.to(DEVICE), fmt.element.name, "e8m0"
+    )
     assert fp8.dtype == torch.float8_e4m3fn
     assert torch.equal(fp8.cpu().float() * rows.cpu(), weight.dequantize())
 
@@ -56,7 +61,9 @@ def test_the_fp8_copy_of_power_of_two_scales_is_exact(name: str, random_weight) 
 def test_the_fp8_copy_of_e4m3_scaled_formats_rounds_once_more(name: str, random_weight) -> None:
     fmt = FORMATS[name]
     weight, packed = random_weight(fmt, 40, 256, t=1.0)
-    fp8, rows = ops.dequantize_fp8(packed.to(DEVICE), weight.scales.bits.to(DEVICE), fmt.element.name, "e4m3")
+    fp8, rows = ops.dequantize_fp8(
+        packed.to(DEVICE), weight.scales.bits.to(DEVICE), fmt.element.name, "e4m3"
+    )
     inverse = 1 / rows.cpu()
     step = fmt.decode_scale(weight.scales.bits) * inverse
     values = fmt.element.decode(weight.codes).unflatten(1, (-1, fmt.group_size))

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.kernels import dispatch, tune
+from ptq.bench import tune
+from ptq.kernels import dispatch
 from ptq.kernels.dispatch import BUCKETS, Table, Tile
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -22,7 +23,8 @@ def test_importing_it_needs_no_triton_and_asks_no_device() -> None:
         "from ptq.kernels import dispatch\n"
         "assert dispatch.choose(90, 'w4a16', 'nvfp4', 1, 4096, 4096).kernel == 'w4a16'\n"
         "assert not dispatch.available('cpu') and not dispatch.multiplies_fp4('cpu')\n"
-        "assert not [m for m in sys.modules if m.startswith('triton') and sys.modules[m] is not None]"
+        "assert not [m for m in sys.modules if m.startswith('triton') and sys.modules[m] is not "
+        "None]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -42,12 +44,16 @@ def test_tables_survive_json_and_serve_every_bucket(arch: int) -> None:
                 tile = dispatch.choose(arch, operation, fmt, tokens, 4096, 14336)
                 assert operation == "w4a16" or tile.kernel == "w4a16", "experts have no dense path"
     for fmt in ("nvfp4", "mxfp4") if arch >= 100 else ():
-        assert all(dispatch.choose(arch, "w4a4", fmt, tokens, 4096, 14336).kernel == "w4a4" for tokens in BUCKETS)
+        assert all(
+            dispatch.choose(arch, "w4a4", fmt, tokens, 4096, 14336).kernel == "w4a4"
+            for tokens in BUCKETS
+        )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("n", "k"), [(6144, 4096), (4096, 14336), (57344, 8192), (8192, 28672), (1024, 1536), (4096, 4128)]
+    ("n", "k"),
+    [(6144, 4096), (4096, 14336), (57344, 8192), (8192, 28672), (1024, 1536), (4096, 4128)],
 )
 def test_splits_fill_the_device_and_leave_work_for_each(arch: int, n: int, k: int) -> None:
     for tokens in (1, 16, 64):
@@ -56,7 +62,9 @@ def test_splits_fill_the_device_and_leave_work_for_each(arch: int, n: int, k: in
         assert tile.split == 1 or k // (tile.split * tile.block_k) >= 4
         programs = -(-n // tile.block_n) * -(-tokens // tile.block_m) * tile.split
         grows = (
-            k % (2 * tile.split * tile.block_k) == 0 and k // (2 * tile.split * tile.block_k) >= 4 and tile.split < 16
+            k % (2 * tile.split * tile.block_k) == 0
+            and k // (2 * tile.split * tile.block_k) >= 4
+            and tile.split < 16
         )
         assert programs >= 2 * dispatch.MULTIPROCESSORS[arch] or not grows
 
@@ -69,11 +77,16 @@ def test_a_shape_without_a_row_takes_the_nearest_and_says_so_once(
         dispatch.Row(operation="w4a16", format="nvfp4", tokens=16, n=n, k=4096, tile=t)
         for n, t in ((5000, near), (90000, far))
     )
-    monkeypatch.setattr(dispatch, "table", lambda arch: Table(architecture=arch, source="", triton="", rows=rows))
+    monkeypatch.setattr(
+        dispatch, "table", lambda arch: Table(architecture=arch, source="", triton="", rows=rows)
+    )
     dispatch.choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="ptq.kernels.dispatch"):
         for tokens in (9, 13, 16):
-            assert replace(dispatch.choose(91, "w4a16", "nvfp4", tokens, 6000, 4096, 132), split=1) == near
+            assert (
+                replace(dispatch.choose(91, "w4a16", "nvfp4", tokens, 6000, 4096, 132), split=1)
+                == near
+            )
     assert [record.message for record in caplog.records] == [
         "no tile for w4a16 nvfp4 6000×4096 on sm_91: using that of 5000×4096"
     ]
@@ -84,7 +97,8 @@ def test_a_shape_without_a_row_takes_the_nearest_and_says_so_once(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tables_that_were_not_timed_are_the_rules_of_thumb(arch: int) -> None:
-    """A change of the rules has to be written: ptq bench --untimed; timed rows are free to differ."""
+    """A change of the rules has to be written: ptq bench --untimed; timed rows are free to
+    differ."""
     shipped = [row for row in dispatch.table(arch).rows if not row.microseconds]
     assert set(shipped) <= set(tune.untimed(arch).rows)
     for operation in ("w4a16", "w4a4") if arch >= 100 else ("w4a16",):
@@ -106,7 +120,15 @@ def test_obstacles_are_named() -> None:
 
 
 def test_a_table_with_unknown_keys_is_refused() -> None:
-    row = {"operation": "w4a16", "format": "nvfp4", "tokens": 1, "n": 1, "k": 1, "kernel": "w4a16", "blok_m": 3}
+    row = {
+        "operation": "w4a16",
+        "format": "nvfp4",
+        "tokens": 1,
+        "n": 1,
+        "k": 1,
+        "kernel": "w4a16",
+        "blok_m": 3,
+    }
     with pytest.raises(ValueError, match="blok_m"):
         Table.from_dict({"architecture": 90, "source": "", "triton": "", "rows": [row]})
 

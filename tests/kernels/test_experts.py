@@ -1,4 +1,5 @@
-"""Matmuls per expert against float64, for every format, with empty and crowded experts and rows for nobody."""
+"""Matmuls per expert against float64, for every format, with empty and crowded experts and rows for
+nobody."""
 
 from collections.abc import Sequence
 
@@ -7,11 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS, Format
-from ptq.inputs import quantize_inputs
 from ptq.kernels import experts, launch, ops
 from ptq.kernels.dispatch import Tile
-from ptq.rotation import Rotation
+from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.rotation import Rotation
 
 if not launch.INTERPRETED:
     pytest.skip("for the interpreter; test_gpu.py is for devices", allow_module_level=True)
@@ -29,7 +30,8 @@ def offsets_of(counts: Sequence[int]) -> torch.Tensor:
 
 @pytest.fixture
 def stack(random_weight):
-    """``make(fmt, experts) -> (dense weights in float64, (packed, scale bytes, global scales), bias)``."""
+    """``make(fmt, experts) -> (dense weights in float64, (packed, scale bytes, global scales),
+    bias)``."""
 
     def make(fmt: Format, count: int):
         made = [random_weight(fmt, N, K, t=0.1 * (e + 1)) for e in range(count)]
@@ -43,7 +45,9 @@ def stack(random_weight):
     return make
 
 
-def reference(inputs: torch.Tensor, counts: Sequence[int], dense: list[torch.Tensor], bias: torch.Tensor):
+def reference(
+    inputs: torch.Tensor, counts: Sequence[int], dense: list[torch.Tensor], bias: torch.Tensor
+):
     """One matmul after the other, of inputs that are sorted by expert."""
     parts = inputs.double().split(list(counts))
     return torch.cat([x @ w.T + b.double() for x, w, b in zip(parts, dense, bias, strict=True)])
@@ -58,26 +62,40 @@ def assignments(counts: Sequence[int], *, gather: bool) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("gather", [False, True])
-def test_every_expert_multiplies_its_own_tokens(fmt: Format, counts, gather, stack, scale_kind) -> None:
+def test_every_expert_multiplies_its_own_tokens(
+    fmt: Format, counts, gather, stack, scale_kind
+) -> None:
     dense, weight, bias = stack(fmt, len(counts))
     token, rows = assignments(counts, gather=gather)
     x = torch.randn(TOKENS if gather else len(token), K).bfloat16()
-    y = experts.grouped_w4a16(x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), bias, rows)
-    assert y.dtype == torch.bfloat16 and error(y, reference(x[token], counts, dense, bias)) < 2.0**-8
+    y = experts.grouped_w4a16(
+        x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), bias, rows
+    )
+    assert (
+        y.dtype == torch.bfloat16 and error(y, reference(x[token], counts, dense, bias)) < 2.0**-8
+    )
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 17], [0, 5]], ids=str)
 @pytest.mark.parametrize(("swap", "gather"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(
-    ("name", "scales"), [("mxfp4", "taken"), ("nvfp4", "tensor"), ("nvfp4", "rows"), ("nvfp4", "taken")]
+    ("name", "scales"),
+    [("mxfp4", "taken"), ("nvfp4", "tensor"), ("nvfp4", "rows"), ("nvfp4", "taken")],
 )
-def test_quantized_inputs_find_their_expert(name, scales, swap, gather, counts, stack, scale_kind) -> None:
-    """Codes, scale bytes and global scales of inputs are gathered alike, whether given or taken per token."""
+def test_quantized_inputs_find_their_expert(
+    name, scales, swap, gather, counts, stack, scale_kind
+) -> None:
+    """Codes, scale bytes and global scales of inputs are gathered alike, whether given or taken per
+    token."""
     fmt4 = FORMATS[name]
     kind, (dense, weight, bias) = scale_kind(fmt4), stack(fmt4, len(counts))
     token, rows = assignments(counts, gather=gather)
     x = torch.randint(-8, 9, (TOKENS if gather else len(token), K)).bfloat16()
-    given = {"tensor": torch.tensor(0.02), "rows": torch.rand(len(x), 1) / 10 + 0.01, "taken": None}[scales]
+    given = {
+        "tensor": torch.tensor(0.02),
+        "rows": torch.rand(len(x), 1) / 10 + 0.01,
+        "taken": None,
+    }[scales]
     inputs = ops.rotate_quantize(x, 16, "e2m1", kind, given)
     values = torch.cat([
         quantize_inputs(row[None], fmt4, Rotation(16), t).dequantize()
@@ -93,7 +111,11 @@ def test_quantized_inputs_find_their_expert(name, scales, swap, gather, counts, 
 def test_rows_beyond_the_last_offset_are_zeros(quantized: bool, stack) -> None:
     """Assignments to nobody are sorted last; 33 of them are three tiles."""
     _, weight, bias = stack(FORMATS["nvfp4"], 3)
-    x, offsets, rows = torch.randn(38, K).bfloat16(), offsets_of([2, 0, 3]), torch.arange(38, dtype=torch.int32)
+    x, offsets, rows = (
+        torch.randn(38, K).bfloat16(),
+        offsets_of([2, 0, 3]),
+        torch.arange(38, dtype=torch.int32),
+    )
     out = torch.full((38, N), torch.nan)
     if quantized:
         inputs = ops.rotate_quantize(x, 16, "e2m1", "e4m3")

@@ -1,13 +1,14 @@
-"""What only a device can show: the assembly and orders of columns on hardware, graphs, streams, poisoned outputs."""
+"""What only a device can show: the assembly and orders of columns on hardware, graphs, streams,
+poisoned outputs."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS, Format
 from ptq.kernels import experts, launch, ops
 from ptq.kernels.dispatch import Tile, architecture, multiplies_fp4
+from ptq.numerics.formats import FORMATS, Format
 
 pytestmark = pytest.mark.gpu
 
@@ -19,13 +20,18 @@ def on_device(weight, packed):
 
 def in_range(weight, fmt: Format) -> None:
     """Keep random scale bytes where sums of thousands of products stay finite in bf16."""
-    weight.scales.bits.clamp_(0x08 if fmt.has_global_scale else 120, 0x50 if fmt.has_global_scale else 130)
+    weight.scales.bits.clamp_(
+        0x08 if fmt.has_global_scale else 120, 0x50 if fmt.has_global_scale else 130
+    )
 
 
 @pytest.mark.parametrize("order", ["words", "fragments", "natural"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, random_weight, scale_kind) -> None:
-    """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or columns shows."""
+def test_a_unit_vector_reads_one_column_exactly(
+    fmt: Format, order, dtype, random_weight, scale_kind
+) -> None:
+    """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or
+    columns shows."""
     arch = architecture(torch.device("cuda"))
     if (order == "natural" and (arch not in (100, 120) or fmt.element.name == "int4")) or (
         order == "fragments" and arch != 90
@@ -40,13 +46,17 @@ def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, rando
         x = torch.zeros(16, 256, dtype=dtype, device="cuda")
         x[torch.arange(16), start + torch.arange(16)] = 1
         y = torch.full((16, 128), torch.nan, dtype=dtype, device="cuda")
-        launch.w4a16(x, *on_device(weight, packed), None, y, fmt.element.name, scale_kind(fmt), tile)
+        launch.w4a16(
+            x, *on_device(weight, packed), None, y, fmt.element.name, scale_kind(fmt), tile
+        )
         assert torch.equal(y, dense[:, start : start + 16].T.to(dtype)), f"columns {start} …"
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 130, 600])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1000, 4128)])
-def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(fmt: Format, m, n, k, random_weight, scale_kind) -> None:
+def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(
+    fmt: Format, m, n, k, random_weight, scale_kind
+) -> None:
     weight, packed = random_weight(fmt, n, k)
     in_range(weight, fmt)
     arguments = on_device(weight, packed)
@@ -58,7 +68,9 @@ def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(fmt: Format, m, n, 
     library = torch.nn.functional.linear(x, dense.bfloat16())
     theirs = ((library.double() - reference).norm() / reference.norm()).item()
     assert error < 4e-3 and error < 2 * theirs
-    assert torch.equal(y, ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))), "two runs differ"
+    assert torch.equal(y, ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))), (
+        "two runs differ"
+    )
 
 
 def test_a_graph_replays_and_two_streams_do_not_meet(random_weight) -> None:
@@ -110,7 +122,12 @@ def test_w4a4_on_fp4_tensor_cores(name, m, random_weight, scale_kind) -> None:
         inputs = ops.rotate_quantize(x, 32, "e2m1", kind, given, swizzle=blocked)
         plain = ops.rotate_quantize(x, 32, "e2m1", kind, given)
         values = ops.dequantize(
-            plain.packed, plain.scale_bits, torch.ones((), device="cuda"), "e2m1", kind, torch.float32
+            plain.packed,
+            plain.scale_bits,
+            torch.ones((), device="cuda"),
+            "e2m1",
+            kind,
+            torch.float32,
         )
         t_inputs = 1.0 if plain.global_scale is None else plain.global_scale
         reference = (values * t_inputs).double() @ weight.dequantize().cuda().double().T
@@ -120,7 +137,8 @@ def test_w4a4_on_fp4_tensor_cores(name, m, random_weight, scale_kind) -> None:
 
 @pytest.fixture
 def experts_and_counts(random_weight):
-    """``make(fmt)``: dense weights, (packed, scale bytes, global scales) on the device, tokens of each expert."""
+    """``make(fmt)``: dense weights, (packed, scale bytes, global scales) on the device, tokens of
+    each expert."""
 
     def make(fmt: Format):
         counts = [0, 5, 130, 1, 0, 64]
@@ -141,10 +159,17 @@ def offsets_of(counts: list[int]) -> torch.Tensor:
     return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device="cuda")
 
 
-def expert_error(y: torch.Tensor, inputs: torch.Tensor, dense: list[torch.Tensor], counts: list[int]) -> float:
+def expert_error(
+    y: torch.Tensor, inputs: torch.Tensor, dense: list[torch.Tensor], counts: list[int]
+) -> float:
     """The largest of all experts; nothing may be written for rows beyond theirs but zeros."""
     assert not y[sum(counts) :].any()
-    parts = zip(y.split([*counts, len(y) - sum(counts)]), inputs.double().split([*counts]), dense, strict=False)
+    parts = zip(
+        y.split([*counts, len(y) - sum(counts)]),
+        inputs.double().split([*counts]),
+        dense,
+        strict=False,
+    )
     return max(((p - x @ w.T).norm() / (x @ w.T).norm()).item() for p, x, w in parts if len(x))
 
 
@@ -152,7 +177,9 @@ def test_experts_on_a_device(fmt: Format, experts_and_counts, scale_kind) -> Non
     dense, weight, counts = experts_and_counts(fmt)
     x = torch.randn(40, 1024, device="cuda").bfloat16()
     rows = torch.randint(0, 40, (sum(counts) + 20,), dtype=torch.int32, device="cuda")
-    y = experts.grouped_w4a16(x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), rows=rows)
+    y = experts.grouped_w4a16(
+        x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), rows=rows
+    )
     assert expert_error(y, x[rows[: sum(counts)]], dense, counts) < 4e-3
 
 

@@ -1,4 +1,5 @@
-"""Matmul kernels against float64, for every format, order of columns, number of splits and odd shapes."""
+"""Matmul kernels against float64, for every format, order of columns, number of splits and odd
+shapes."""
 
 from dataclasses import replace
 
@@ -7,12 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS, Format
-from ptq.inputs import quantize_inputs
 from ptq.kernels import launch, ops, register
 from ptq.kernels.dispatch import Tile
-from ptq.linear import QuantLinear
-from ptq.rotation import Rotation
+from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.rotation import Rotation
+from ptq.runtime.quant_linear import QuantLinear
 
 if not launch.INTERPRETED:
     pytest.skip("for the interpreter; test_gpu.py is for devices", allow_module_level=True)
@@ -25,23 +26,42 @@ def error(y: torch.Tensor, reference: torch.Tensor) -> float:
 
 def run_w4a16(tile: Tile, x, packed, weight, fmt, kind, bias=None) -> torch.Tensor:
     out = torch.full((len(x), len(packed)), torch.nan)  # fp32 out: the sums themselves are tested
-    launch.w4a16(x, packed, weight.scales.bits, weight.scales.global_scale, bias, out, fmt.element.name, kind, tile)
+    launch.w4a16(
+        x,
+        packed,
+        weight.scales.bits,
+        weight.scales.global_scale,
+        bias,
+        out,
+        fmt.element.name,
+        kind,
+        tile,
+    )
     return out
 
 
 @pytest.mark.parametrize("order", ["natural", "words", "fragments"])
-@pytest.mark.parametrize(("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 128, 512, 4), (33, 104, 608, 2)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 128, 512, 4), (33, 104, 608, 2)]
+)
 def test_w4a16_is_the_product_with_the_dequantized_weight(
     fmt: Format, order, m, n, k, split, random_weight, scale_kind
 ) -> None:
     weight, packed = random_weight(fmt, n, k)
-    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n, 2).bfloat16()[:, 0]  # every other number of its memory
-    tile = Tile(kernel="w4a16", block_m=16, block_n=64, block_k=128, split=split, order=order, stages=2)
+    x, bias = (
+        torch.randn(m, k).bfloat16(),
+        torch.randn(n, 2).bfloat16()[:, 0],
+    )  # every other number of its memory
+    tile = Tile(
+        kernel="w4a16", block_m=16, block_n=64, block_k=128, split=split, order=order, stages=2
+    )
     y = run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt), bias)
     assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
-def test_split_k_is_deterministic_and_leaves_its_tickets_at_zero(fmt: Format, random_weight, scale_kind) -> None:
+def test_split_k_is_deterministic_and_leaves_its_tickets_at_zero(
+    fmt: Format, random_weight, scale_kind
+) -> None:
     weight, packed = random_weight(fmt, 128, 2048)
     x = torch.randn(9, 2048).bfloat16()
     tile = Tile(kernel="w4a16", block_m=16, block_n=64, split=8, stages=2)
@@ -65,39 +85,61 @@ def test_w4a16_in_float16(random_weight) -> None:
 def test_leading_dimensions_pass_through(shape, random_weight) -> None:
     weight, packed = random_weight(FORMATS["nvint4"], 40, 256)
     x = torch.randn(shape).bfloat16()
-    y = ops.w4a16_matmul(x, packed, weight.scales.bits, weight.scales.global_scale, "int4", "e4m3", torch.randn(40))
+    y = ops.w4a16_matmul(
+        x, packed, weight.scales.bits, weight.scales.global_scale, "int4", "e4m3", torch.randn(40)
+    )
     assert y.shape == (*shape[:-1], 40) and y.dtype == torch.bfloat16
 
 
-def test_the_dense_path_is_the_same_product(fmt: Format, monkeypatch, random_weight, scale_kind) -> None:
+def test_the_dense_path_is_the_same_product(
+    fmt: Format, monkeypatch, random_weight, scale_kind
+) -> None:
     weight, packed = random_weight(fmt, 48, 256)
     x, bias = torch.randn(70, 256).bfloat16(), torch.randn(48).bfloat16()
     monkeypatch.setitem(register.INTERPRETED_TILE, "w4a16", Tile(kernel="dense"))
     y = ops.w4a16_matmul(
-        x, packed, weight.scales.bits, weight.scales.global_scale, fmt.element.name, scale_kind(fmt), bias
+        x,
+        packed,
+        weight.scales.bits,
+        weight.scales.global_scale,
+        fmt.element.name,
+        scale_kind(fmt),
+        bias,
     )
     assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 4e-3
 
 
 @pytest.mark.parametrize("rotation", [1, 32, 128])
-def test_rotate_and_multiply_is_the_forward_of_a_layer(fmt: Format, rotation: int, random_weight, scale_kind) -> None:
+def test_rotate_and_multiply_is_the_forward_of_a_layer(
+    fmt: Format, rotation: int, random_weight, scale_kind
+) -> None:
     """The operators in a row against ``QuantLinear.forward``, which rounds at the same places."""
     weight, packed = random_weight(fmt, 48, 256)
     x, bias = torch.randint(-8, 9, (5, 256)).bfloat16(), torch.randn(48).bfloat16()
-    layer = QuantLinear.from_quantized(weight, Rotation(rotation), bias, quantize_inputs=False, input_global_scale=None)
+    layer = QuantLinear.from_quantized(
+        weight, Rotation(rotation), bias, quantize_inputs=False, input_global_scale=None
+    )
     scales = (weight.scales.bits, weight.scales.global_scale)
-    y = ops.w4a16_matmul(ops.rotate(x, rotation), packed, *scales, fmt.element.name, scale_kind(fmt), bias)
+    y = ops.w4a16_matmul(
+        ops.rotate(x, rotation), packed, *scales, fmt.element.name, scale_kind(fmt), bias
+    )
     expected = layer(x)
     assert y.dtype == expected.dtype
-    assert ((y - expected).abs() <= 2.0**-7 * expected.abs() + 1e-6).all(), "more than one unit in the last place"
+    assert ((y - expected).abs() <= 2.0**-7 * expected.abs() + 1e-6).all(), (
+        "more than one unit in the last place"
+    )
     assert (y != expected).float().mean() < 0.02
 
 
-def test_the_fp8_path_is_the_product_of_its_roundings(fmt: Format, random_weight, scale_kind) -> None:
+def test_the_fp8_path_is_the_product_of_its_roundings(
+    fmt: Format, random_weight, scale_kind
+) -> None:
     weight, packed = random_weight(fmt, 48, 256)
     weight.scales.bits.clamp_(min=0x20 if fmt.has_global_scale else 124)
     x, bits, t = torch.randn(2, 9, 256).bfloat16(), weight.scales.bits, weight.scales.global_scale
-    y = ops.w4a8_matmul(x, 32, packed, bits, t, fmt.element.name, scale_kind(fmt), torch.zeros(48).bfloat16())
+    y = ops.w4a8_matmul(
+        x, 32, packed, bits, t, fmt.element.name, scale_kind(fmt), torch.zeros(48).bfloat16()
+    )
     inputs, tokens = ops.rotate_fp8(x, 32)
     dense, rows = ops.dequantize_fp8(packed, bits, fmt.element.name, scale_kind(fmt))
     rounded = (inputs.double() * tokens.double()) @ (dense.double() * rows.double() * t.double()).T
@@ -109,7 +151,9 @@ def test_the_fp8_path_is_the_product_of_its_roundings(fmt: Format, random_weight
 # ---------------------------------------------------------------- 4-bit inputs
 
 
-def quantized(fmt: Format, tokens: int, k: int, kind: str, t: torch.Tensor | None, *, swizzle: bool = False):
+def quantized(
+    fmt: Format, tokens: int, k: int, kind: str, t: torch.Tensor | None, *, swizzle: bool = False
+):
     """Inputs as the kernel makes them, and the numbers they stand for."""
     x = torch.randint(-8, 9, (tokens, k)).bfloat16()
     inputs = ops.rotate_quantize(x, 16, "e2m1", kind, t, swizzle=swizzle)
@@ -127,12 +171,18 @@ def test_w4a4_is_the_product_of_the_dequantized_operands(
     weight, packed = random_weight(fmt4, n, k)
     inputs, values = quantized(fmt4, m, k, kind, None if per_token else torch.tensor(0.02))
     bias, out = torch.randn(n, 2)[:, 0], torch.full((m, n), torch.nan)
-    tile = Tile(kernel="w4a4", block_m=16, block_n=64, block_k=128, split=split, swap=swap, stages=2)
-    launch.w4a4(*inputs, packed, weight.scales.bits, weight.scales.global_scale, bias, out, kind, tile)
+    tile = Tile(
+        kernel="w4a4", block_m=16, block_n=64, block_k=128, split=split, swap=swap, stages=2
+    )
+    launch.w4a4(
+        *inputs, packed, weight.scales.bits, weight.scales.global_scale, bias, out, kind, tile
+    )
     assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
-@pytest.mark.skipif(not launch.NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds")
+@pytest.mark.skipif(
+    not launch.NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
+)
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
 @pytest.mark.parametrize(("m", "n", "k"), [(130, 136, 256)])
 def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight, scale_kind) -> None:
@@ -152,9 +202,18 @@ def test_w4a4_operator(random_weight) -> None:
     weight, packed = random_weight(fmt4, 72, 256)
     inputs, values = quantized(fmt4, 5, 256, "e4m3", torch.tensor(0.02))
     y = ops.w4a4_matmul(inputs, packed, weight.scales.bits, weight.scales.global_scale, "e4m3")
-    assert y.dtype == torch.bfloat16 and error(y, values.double() @ weight.dequantize().double().T) < 2.0**-8
+    assert (
+        y.dtype == torch.bfloat16
+        and error(y, values.double() @ weight.dequantize().double().T) < 2.0**-8
+    )
     with pytest.raises(ValueError, match="both"):
-        ops.w4a4_matmul(inputs, packed, ops.swizzle_scales(weight.scales.bits), weight.scales.global_scale, "e4m3")
+        ops.w4a4_matmul(
+            inputs,
+            packed,
+            ops.swizzle_scales(weight.scales.bits),
+            weight.scales.global_scale,
+            "e4m3",
+        )
 
 
 def test_shapes_that_do_not_fit_are_named(random_weight) -> None:

@@ -1,4 +1,5 @@
-"""The registered operators: schemas, fakes, torch.compile. On the CPU they run the kernels in the interpreter."""
+"""The registered operators: schemas, fakes, torch.compile. On the CPU they run the kernels in the
+interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS
 from ptq.kernels import experts, ops, register
 from ptq.kernels.quantize import swizzle_scales
+from ptq.numerics.formats import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not ops.launch.INTERPRETED:
@@ -37,9 +38,18 @@ def test_every_operator_passes_opcheck(layer) -> None:
     assert experts.__all__ == ["grouped_w4a4", "grouped_w4a16"]  # importing it registers them
     x4 = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t)
     calls = [
-        (torch.ops.ptq.rotate_quantize, (x, 16, None, "e2m1", "e4m3", t, "theta", "none", None, 0.0, False)),
-        (torch.ops.ptq.rotate_quantize, (x, 16, None, "e2m1", "e4m3", tokens, "theta", "none", None, 0.0, False)),
-        (torch.ops.ptq.rotate_quantize, (x, 32, None, "e2m1", "e4m3", None, "theta", "rms_norm", gain, 1e-5, False)),
+        (
+            torch.ops.ptq.rotate_quantize,
+            (x, 16, None, "e2m1", "e4m3", t, "theta", "none", None, 0.0, False),
+        ),
+        (
+            torch.ops.ptq.rotate_quantize,
+            (x, 16, None, "e2m1", "e4m3", tokens, "theta", "none", None, 0.0, False),
+        ),
+        (
+            torch.ops.ptq.rotate_quantize,
+            (x, 32, None, "e2m1", "e4m3", None, "theta", "rms_norm", gain, 1e-5, False),
+        ),
         (torch.ops.ptq.rotate, (x, 32, None, "none", None, 0.0)),
         (torch.ops.ptq.rotate, (x, 32, None, "silu_mul", None, 0.0)),
         (torch.ops.ptq.rotate_fp8, (x, 32, None, "none", None, 0.0)),
@@ -66,7 +76,9 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_results(layer) -> None:
             fake = torch.ops.ptq.rotate_quantize(
                 *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)
             )
-            assert [(r.shape, r.dtype, r.stride()) for r in real] == [(f.shape, f.dtype, f.stride()) for f in fake]
+            assert [(r.shape, r.dtype, r.stride()) for r in real] == [
+                (f.shape, f.dtype, f.stride()) for f in fake
+            ]
     assert swizzle_scales(bits).shape == (1, 2, 32, 4, 4)
 
 

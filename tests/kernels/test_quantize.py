@@ -1,16 +1,17 @@
-"""rotate_quantize against ``ptq.inputs.quantize_inputs``: the same codes, scale bytes and row scales, bit for bit."""
+"""rotate_quantize against ``ptq.numerics.activations.quantize_inputs``: the same codes, scale bytes
+and row scales, bit for bit."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from ptq.formats import FORMATS, Format
-from ptq.inputs import quantize_inputs
 from ptq.kernels import ops
 from ptq.kernels.quantize import rms_norm, silu_mul
-from ptq.rotation import Rotation
-from ptq.tensor import unpack
+from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.tensor import unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not ops.launch.INTERPRETED:
@@ -22,8 +23,11 @@ def kind(fmt: Format) -> str:
 
 
 def exact_inputs(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Small integers times a power of two per token: every order of summation gives the same rotation."""
-    x = torch.randint(-8, 9, (tokens, features)) * torch.exp2(torch.randint(-6, 6, (tokens, 1)).float())
+    """Small integers times a power of two per token: every order of summation gives the same
+    rotation."""
+    x = torch.randint(-8, 9, (tokens, features)) * torch.exp2(
+        torch.randint(-6, 6, (tokens, 1)).float()
+    )
     return x.to(dtype).to(DEVICE)
 
 
@@ -37,12 +41,16 @@ def same_codes(packed: torch.Tensor, codes: torch.Tensor, fmt: Format) -> bool:
 
 @pytest.mark.parametrize("rotation", [1, 16, 32, 64, 128])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 128), (17, 384), (33, 640)])
-def test_codes_and_scales_equal_the_oracle(fmt: Format, rotation: int, tokens: int, features: int) -> None:
+def test_codes_and_scales_equal_the_oracle(
+    fmt: Format, rotation: int, tokens: int, features: int
+) -> None:
     x = exact_inputs(tokens, features)
     t = torch.tensor(0.0123, device=DEVICE)
     for given in (t, None) if fmt.has_global_scale else (None,):
         got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
-        expected = quantize_inputs(x.cpu(), fmt, Rotation(rotation), None if given is None else given.cpu())
+        expected = quantize_inputs(
+            x.cpu(), fmt, Rotation(rotation), None if given is None else given.cpu()
+        )
         assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
         assert same_codes(got.packed, expected.codes, fmt)
         if fmt.has_global_scale:
@@ -59,7 +67,9 @@ def test_a_global_scale_per_token_may_be_given(name: str, rotation: int, tokens:
     given = torch.logspace(-4, 1, tokens, device=DEVICE)[:, None]
     got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
     assert got.global_scale is given
-    for row, t, packed, bits in zip(x.cpu(), given.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True):
+    for row, t, packed, bits in zip(
+        x.cpu(), given.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True
+    ):
         expected = quantize_inputs(row[None], fmt, Rotation(rotation), t)
         assert torch.equal(bits[None], expected.scales.bits)
         assert same_codes(packed[None], expected.codes, fmt)
@@ -70,11 +80,17 @@ def test_a_global_scale_per_token_may_be_given(name: str, rotation: int, tokens:
 @pytest.mark.parametrize("rule", ["ocp", "ceil", "theta"])
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
 def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
-    """Each group has one number; together they pass every mantissa edge of the rules, zero and both ends."""
+    """Each group has one number; together they pass every mantissa edge of the rules, zero and both
+    ends."""
     fmt = FORMATS[name]
     edges = torch.tensor([1.0, 1.1875, 1.25, 1.5, 1.75, 1.8125, 1.9921875])  # bf16 numbers
     near = torch.cat(
-        [edges, edges * (1 + 2.0**-7), edges * (1 - 2.0**-7), torch.tensor([0.0, 2.0**-133, 2.0**-126, 3.0e38, 0.7])]
+        [
+            edges,
+            edges * (1 + 2.0**-7),
+            edges * (1 - 2.0**-7),
+            torch.tensor([0.0, 2.0**-133, 2.0**-126, 3.0e38, 0.7]),
+        ]
     )
     x = torch.zeros(len(near), 32).bfloat16()
     x[:, 5] = (near * torch.where(torch.arange(len(near)) % 2 == 0, 1.0, -1.0)).bfloat16()
@@ -86,15 +102,22 @@ def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype) -> None:
-    """With inexact sums the order of additions shows: a code may differ where the number lies within 1e-5 of a tie."""
+    """With inexact sums the order of additions shows: a code may differ where the number lies
+    within 1e-5 of a tie."""
     x = (torch.randn(19, 512) * torch.logspace(-1, 1, 512)).to(dtype)
     t = torch.tensor(0.02)
     got = ops.rotate_quantize(x.to(DEVICE), 128, fmt.element.name, kind(fmt), t.to(DEVICE))
     expected = quantize_inputs(x, fmt, Rotation(128), t)
     same = got.scale_bits.cpu() == expected.scales.bits
     assert same.float().mean() > 0.995
-    z = Rotation(128).exact(x).unflatten(1, (-1, fmt.group_size)) / expected.scales.step()[..., None]
-    a, b = fmt.element.round((z * (1 + 1e-5)).contiguous()), fmt.element.round((z * (1 - 1e-5)).contiguous())
+    z = (
+        Rotation(128).exact(x).unflatten(1, (-1, fmt.group_size))
+        / expected.scales.step()[..., None]
+    )
+    a, b = (
+        fmt.element.round((z * (1 + 1e-5)).contiguous()),
+        fmt.element.round((z * (1 - 1e-5)).contiguous()),
+    )
     value = fmt.element.decode(unpack(got.packed.cpu(), fmt)).view_as(z)
     assert ((value == a) | (value == b))[same].all()
 
@@ -129,7 +152,8 @@ def test_blocked_scales_are_those_of_the_twin(tokens: int, features: int) -> Non
 def test_rotating_alone_rounds_once(rotation: int, dtype: torch.dtype) -> None:
     x = exact_inputs(7, 384, dtype)
     assert torch.equal(
-        ops.rotate(x.view(1, 7, 384), rotation).cpu(), Rotation(rotation).rotate(x.cpu().view(1, 7, 384))
+        ops.rotate(x.view(1, 7, 384), rotation).cpu(),
+        Rotation(rotation).rotate(x.cpu().view(1, 7, 384)),
     )
 
 
@@ -142,7 +166,9 @@ def test_fp8_inputs_have_a_scale_per_token(rotation: int) -> None:
     amax = y.abs().amax(-1, keepdim=True)
     expected = torch.where(amax > 0, amax / 448, torch.ones(()))
     assert torch.equal(scale.cpu(), expected)
-    assert torch.equal(fp8.cpu().float(), (y * (1 / expected)).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert torch.equal(
+        fp8.cpu().float(), (y * (1 / expected)).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    )
 
 
 def test_rotation_one_is_no_launch() -> None:
@@ -152,10 +178,13 @@ def test_rotation_one_is_no_launch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prologues_round_like_separate_operations(dtype: torch.dtype) -> None:
-    """exp and rsqrt may differ by an ulp from torch's, and sums in order; the roundings to 16 bits are the same."""
+    """exp and rsqrt may differ by an ulp from torch's, and sums in order; the roundings to 16 bits
+    are the same."""
     x, gain = torch.randn(6, 320).to(dtype), torch.randn(320).to(dtype)
     device = {"x": x.to(DEVICE), "gain": gain.to(DEVICE)}
-    normed = ops.rotate(device["x"], 1, prologue="rms_norm", gain=device["gain"], epsilon=1e-5).cpu()
+    normed = ops.rotate(
+        device["x"], 1, prologue="rms_norm", gain=device["gain"], epsilon=1e-5
+    ).cpu()
     ulp = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
     expected = rms_norm(x, gain, 1e-5)
     assert ((normed.double() - expected.double()).abs() <= ulp * expected.double().abs()).all()
@@ -163,14 +192,15 @@ def test_prologues_round_like_separate_operations(dtype: torch.dtype) -> None:
     gate_up = torch.randn(6, 640).to(dtype)
     acted = ops.rotate(gate_up.to(DEVICE), 1, prologue="silu_mul").cpu()
     expected = silu_mul(gate_up)
-    assert ((acted.double() - expected.double()).abs() <= ulp * expected.double().abs() + 1e-7).all()
+    assert (
+        (acted.double() - expected.double()).abs() <= ulp * expected.double().abs() + 1e-7
+    ).all()
     assert (acted != expected).float().mean() < 0.01
 
 
 def test_a_prologue_and_the_rotation_in_one_launch() -> None:
-    """The normalised rows are exact here (all of one magnitude), so fused and separate launches must agree on every
-    code.
-    """
+    """The normalised rows are exact here (all of one magnitude), so fused and separate launches
+    must agree on every code."""
     x = torch.where(torch.rand(5, 256) < 0.5, -2.0, 2.0).bfloat16().to(DEVICE)
     gain = torch.randint(1, 4, (256,)).bfloat16().to(DEVICE)
     for t in (torch.tensor(0.01, device=DEVICE), None):
@@ -181,7 +211,9 @@ def test_a_prologue_and_the_rotation_in_one_launch() -> None:
 
 
 def test_zeros_give_zero_codes_and_the_smallest_scale(fmt: Format) -> None:
-    got = ops.rotate_quantize(torch.zeros(3, 64).bfloat16().to(DEVICE), 32, fmt.element.name, kind(fmt))
+    got = ops.rotate_quantize(
+        torch.zeros(3, 64).bfloat16().to(DEVICE), 32, fmt.element.name, kind(fmt)
+    )
     assert not got.packed.any() and (got.scale_bits == 1).all()
     assert got.global_scale is None or (got.global_scale == 1).all()
 

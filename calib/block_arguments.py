@@ -1,0 +1,262 @@
+"""With what a model calls its decoder blocks.
+
+The model's own forward is run with the blocks' forwards replaced by stand-ins that note their
+arguments and hand the hidden states on. So masks, position embeddings, and whatever else an
+architecture gives its blocks are what the architecture makes them, for every block separately.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ptq.model.structure import is_cache
+
+POOL = 16  # tensors of equal shape that are compared before an argument is stored as a new one
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block for one batch, without the hidden states."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> object:
+        """What the block returns for ``hidden`` (batch, length, features) with these arguments."""
+        device = hidden.device
+        args = (_moved(a, device) for a in self.args)
+        return block(hidden, *args, **{k: _moved(v, device) for k, v in self.kwargs.items()})
+
+
+def hidden_states(output: object) -> Tensor:
+    """The hidden states in what a block returned: the tensor itself or the first of a tuple."""
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"a decoder block returned {type(first).__name__} where hidden states were expected: "
+            "not supported"
+        )
+    return first
+
+
+@dataclass
+class Recorder:
+    """Notes the calls of ``blocks`` in ``model``.
+
+    ``returned`` is what a block really returned once: its form is imitated. Arguments equal to
+    those of other batches or blocks are stored once; others go to ``keep_on``.
+    """
+
+    model: nn.Module
+    blocks: list[nn.Module]
+    keep_on: torch.device
+    returned: object = None
+    _pool: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def first(self, tokens: Tensor) -> tuple[Tensor, Call]:
+        """Hidden states and arguments of the first block only."""
+        states, calls = self._run(tokens, 1, lambda hidden: hidden)
+        return states[0], calls[0]
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden states that enter the first block, and the arguments of every block."""
+        states, calls = self._run(tokens, len(self.blocks), lambda hidden: hidden)
+        return states[0], self._interned(calls)
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError if this model cannot be run block by block.
+
+        That is so if it runs them several times, changes the hidden states between blocks, hands
+        other results on from block to block, or if the arguments of a block depend on what earlier
+        blocks returned in another way: then two runs with different stand-ins show different
+        arguments.
+        """
+        name = type(self.model).__name__
+        made: list[Tensor] = []
+
+        def other(hidden: Tensor) -> Tensor:
+            made.append(hidden * 0.5 + 1)
+            return made[-1]
+
+        _, plain = self._run(tokens, len(self.blocks), lambda hidden: hidden, to_the_end=True)
+        states, changed = self._run(tokens, len(self.blocks), other)
+        for i, (before, after) in enumerate(zip(made, states[1:], strict=True)):
+            if before.shape != after.shape or not torch.equal(before, after):
+                raise ValueError(
+                    f"{name} changes the hidden states between blocks {i} and {i + 1}: it cannot "
+                    "be run block by block"
+                )
+        for i, (a, b) in enumerate(zip(plain, changed, strict=True)):
+            if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
+                raise ValueError(
+                    f"{name} gives block {i} arguments that depend on earlier blocks: it cannot be "
+                    "run block by block"
+                )
+
+    def reach_head(self, tokens: Tensor, last: Tensor) -> None:
+        """Go on from ``last``, which the last block returned for ``tokens``, to the output layer
+        the model's own way.
+
+        The output layer itself is not computed; forward pre-hooks that it has see what it would
+        read.
+        """
+        answers = iter([None] * (len(self.blocks) - 1) + [last])
+
+        def answer(hidden: Tensor) -> Tensor:
+            given = next(answers)
+            return hidden if given is None else given
+
+        self._run(tokens, len(self.blocks), answer, to_the_end=True)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        count: int,
+        answer: Callable[[Tensor], Tensor],
+        *,
+        to_the_end: bool = False,
+    ) -> tuple[list[Tensor], list[Call]]:
+        """Hidden states and arguments of the first ``count`` blocks; ``to_the_end`` goes on up to
+        the output layer."""
+        name, states, calls = type(self.model).__name__, list[Tensor](), list[Call]()
+
+        def stand_in(i: int, first: str) -> Callable[..., object]:
+            def forward(*args: object, **kwargs: object) -> object:
+                hidden = args[0] if args else kwargs.pop(first)
+                if i != len(calls) or not isinstance(hidden, Tensor):
+                    raise ValueError(
+                        f"{name} does not call its blocks once, one after the other: not supported"
+                    )
+                self._check_arguments(args[1:], kwargs)
+                states.append(hidden)
+                calls.append(Call(args[1:], kwargs))
+                if i == count - 1 and not to_the_end:
+                    raise _Done
+                return self._shaped(answer(hidden))
+
+            return forward
+
+        with (
+            _replaced_forwards(self.blocks[:count], stand_in),
+            _stopped_at_output(self.model),
+            suppress(_Done),
+        ):
+            self.model(input_ids=tokens, use_cache=False)
+        if len(calls) < count:
+            raise ValueError(
+                f"{name} called only {len(calls)} of its {count} blocks: not supported"
+            )
+        return states, calls
+
+    def _check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        name, extras = (
+            type(self.model).__name__,
+            self.returned[1:] if isinstance(self.returned, (tuple, list)) else (),
+        )
+        for value in (*args, *kwargs.values()):
+            if is_cache(value):
+                raise ValueError(
+                    f"{name} gives its blocks a cache although none is wanted: not supported"
+                )
+            if isinstance(value, Tensor) and any(value is extra for extra in extras):
+                raise ValueError(
+                    f"{name} hands more than hidden states from block to block: not supported"
+                )
+
+    def _shaped(self, hidden: Tensor) -> object:
+        if isinstance(self.returned, tuple):
+            return (hidden, *self.returned[1:])
+        return [hidden, *self.returned[1:]] if isinstance(self.returned, list) else hidden
+
+    def _interned(self, calls: list[Call]) -> list[Call]:
+        seen: dict[
+            int, tuple[object, object]
+        ] = {}  # of this batch; originals are kept so that ids stay theirs
+
+        def intern(value: object) -> object:
+            if id(value) not in seen:
+                seen[id(value)] = (value, self._stored(value, intern))
+            return seen[id(value)][1]
+
+        return [
+            Call(tuple(intern(a) for a in c.args), {k: intern(v) for k, v in c.kwargs.items()})
+            for c in calls
+        ]
+
+    def _stored(self, value: object, intern: Callable[[object], object]) -> object:
+        if isinstance(value, Tensor):
+            pool = self._pool.setdefault((value.shape, value.dtype), [])
+            if (known := next((p for p in pool if torch.equal(p, value)), None)) is not None:
+                return known
+            if len(pool) < POOL:
+                pool.append(value)
+                return value
+            return value.to(self.keep_on)
+        if type(value) in (tuple, list):
+            return type(value)(intern(v) for v in value)  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+        if type(value) is dict and value:
+            return {k: intern(v) for k, v in value.items()}
+        # an empty dict stays the same object: blocks may hand things to later blocks through it
+        return value
+
+
+class _Done(Exception):
+    pass
+
+
+@contextmanager
+def _stopped_at_output(model: nn.Module) -> Iterator[None]:
+    """The output layer is not run, only its other hooks: it is large and nobody needs it."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def stop(*_: object) -> None:
+        raise _Done
+
+    hook = output.register_forward_pre_hook(stop) if isinstance(output, nn.Module) else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def _replaced_forwards(
+    blocks: list[nn.Module], stand_in: Callable[[int, str], Callable[..., object]]
+) -> Iterator[None]:
+    for i, block in enumerate(blocks):
+        first = next(iter(inspect.signature(block.forward).parameters))
+        block.__dict__["forward"] = stand_in(
+            i, first
+        )  # the module stays itself: models read attributes of their blocks
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(v, device) for v in value)  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+    if type(value) is dict and any(
+        isinstance(v, Tensor) and v.device != device for v in value.values()
+    ):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return True

@@ -1,0 +1,207 @@
+"""Where the tile tables of ``kernels/configs`` come from: timings on the GPU at hand, or, without
+one, rules of thumb.
+
+``ptq bench --tune`` rewrites the table of this GPU. kernels.md §8.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ptq.bench import timing
+from ptq.kernels import dispatch
+from ptq.kernels.dispatch import BUCKETS, MULTIPROCESSORS, Row, Table, Tile, split_rule
+
+W4A16_FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxint4")
+FP4 = ("nvfp4", "mxfp4")
+# The shape that stands for all others in an untimed table: rules of thumb depend on the number of
+# tiles alone.
+SHAPE = (6144, 4096)
+# Up to how many tokens the packed weight is multiplied directly; beyond, it is dequantized for the
+# library's matmul.
+FUSED_UP_TO = {80: 128, 90: 256, 100: 256, 120: 128}
+
+
+# ---------------------------------------------------------------- rules of thumb
+
+
+def w4a16_tile(arch: int, fmt: str, tokens: int) -> Tile:
+    """The rule of thumb for 16-bit inputs: registers, shared memory and instructions per weight by
+    compilation, no timings."""
+    if tokens > FUSED_UP_TO[arch]:
+        return Tile(kernel="dense")
+    order = (
+        "fragments" if arch == 90 else "natural" if arch >= 100 and fmt.endswith("fp4") else "words"
+    )
+    if tokens <= 16:
+        return Tile(kernel="w4a16", block_m=16, order=order)
+    if (
+        tokens <= 32 or arch == 80
+    ):  # on sm_80 a tile of 64 tokens unpacks every weight in two warps, and spills
+        return Tile(kernel="w4a16", block_m=32, order=order, stages=4 if arch == 90 else 3)
+    if arch == 120:
+        return Tile(kernel="w4a16", block_m=64, block_k=64, order=order)
+    if tokens <= 64 or arch == 100:
+        return Tile(kernel="w4a16", block_m=64, order=order)
+    return Tile(kernel="w4a16", block_m=128, order=order, warps=8, stages=3)
+
+
+def w4a4_tile(arch: int, tokens: int) -> Tile:
+    """The rule of thumb for 4-bit inputs with row-major scales; on sm_100 the weights must be the
+    left operand of a narrow tile."""
+    if tokens <= 64:
+        block_m = max(16, tokens)
+        stages = 4 if arch == 100 or block_m < 64 else 3
+        return Tile(kernel="w4a4", block_m=block_m, block_k=256, swap=arch == 100, stages=stages)
+    if arch == 100:
+        return Tile(kernel="w4a4", block_m=128, warps=8, stages=4)
+    return Tile(
+        kernel="w4a4",
+        block_m=64 if tokens <= 128 else 128,
+        warps=4 if tokens <= 128 else 8,
+        stages=3,
+    )
+
+
+def blocked_tile(tokens: int) -> Tile:
+    """The persistent kernel of sm_100: the widest tile that leaves no multiprocessor idle."""
+    if tokens <= 512:
+        return Tile(kernel="w4a4_tma", block_m=128, block_n=128, stages=5)
+    return Tile(kernel="w4a4_tma", block_m=128, block_n=256, warps=8, stages=5)
+
+
+def untimed(arch: int) -> Table:
+    """The table by rules of thumb."""
+    n, k = SHAPE
+
+    def row(operation: str, fmt: str, tokens: int, tile: Tile) -> Row:
+        if tile.kernel in ("w4a16", "w4a4") and operation != "grouped":
+            tile = replace(tile, split=split_rule(tile, tokens, n, k, MULTIPROCESSORS[arch]))
+        return Row(operation=operation, format=fmt, tokens=tokens, n=n, k=k, tile=tile)
+
+    rows = []
+    for fmt in W4A16_FORMATS:
+        rows += [row("w4a16", fmt, tokens, w4a16_tile(arch, fmt, tokens)) for tokens in BUCKETS]
+    for fmt in (
+        W4A16_FORMATS
+    ):  # experts have no dense path: beyond the fused range the widest fused tile goes on
+        rows += [
+            row("grouped", fmt, tokens, w4a16_tile(arch, fmt, min(tokens, FUSED_UP_TO[arch])))
+            for tokens in BUCKETS
+        ]
+    if arch >= 100:
+        for fmt in FP4:
+            rows += [row("w4a4", fmt, tokens, w4a4_tile(arch, tokens)) for tokens in BUCKETS]
+    if arch == 100:
+        for fmt in FP4:
+            rows += [row("w4a4_blocked", fmt, tokens, blocked_tile(tokens)) for tokens in BUCKETS]
+    return Table(
+        architecture=arch,
+        source="rules of thumb, nothing timed",
+        triton=version("triton"),
+        rows=tuple(rows),
+    )
+
+
+# ---------------------------------------------------------------- timings
+
+
+def candidates(arch: int, operation: str, fmt: str, tokens: int, n: int, k: int) -> Iterator[Tile]:
+    """Tiles worth timing: the rule of thumb and its neighbours in width, stages and splits."""
+    if operation == "w4a16":
+        base = w4a16_tile(arch, fmt, tokens)
+        yield Tile(kernel="dense")
+        if base.kernel == "dense":
+            return
+    else:
+        base = w4a4_tile(arch, tokens)
+    for block_n in (64, 128):
+        for stages in (3, 4, 5, 6):
+            tile = replace(base, block_n=block_n, stages=stages)
+            ruled = split_rule(tile, tokens, n, k, MULTIPROCESSORS[arch])
+            for split in {1, max(ruled // 2, 1), ruled, min(2 * ruled, 16)}:
+                if split == 1 or k % (split * tile.block_k) == 0:
+                    yield replace(tile, split=split)
+
+
+def problems(
+    arch: int, shapes: Iterable[tuple[int, int]], formats: Sequence[str], tokens: Sequence[int]
+) -> list[tuple[str, str, int, int, int]]:
+    """(operation, format, tokens, out, in) of everything that :func:`tune` times.
+
+    Raises:
+        ValueError: a token count without a row in the tables.
+    """
+    if other := sorted(set(tokens) - set(BUCKETS)):
+        raise ValueError(
+            f"the tile tables have no row for {other[0]} tokens; tune "
+            f"{', '.join(map(str, BUCKETS))}"
+        )
+    weights = sorted(set(shapes))
+    return [
+        (operation, fmt, count, n, k)
+        for fmt in formats
+        for operation in (("w4a16", "w4a4") if arch >= 100 and fmt in FP4 else ("w4a16",))
+        for count in tokens
+        for n, k in weights
+    ]
+
+
+def tune(
+    arch: int, work: Iterable[tuple[str, str, int, int, int]], device: torch.device
+) -> Iterator[Row]:
+    """The fastest candidate of each of :func:`problems`, timed on ``device``."""
+    for operation, fmt, tokens, n, k in work:
+        tiles = list(candidates(arch, operation, fmt, tokens, n, k))
+        with timing.current(device):
+            timed = timing.time_tiles(operation, fmt, tokens, n, k, tiles, device)
+        seconds, tile = min(timed, key=lambda pair: pair[0])
+        microseconds = round(seconds * 1e6, 2)
+        yield Row(
+            operation=operation,
+            format=fmt,
+            tokens=tokens,
+            n=n,
+            k=k,
+            tile=tile,
+            microseconds=microseconds,
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def current(arch: int) -> Table:
+    """The shipped table, or the rules of thumb where none is shipped."""
+    return dispatch.table(arch) if path(arch).is_file() else untimed(arch)
+
+
+def updated(table: Table, row: Row, device: str) -> Table:
+    """The table with a timed row in the place of the one for the same operation, format, tokens and
+    shape."""
+    rows = {(r.operation, r.format, r.tokens, r.n, r.k): r for r in (*table.rows, row)}
+    source = f"timed on {device}; rows without microseconds are rules of thumb"
+    return replace(table, source=source, triton=version("triton"), rows=tuple(rows.values()))
+
+
+def path(arch: int) -> Path:
+    """The file of an architecture's table."""
+    return dispatch.CONFIGS / f"sm{arch}.json"
+
+
+def write(table: Table) -> Path:
+    """Write a table, one row to a line, so that a change is one line of a diff; an interruption
+    leaves the old one."""
+    data = table.to_dict()
+    rows = data.pop("rows")
+    header = json.dumps(data, indent=1)[:-2]
+    body = ",\n  ".join(json.dumps(row) for row in rows)  # pyright: ignore[reportGeneralTypeIssues]
+    target = path(table.architecture)
+    target.parent.mkdir(exist_ok=True)
+    part = target.with_suffix(".json.part")
+    part.write_text(f'{header},\n "rows": [\n  {body}\n ]\n}}\n', encoding="utf-8")
+    return part.replace(target)

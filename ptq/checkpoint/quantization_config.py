@@ -1,0 +1,301 @@
+"""What config.json says about quantized layers: per-layer facts, patterns, and our own ``ptq``
+dialect.
+
+The ``ptq`` dialect is a ``quantization_config`` of exactly these keys; loaders refuse unknown keys
+and values:
+
+    quant_method "ptq"      version 1
+    format                  name of a format
+    hadamard                block size of the online rotation of a layer's inputs; 0 is no rotation
+    quantize_activations    whether inputs are quantized too, to the same format (W4A4)
+    static_activations      whether there is a calibrated ``input_global_scale`` (else one per token, or none)
+    input_rule              scale rule of the inputs; "default" is the format's own
+    <one of these five>_overrides    {pattern: value} for layers that differ; the first pattern that matches wins
+    ignore                  patterns of linear layers that are not quantized
+    recipe, provenance      how the checkpoint was made; never needed to load it
+
+A pattern is an exact layer name, or "re:" and a regular expression that is matched from the start
+of the name. Only ``format`` and ``ignore`` must be there. The other dialect is compressed.py; which
+tensors lie on disk: checkpoint.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from ptq.numerics.formats import FORMATS
+
+VERSION = 1
+JsonDict = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """Everything that the reader of one packed layer has to know besides its tensors.
+
+    Attributes:
+        rotation: block size of the rotation of its inputs, 1 is none.
+        static_inputs: whether the global scale of its inputs is stored; if not, it is one per
+            token, or none.
+        input_rule: scale rule of the inputs, ``"default"`` is the format's own.
+        bias: whether it has one.
+    """
+
+    format: str
+    rotation: int = 1
+    quantize_inputs: bool = False
+    static_inputs: bool = False
+    input_rule: str = "default"
+    bias: bool = False
+
+    def to_dict(self) -> JsonDict:
+        """The JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "LayerInfo":
+        """The inverse of :meth:`to_dict`; raises ValueError on an unknown key."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"a layer description has unknown keys {sorted(unknown)}")
+        return cls(**data)  # pyright: ignore[reportArgumentType]
+
+
+def is_expert(name: str) -> bool:
+    """Whether ``name`` is a layer of one of several routed experts, by the hub's naming
+    ``….experts.<number>.…``."""
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` (an exact name, or ``re:`` and an expression matched from the start)
+    selects ``name``."""
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+
+
+def patterns(selected: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """A short list of patterns that select ``selected`` and nothing else of ``everything``.
+
+    Layers that have the same name in every block become one ``re:.*\\.suffix$`` if all of them are
+    selected, so that the list does not grow with depth, and survives engines that rename the front
+    of a name.
+    """
+    chosen = set(selected)
+    known = sorted(chosen | set(everything), key=natural)
+    suffixes: dict[str, list[str]] = {}
+    for name in known:
+        suffixes.setdefault(_suffix(name), []).append(name)
+    result = []
+    for suffix, names in suffixes.items():
+        inside = [name for name in names if name in chosen]
+        if (
+            len(inside) == len(names)
+            and suffix != names[0]
+            and {n for n in known if matches(suffix, n)} <= chosen
+        ):
+            result.append(suffix)
+        else:
+            result += inside
+    return result
+
+
+def _suffix(name: str) -> str:
+    """``re:.*\\.what follows the number of the block$``, other numbers generalised; a name without
+    number as it is."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None or number == len(parts) - 1:
+        return name
+    tail = (r"\d+" if part.isdigit() else re.escape(part) for part in parts[number + 1 :])
+    return r"re:.*\." + r"\.".join(tail) + "$"
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+# Fields of a configuration that may differ by layer, and what an absent one means.
+PER_LAYER: dict[str, object] = {
+    "format": None,
+    "hadamard": 0,
+    "quantize_activations": False,
+    "static_activations": False,
+    "input_rule": "default",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A parsed ``quantization_config``, the same for both dialects.
+
+    Attributes:
+        values: of every key of ``PER_LAYER``, what holds for layers without an override.
+        overrides: {key of ``PER_LAYER``: {pattern: value}}.
+        ignore: patterns of linear layers that are not quantized.
+        recipe, provenance: how the checkpoint was made, for information.
+    """
+
+    values: Mapping[str, object]
+    overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ("lm_head",)
+    recipe: JsonDict = field(default_factory=dict)
+    provenance: JsonDict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in PER_LAYER:
+            for value in (self.values[key], *self.overrides.get(key, {}).values()):
+                _check(key, value)
+
+    def layer(self, name: str, *, bias: bool) -> LayerInfo:
+        """What this configuration says about the quantized layer ``name``."""
+        found = {}
+        for key, value in self.values.items():
+            found[key] = next(
+                (v for p, v in self.overrides.get(key, {}).items() if matches(p, name)), value
+            )
+        return LayerInfo(
+            format=found["format"],
+            rotation=max(found["hadamard"], 1),
+            quantize_inputs=found["quantize_activations"],
+            static_inputs=found["static_activations"],
+            input_rule=found["input_rule"],
+            bias=bias,
+        )
+
+    def ignores(self, name: str) -> bool:
+        """Whether the linear layer ``name`` is left as it was."""
+        return any(matches(pattern, name) for pattern in self.ignore)
+
+
+def _check(key: str, value: object) -> None:
+    if key == "format":
+        if value not in FORMATS:
+            raise ValueError(
+                f"unknown format {value!r} in quantization_config; this ptq knows "
+                f"{', '.join(FORMATS)}"
+            )
+    elif key == "hadamard":
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or value < 0
+            or value & (value - 1)
+        ):
+            raise ValueError(
+                f"hadamard is {value!r} in quantization_config; it must be 0 or a power of two"
+            )
+    elif not isinstance(value, type(PER_LAYER[key])):
+        raise ValueError(
+            f"{key} is {value!r} in quantization_config; it must be a "
+            f"{type(PER_LAYER[key]).__name__}"
+        )
+
+
+def summarize(
+    layers: Mapping[str, LayerInfo],
+    others: Iterable[str],
+    *,
+    recipe: JsonDict,
+    provenance: JsonDict,
+) -> Quantization:
+    """The configuration of a model whose quantized layers are ``layers`` and whose other linear
+    layers are ``others``.
+
+    Law: ``summarize(layers, …).layer(name, bias=…) == layers[name]`` for every layer.
+
+    Raises:
+        ValueError: no layers.
+    """
+    if not layers:
+        raise ValueError("no layer was quantized: ignore fewer layers")
+    others = list(others)
+    everything, values, overrides = [*layers, *others], {}, {}
+    for key in PER_LAYER:
+        names: dict[object, list[str]] = {}
+        for name, info in layers.items():
+            names.setdefault(_value(info, key), []).append(name)
+        order = sorted(names, key=lambda value: (-len(names[value]), str(value)))
+        values[key] = order[0]
+        if order[1:]:
+            overrides[key] = {
+                p: value for value in order[1:] for p in patterns(names[value], everything)
+            }
+    ignore = tuple(patterns(others, everything))
+    return Quantization(
+        values=values, overrides=overrides, ignore=ignore, recipe=recipe, provenance=provenance
+    )
+
+
+def _value(info: LayerInfo, key: str) -> object:
+    match key:
+        case "hadamard":
+            return info.rotation if info.rotation > 1 else 0
+        case "quantize_activations":
+            return info.quantize_inputs
+        case "static_activations":
+            return info.static_inputs
+        case _:
+            return getattr(info, key)
+
+
+def ptq_config(quantization: Quantization) -> JsonDict:
+    """The ``quantization_config`` of the ``ptq`` dialect."""
+    config: JsonDict = {"quant_method": "ptq", "version": VERSION}
+    for key, value in quantization.values.items():
+        config[key] = value
+        if key in quantization.overrides:
+            config[f"{key}_overrides"] = dict(quantization.overrides[key])
+    config["ignore"] = list(quantization.ignore)
+    return config | {"recipe": quantization.recipe, "provenance": quantization.provenance}
+
+
+def parse_ptq(config: Mapping[str, object]) -> Quantization:
+    """The inverse of :func:`ptq_config`.
+
+    Raises:
+        ValueError: an unknown version, key or value, or a missing ``format`` or ``ignore``.
+    """
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"quantization_config has version {config.get('version')!r}, this ptq reads {VERSION}: "
+            "update ptq"
+        )
+    overridden = {f"{key}_overrides": key for key in PER_LAYER}
+    known = {"quant_method", "version", "ignore", "recipe", "provenance", *PER_LAYER, *overridden}
+    if unknown := sorted(config.keys() - known):
+        raise ValueError(
+            f"quantization_config has keys that this ptq does not know: {', '.join(unknown)}; "
+            "update ptq"
+        )
+    for key in ("format", "ignore"):
+        if key not in config:
+            raise ValueError(f"quantization_config has no {key!r}: the checkpoint is damaged")
+    return Quantization(
+        values={key: config.get(key, default) for key, default in PER_LAYER.items()},
+        overrides={
+            key: _mapping(config, name) for name, key in overridden.items() if name in config
+        },
+        ignore=_strings(config["ignore"]),
+        recipe=_mapping(config, "recipe"),
+        provenance=_mapping(config, "provenance"),
+    )
+
+
+def _mapping(config: Mapping[str, object], key: str) -> JsonDict:
+    value = config.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{key} in quantization_config is {value!r} and should be an object: the checkpoint is "
+            "damaged"
+        )
+    return value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(
+            f"ignore in quantization_config is {value!r} and should be a list of names: the "
+            "checkpoint is damaged"
+        )
+    return tuple(value)

@@ -1,0 +1,288 @@
+"""The reader of quantized checkpoints; the schema is the docstring of :mod:`ptq.checkpoint`."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptq.checkpoint.compressed_tensors import is_rotation_tensor, parse_ct, unfold_int4
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, parse_ptq
+from ptq.checkpoint.safetensors_files import Entry, read_header, read_tensor
+from ptq.numerics.formats import FORMATS
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+REPORT = "ptq_report.json"
+PARTIAL = ".partial"
+GLOBALS = ("weight_global_scale", "input_global_scale")
+
+
+def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
+    """A state dict in memory form → the tensors that are stored (ptq dialect).
+
+    Args:
+        tensors: by full name; what does not belong to ``layers`` is passed on as it is.
+
+    Law: ``from_disk(to_disk(tensors, layers), layers) == tensors``, bit by bit.
+    """
+    result = dict(tensors)
+    for name, info in layers.items():
+        fmt = FORMATS[info.format]
+        if fmt.has_global_scale:
+            result[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"].view(fmt.scale_dtype)
+        for key in (f"{name}.{leaf}" for leaf in GLOBALS):
+            if key in tensors:
+                t = tensors[key]
+                assert t.dtype == torch.float32 and torch.equal(1 / (1 / t), t), (
+                    f"{key} does not survive two reciprocals"
+                )
+                result[key] = (1 / t).reshape(1)
+    return result
+
+
+def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
+    """The inverse of :func:`to_disk`; also reads NVINT4 as compressed-tensors stores it.
+
+    Raises:
+        ValueError: a tensor of a layer is missing, has the wrong dtype, or holds scale bytes that
+            no writer makes.
+    """
+    result = dict(tensors)
+    for name, info in layers.items():
+        own = {
+            key.removeprefix(name + "."): t
+            for key, t in tensors.items()
+            if key.rpartition(".")[0] == name
+        }
+        result |= {f"{name}.{leaf}": t for leaf, t in layer_from_disk(own, info, name).items()}
+        result.pop(f"{name}.weight_shape", None)
+    return result
+
+
+def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> dict[str, Tensor]:
+    """:func:`from_disk` for the tensors of one layer, whose keys do not repeat its ``name``."""
+    fmt = FORMATS[info.format]
+    if info.format == "nvint4" and "weight_shape" in tensors:
+        try:
+            tensors = unfold_int4(tensors)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    expected = {
+        "weight_packed": torch.uint8,
+        "weight_scale": fmt.scale_dtype if fmt.has_global_scale else torch.uint8,
+    }
+    expected |= {"weight_global_scale": torch.float32} if fmt.has_global_scale else {}
+    expected |= {"input_global_scale": torch.float32} if info.static_inputs else {}
+    for leaf, dtype in expected.items():
+        if leaf not in tensors:
+            raise ValueError(
+                f"the tensor {name}.{leaf} is missing: the checkpoint is incomplete, copy or "
+                "quantize it again"
+            )
+        if tensors[leaf].dtype != dtype:
+            raise ValueError(
+                f"{name}.{leaf} is {tensors[leaf].dtype} and should be {dtype} for {fmt.name}: a "
+                "foreign checkpoint"
+            )
+    bits = tensors["weight_scale"].view(torch.uint8)
+    if bool((bits == 255).any() if not fmt.has_global_scale else ((bits & 0x7F) == 0x7F).any()):
+        raise ValueError(
+            f"{name}.weight_scale holds NaN: the checkpoint is damaged, copy or quantize it again"
+        )
+    result = dict(tensors) | {"weight_scale": bits}
+    for leaf in GLOBALS:
+        if leaf in tensors:
+            result[leaf] = (1 / tensors[leaf]).reshape(())
+    return result
+
+
+class Checkpoint:
+    """A finished checkpoint directory, opened lazily.
+
+    Attributes:
+        path, config: the directory and its config.json.
+        quantization: the ``quantization_config`` as written.
+        parsed: what it says, the same for both dialects.
+        entries: where every tensor lies.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Read configuration and index, and the head of every file.
+
+        Raises:
+            FileNotFoundError: no such directory, an unfinished one, or a missing file.
+            ValueError: not a quantized checkpoint, an unknown version, format or key, a truncated
+                or damaged file.
+        """
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        quantization = self.config.get("quantization_config")
+        if not isinstance(quantization, dict):
+            raise ValueError(
+                f"{self.path} is not quantized: its config.json has no quantization_config"
+            )
+        self.quantization: JsonDict = quantization
+        self.parsed = parse(quantization, self.path)
+        self.entries = _entries(self.path)
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self.entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it lies on disk; raises ValueError if there is none of that name."""
+        if name not in self.entries:
+            raise ValueError(
+                f"{self.path} has no tensor {name}: the checkpoint is incomplete, copy or quantize "
+                "it again"
+            )
+        return read_tensor(self.entries[name])
+
+    def layer_names(self) -> list[str]:
+        """The quantized layers, in the order of the files."""
+        return [
+            name.removesuffix(".weight_packed")
+            for name in self.entries
+            if name.endswith(".weight_packed")
+        ]
+
+    @cached_property
+    def layers(self) -> dict[str, LayerInfo]:
+        """What is known of every quantized layer besides its tensors."""
+        return {
+            name: self.parsed.layer(name, bias=f"{name}.bias" in self.entries)
+            for name in self.layer_names()
+        }
+
+    def layer(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one quantized layer in memory form, keyed like the buffers of
+        QuantLinear."""
+        leaves = ("weight_packed", "weight_scale", *GLOBALS, "weight_shape", "bias")
+        tensors = {
+            leaf: self.tensor(f"{name}.{leaf}")
+            for leaf in leaves
+            if f"{name}.{leaf}" in self.entries
+        }
+        return layer_from_disk(tensors, self.layers[name], name)
+
+    def other_names(self) -> list[str]:
+        """Tensors that belong to no quantized layer, sorted, without the rotation matrices, which
+        nobody needs."""
+        layers = set(self.layers)
+        names = (name for name in self.names() if name.rpartition(".")[0] not in layers)
+        return [name for name in names if not is_rotation_tensor(name)]
+
+    @property
+    def dialect(self) -> str:
+        """``"ptq"`` or ``"compressed-tensors"``."""
+        return str(self.quantization["quant_method"])
+
+    @property
+    def recipe(self) -> JsonDict:
+        """How it was made, as ``Recipe.to_dict`` gave it; empty if the checkpoint does not say."""
+        return self.parsed.recipe
+
+    @cached_property
+    def reports(self) -> list[JsonDict]:
+        """The reports of all layers, in order; empty if the file is missing."""
+        path = self.path / REPORT
+        return json.loads(path.read_text())["layers"] if path.is_file() else []
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all tensors (``total``) and of quantized layers (``quantized``), and how many
+        weights those have (``weights``)."""
+        layers = set(self.layers)
+        inside = {name: e for name, e in self.entries.items() if name.rpartition(".")[0] in layers}
+        return {
+            "total": sum(e.bytes for e in self.entries.values()),
+            "quantized": sum(e.bytes for e in inside.values()),
+            "weights": sum(
+                e.bytes * (2 if FORMATS[self.layers[name.rpartition(".")[0]].format].packed else 1)
+                for name, e in inside.items()
+                if name.endswith(".weight_packed")
+            ),
+        }
+
+
+def read_config(path: Path) -> JsonDict:
+    """config.json of a model directory; raises FileNotFoundError and ValueError as
+    :class:`Checkpoint` does."""
+    file = path / "config.json"
+    if not file.is_file():
+        partial = path if path.name.endswith(PARTIAL) else path.with_name(path.name + PARTIAL)
+        if partial.is_dir():
+            raise FileNotFoundError(
+                f"{partial} is unfinished: run the same `ptq quantize` again, it continues where "
+                "it stopped"
+            )
+        raise FileNotFoundError(
+            f"{path} has no config.json" if path.is_dir() else f"{path} does not exist"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a model configuration")
+    return config
+
+
+def config_dtype(config: Mapping[str, object]) -> str | None:
+    """The name of the dtype in a config.json, such as ``"bfloat16"``; None if it has none."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        value = level.get("dtype") or level.get("torch_dtype")
+        if value:
+            return str(value).removeprefix("torch.")
+    return None
+
+
+def parse(quantization: Mapping[str, object], where: object = "config.json") -> Quantization:
+    """A ``quantization_config`` of either dialect.
+
+    Raises:
+        ValueError: another quantization method, or whatever the dialect refuses; the message starts
+            with ``where``.
+    """
+    parsers = {"ptq": parse_ptq, "compressed-tensors": parse_ct}
+    method = quantization.get("quant_method")
+    if method not in parsers:
+        raise ValueError(f"{where} is quantized by {method!r}; ptq reads {' and '.join(parsers)}")
+    try:
+        return parsers[str(method)](quantization)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    index = path / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{index} is not the index of a model: the file is damaged, copy it again"
+            ) from error
+    elif (path / SINGLE).is_file():
+        return read_header(path / SINGLE)
+    else:
+        raise FileNotFoundError(
+            f"{path} has neither {INDEX} nor {SINGLE}: the copy is incomplete, copy it again"
+        )
+    entries: dict[str, Entry] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        if not (path / file).is_file():
+            raise FileNotFoundError(
+                f"{path / file} is missing: the copy is incomplete, copy it again"
+            )
+        entries |= read_header(path / file)
+    missing = weight_map.keys() - entries.keys()
+    if missing:
+        raise ValueError(
+            f"{path} lacks the tensor {min(missing)}, which its index lists: copy it again"
+        )
+    return entries

@@ -1,0 +1,1 @@
+"""argv → one call → exit code; the only wing that prints."""

@@ -1,0 +1,362 @@
+"""``ptq bench``: how fast linear layers are here, or could be on a named GPU; and the tuning of
+kernels to this one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptq.cli.errors import guarded
+from ptq.cli.options import Debug, Device, Quiet, parse_rotation
+
+if TYPE_CHECKING:  # torch only inside the command
+    import torch
+
+    from ptq.bench.layers import Limits, Measurement, Plan
+    from ptq.bench.shapes import Layer
+
+DEMO = "demo"
+# On a CPU, products of a large model would take an hour and say nothing about it: layers up to so
+# many weights are timed as they are, those of larger models are replaced.
+LARGEST_ON_CPU = 1 << 21
+SMALL: tuple["Layer", ...] = (("square", 512, 512), ("wide", 1024, 256))
+CPU_TOKENS = (1, 16, 128)
+REPEATS = {"cuda": 30, "cpu": 10}
+
+
+@guarded
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="llama-3.1-8b (if left out), llama-3.1-70b, qwen3-8b, qwen3-32b, 'demo', or a directory with a "
+            "config.json, quantized or not.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows of the inputs, as 1,16,128 or repeated; 1 to 8192 if left out."),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", "-f", help="nvfp4, mxfp4, nvint4 (if left out), mxint4; repeatable."
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="bf16, w4a16, rotate+w4a16, fp8, …; all that can run if left out."),
+    ] = None,
+    rotation: Annotated[
+        str | None,
+        typer.Option(help="Size of the Hadamard blocks: none, 16, 32 (if left out), 64, 128."),
+    ] = None,
+    device: Device = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(help="Measure nothing: print rooflines of h200, b200, rtx5090 or a100."),
+    ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--sum", help="One row per decoder block, not per layer.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Append every measurement to this .jsonl file.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over bf16: a .svg, .png or .pdf file.")
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Time tiles of the kernels and rewrite the table of this GPU."),
+    ] = False,
+    untimed: Annotated[  # for developers: after a change of the rules of thumb
+        bool, typer.Option("--untimed", hidden=True, help="Rewrite all tables by rules of thumb.")
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print a line of JSON per measurement on stdout, and nothing else there."
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time the linear layers of models: 4-bit kernels beside bf16, fp8 and other libraries that are
+    installed.
+
+    On a GPU, times are medians of CUDA-graph replays over weights that do not stay in its cache.
+    Without one, the reference path is timed on small layers; --predict says what no kernel on a
+    named GPU can be faster than.
+    """
+    if tune or untimed:
+        others = {
+            "--backend": backend,
+            "--rotation": rotation,
+            "--predict": predict,
+            "--sum": blocks,
+            "--out": out,
+        }
+        others |= {"--markdown": markdown, "--plot": plot, "--json": json}
+        if refused := [name for name, value in others.items() if value]:
+            raise ValueError(
+                f"{refused[0]} does not go with --tune, which takes models, --tokens, --format, "
+                "--device"
+            )
+        write_untimed(quiet) if untimed else tune_tables(models, tokens, format, device, quiet)
+        return
+
+    from ptq.bench import layers as benchmark
+    from ptq.bench import speed_report
+    from ptq.cli import display
+
+    place = find_place(predict, device)
+    layers, counts = find_layers(models), parse_tokens(tokens)
+    if not isinstance(place, benchmark.Limits) and place.type == "cpu":
+        layers, counts = on_cpu(layers, quiet), counts or CPU_TOKENS
+    size = None if rotation is None else parse_rotation(rotation)
+    plans = [
+        benchmark.Plan(
+            model=name,
+            layers=own,
+            tokens=counts or benchmark.TOKENS,
+            formats=listed(format) or benchmark.Plan.formats,
+            rotation=benchmark.Plan.rotation if size is None else size,
+            backends=listed(backend),
+        )
+        for name, own in layers.items()
+    ]
+    chosen = plans[0].chosen(place)
+    if plot:
+        speed_report.check_plot(plot, [name for names in chosen.values() for name in names])
+    for path in (out, markdown, plot):
+        if path:
+            require_writable(path)
+
+    limits = place if isinstance(place, benchmark.Limits) else benchmark.measured_limits(place)
+    found: list[Measurement] = []
+    for measurement in measurements(plans, place, limits, quiet):
+        found.append(measurement)
+        if out:
+            benchmark.append(out, [measurement])  # a run that is interrupted keeps what it has
+        if json and not blocks:
+            print(measurement.to_json(), flush=True)
+    shown = benchmark.block_sums(found) if blocks else found
+    if json and blocks:
+        print("\n".join(m.to_json() for m in shown))
+    elif not json:
+        print_tables(shown, limits)
+    if markdown:
+        markdown.write_text(speed_report.markdown(shown, limits), encoding="utf-8")
+    if plot:
+        speed_report.plot(found, plot)
+    if not quiet and (written := [str(path) for path in (out, markdown, plot) if path]):
+        display.note(f"written: {', '.join(written)}")
+
+
+def measurements(
+    plans: Sequence["Plan"], place: "torch.device | Limits", limits: "Limits", quiet: bool
+) -> Iterator["Measurement"]:
+    """What is measured on a device, with progress on stderr, or predicted."""
+    from ptq.bench import layers as benchmark
+    from ptq.cli import display
+
+    if isinstance(place, benchmark.Limits):
+        for plan in plans:
+            yield from benchmark.predict(plan, place)
+        return
+    with display.bar(quiet, "timing") as step:
+
+        def on_step(done: int, total: int, what: str) -> None:
+            if display.err.is_terminal or done == total or done % -(-total // 10) == 0:
+                step(done, total, what)
+
+        for plan in plans:
+            yield from benchmark.run(
+                plan, place, limits, repeats=REPEATS[place.type], on_step=on_step
+            )
+
+
+def print_tables(shown: Sequence["Measurement"], limits: "Limits") -> None:
+    """A table for each model on stdout, and below it where the numbers come from."""
+    from rich import box
+    from rich.table import Table
+
+    from ptq.bench import speed_report
+    from ptq.cli import display
+
+    for model in dict.fromkeys(m.model for m in shown):
+        own = [m for m in shown if m.model == model]
+        predicted = f": {speed_report.PREDICTED}" if own[0].predicted else ""
+        names, rows = speed_report.table(own)
+        table = Table(title=f"{model} on {limits.name}{predicted}", box=box.SIMPLE_HEAD)
+        for name in names:
+            table.add_column(
+                name, justify="left" if name in speed_report.WORDS else "right", no_wrap=True
+            )
+        for row in rows:
+            table.add_row(*row)
+        display.out.print(table)
+    display.out.print(speed_report.provenance(shown, limits), style="dim", markup=False)
+
+
+# ---------------------------------------------------------------- what the options say
+
+
+def listed(values: Sequence[str] | None) -> list[str]:
+    """The words of a repeatable option whose values may hold several, with commas between them;
+    lower case."""
+    return list(
+        dict.fromkeys(word.strip().lower() for value in values or [] for word in value.split(","))
+    )
+
+
+def parse_tokens(values: Sequence[str] | None) -> list[int]:
+    """The numbers of --tokens. Raises ValueError for anything else."""
+    words = listed(values)
+    if wrong := [word for word in words if not word.isdecimal()]:
+        raise ValueError(f"--tokens {wrong[0]!r}: give whole numbers, such as 1,16,128")
+    return sorted({int(word) for word in words})
+
+
+def find_place(predict: str | None, device: str | None) -> "torch.device | Limits":
+    """The device to measure on, or the GPU to predict for.
+
+    Raises:
+        ValueError: there is no such device or GPU, or both are given.
+    """
+    import torch
+
+    from ptq.bench.layers import GPUS
+
+    if (
+        predict is None and device is None
+    ):  # as parse_device, without the seconds that transformers takes
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if predict is None:
+        from ptq.cli.options import parse_device
+
+        return parse_device(device)
+    if device is not None:
+        raise ValueError("--device does not go with --predict, which runs nothing")
+    if predict.lower() not in GPUS:
+        raise ValueError(
+            f"--predict {predict}: peaks of this GPU are not known; choose from {', '.join(GPUS)}"
+        )
+    return GPUS[predict.lower()]
+
+
+def find_layers(models: Sequence[str] | None) -> dict[str, tuple["Layer", ...]]:
+    """Model → its linear layers. Raises ValueError or OSError for a model that is neither known nor
+    a directory."""
+    from ptq.bench import shapes
+
+    found = {}
+    for model in models or ["llama-3.1-8b"]:
+        if model == DEMO:
+            from ptq.runtime.loaded_model import demo_path
+
+            found[model] = shapes.block_layers(str(demo_path()))
+        else:
+            found[model] = shapes.block_layers(model)
+    return found
+
+
+def on_cpu(
+    layers: Mapping[str, tuple["Layer", ...]], quiet: bool
+) -> dict[str, tuple["Layer", ...]]:
+    """The models whose layers are small, and small layers for the others; says so on stderr."""
+    from ptq.cli import display
+
+    kept = {
+        model: own
+        for model, own in layers.items()
+        if max(n * k for _, n, k in own) <= LARGEST_ON_CPU
+    }
+    large = [model for model in layers if model not in kept]
+    sizes = ", ".join(f"{n}×{k}" for _, n, k in SMALL)
+    instead = f" on small layers ({sizes}) instead of those of {', '.join(large)}" if large else ""
+    if not quiet:
+        display.note(
+            f"timing the reference path on the CPU in fp32{instead}; --predict h200 says what a "
+            "GPU could do at most"
+        )
+    return kept | ({"small layers": SMALL} if large else {})
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError where ``path`` cannot be written, before anything is measured; leaves no new
+    file behind."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a"):
+        pass
+    if new:
+        path.unlink()
+
+
+# ---------------------------------------------------------------- tile tables
+
+
+def tune_tables(
+    models: Sequence[str] | None,
+    tokens: Sequence[str] | None,
+    formats: Sequence[str] | None,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Rewrite this GPU's table, row by row: an interruption keeps those that are timed.
+
+    Raises:
+        ValueError: no GPU that runs the kernels, or a choice without a row in the tables.
+    """
+    import torch
+
+    from ptq.bench import layers as benchmark
+    from ptq.bench import tune
+    from ptq.cli import display
+    from ptq.kernels import dispatch
+
+    place = find_place(None, device)
+    assert not isinstance(place, benchmark.Limits)
+    arch = dispatch.architecture(place) if dispatch.available(place) else None
+    if arch is None:
+        raise ValueError(
+            "--tune needs an NVIDIA GPU of compute capability 8.0 or more, and Triton; it found "
+            "none here"
+        )
+    counts, names = (
+        parse_tokens(tokens) or dispatch.BUCKETS,
+        listed(formats) or benchmark.Plan.formats,
+    )
+    plans = [
+        benchmark.Plan(model=model, layers=layers, tokens=counts, formats=names, rotation=16)
+        for model, layers in find_layers(models).items()
+    ]
+    work = tune.problems(arch, [(n, k) for plan in plans for _, n, k in plan.layers], names, counts)
+    table, file = tune.current(arch), tune.path(arch)
+    require_writable(file)
+    name = torch.cuda.get_device_name(place)
+    with display.bar(quiet, "tuning") as step:
+        for done, row in enumerate(tune.tune(arch, work, place), 1):
+            table = tune.updated(table, row, name)
+            tune.write(table)
+            what = f"{row.operation} {row.format} {row.tokens} tokens {row.n}×{row.k}"
+            step(done, len(work), f"{what}: {row.microseconds} µs, {row.tile}")
+    if not quiet:
+        display.note(f"{len(work)} rows of {file} are timed now")
+
+
+def write_untimed(quiet: bool) -> None:
+    """Rewrite the tables of all architectures by rules of thumb; timed rows are lost."""
+    from ptq.bench import tune
+    from ptq.cli import display
+    from ptq.kernels import dispatch
+
+    for arch in dispatch.MULTIPROCESSORS:
+        path = tune.write(tune.untimed(arch))
+        if not quiet:
+            display.note(f"{path}: rules of thumb, nothing timed")

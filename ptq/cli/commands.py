@@ -1,0 +1,352 @@
+"""The command line: argv → recipe and paths → one call → exit code. Heavy imports happen inside the
+commands.
+
+Numbers go to stdout, progress and messages to stderr; exit codes are those of ``ptq/guard.py``.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from ptq.cli.bench import bench
+from ptq.cli.errors import fail, guarded
+from ptq.cli.options import (
+    MODEL_HELP,
+    Debug,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Quiet,
+    make_recipe,
+    parse_device,
+    parse_dtype,
+    parse_rotation,
+)
+
+app = typer.Typer(
+    name="ptq",
+    help="Quantize language models to 4 bits (MXFP4, NVFP4, NVINT4), measure and run them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+# What every error is for which the command line's own parser is to blame, in whichever parser typer
+# brings along.
+UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        from ptq import __version__
+
+        print(f"ptq {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@guarded
+def quantize(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of the result; new or empty.")
+    ],
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="mxfp4, nvfp4, nvint4, mxint4, mxfp8, …")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="w4a16: weights only. w4a4: activations too.")
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="gptq, or rtn: round to nearest.")] = None,
+    rotation: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256, or auto: measured by layer."
+        ),
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="0 … 1: how far large inputs are scaled down, and their weights up."),
+    ] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Rule that chooses scales: absmax, mse, …")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text: a .txt, .jsonl or .parquet file, a data set of the hub, or 'builtin'."
+        ),
+    ] = None,
+    field: Field = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences of calibration text.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in each.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that run at the same time.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="JSON or TOML file of choices; options override it.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to leave as they are: a name or a pattern with *; repeatable."),
+    ] = None,
+    lm_head: Annotated[
+        bool | None,
+        typer.Option("--lm-head", help="Quantize the output head too (not a tied one)."),
+    ] = None,
+    route_all_experts: Annotated[
+        bool | None,
+        typer.Option("--route-all-experts", help="Calibrate every expert on every token."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int | None, typer.Option(help="Of the choice of calibration text.")] = None,
+    dialect: Annotated[
+        str,
+        typer.Option(
+            help="compressed-tensors, ptq, or auto: the former where other engines compute it exactly."
+        ),
+    ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="Where activations wait between blocks: ram, device or disk.")
+    ] = "ram",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only predict memory, time and size; needs config.json, no weights."
+        ),
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and write the checkpoint. What is left out is the best known recipe of the
+    format.
+
+    Run again after an interruption, the same command continues where it stopped. Several processes
+    share the work: torchrun --nproc-per-node N -m ptq quantize …
+    """
+    from ptq.checkpoint.dialect_choice import Choice
+    from ptq.cli import display
+    from ptq.pipeline import forecast
+    from ptq.pipeline import run as pipeline
+    from ptq.pipeline.ranks import launched
+    from ptq.runtime import inspect as report
+    from ptq.runtime import loaded_model as models
+
+    given = {
+        "scheme": scheme,
+        "algorithm": algorithm,
+        "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
+        "balance": balance,
+        "scales": scales,
+        "calibration": calibration,
+        "field": field,
+        "samples": samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "ignore": tuple(ignore) if ignore else None,
+        "lm_head": lm_head,
+        "route_all_experts": route_all_experts,
+        "seed": seed,
+    }
+    choices = make_recipe(format, recipe, given)
+    source = models.resolve_model(model)
+    place, kind = parse_device(device), parse_dtype(dtype)
+    lead = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks
+    if dry_run:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        expected = forecast.forecast(
+            source, choices, device=place, dtype=kind, activations=activations, ranks=ranks
+        )
+        if lead:
+            display.print_json(expected.to_dict()) if json else display.print_forecast(
+                str(source), expected
+            )
+        return
+    with display.quantizing(quiet=quiet or not lead) as on_block, launched(place) as place:
+        written = pipeline.quantize_model(
+            source,
+            out,
+            recipe=choices,
+            device=place,
+            dtype=kind,
+            overwrite=overwrite,
+            dialect=dialect,
+            activations=activations,
+            on_block=on_block,
+        )
+    if lead and not quiet and isinstance(written, Choice):
+        display.note(f"written as {written.dialect}: {written.reason}")
+    if lead and json:
+        display.print_json(report.inspect(out).to_dict())
+    elif lead and not quiet:
+        display.print_report(report.inspect(out), layers=False)
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    reference: Annotated[
+        str | None, typer.Option(help="The original, to compare with. " + MODEL_HELP)
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .parquet file, or 'builtin' for held-out Python source."
+        ),
+    ] = "builtin",
+    field: Field = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Use at most so many tokens of the text.")
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window; 2048, or fewer if the model has fewer positions."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of a model or checkpoint, and its KL divergence from a reference.
+
+    The text is cut into windows that do not overlap and are fed without a start token. KL is in
+    nats per token, over the full vocabulary; 'KL top 25' is over the reference's 25 most likely
+    tokens, both sides renormalised over them.
+    """
+    from ptq.cli import display
+    from ptq.runtime import loaded_model as models
+    from ptq.runtime.evaluate import evaluate as measure
+
+    place, kind = parse_device(device), parse_dtype(dtype)
+    subject = models.load_model(model, device=place, dtype=kind)
+    against = None if reference is None else models.load_model(reference, device=place, dtype=kind)
+    tokens = models.tokenize(subject, text, against, field)
+    with display.evaluating(quiet=quiet) as on_window:
+        result = measure(
+            subject.module,
+            tokens,
+            reference=None if against is None else against.module,
+            seq_len=subject.window(seq_len),
+            max_tokens=max_tokens,
+            on_window=on_window,
+        )
+    if json:
+        display.print_json(
+            {"model": model, "reference": reference, "text": text, **result.to_dict()}
+        )
+    else:
+        display.print_evaluation(model, reference, text, result)
+
+
+@app.command()
+@guarded
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a checkpoint holds: format, recipe, size, bits per weight, error of each layer. Loads no
+    model."""
+    from ptq.cli import display
+    from ptq.runtime import inspect as report
+
+    found = report.inspect(checkpoint)
+    if json:
+        display.print_json(found.to_dict())
+    else:
+        display.print_report(found, layers=True)
+
+
+@app.command()
+@guarded
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with a model or checkpoint, and say how many tokens a second that made."""
+    import time
+
+    from ptq.cli import display
+    from ptq.runtime import loaded_model as models
+    from ptq.runtime.generate import generate as tokens_after
+    from ptq.runtime.generate import record, stream_text
+
+    subject = models.load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
+    encoded = subject.encode(prompt)
+    made: list[int] = []
+    pieces: list[str] = []
+    start = time.perf_counter()
+    tokens = tokens_after(
+        subject.module,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=subject.ends,
+    )
+    for piece in stream_text(subject.decode, encoded, record(tokens, made)):
+        if not json:
+            print(piece if pieces else prompt + piece, end="", flush=True)
+        pieces.append(piece)
+    seconds = time.perf_counter() - start
+    if json:
+        display.print_json(
+            {
+                "prompt": prompt,
+                "text": "".join(pieces),
+                "tokens": len(made),
+                "tokens_per_second": len(made) / seconds,
+            }
+        )
+    else:
+        print("" if pieces else prompt)
+        if not quiet:
+            display.note(f"{len(made)} tokens, {len(made) / seconds:.1f} tokens/s")
+
+
+app.command()(bench)
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``ptq`` and ``python -m ptq``."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "ptq"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""What the command line shows: tables and JSON on stdout; progress and messages on stderr."""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+
+from ptq.runtime.evaluate import TOP, Evaluation
+from ptq.runtime.inspect import Report, block, kind, mean, natural
+
+if TYPE_CHECKING:  # ptq inspect must not wait for transformers
+    from ptq.pipeline.forecast import Forecast
+    from ptq.pipeline.run import Progress
+
+WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
+out = Console(highlight=False, width=WIDTH)
+err = Console(stderr=True, highlight=False)
+
+
+class Messages(logging.Handler):
+    """Warnings of the library as lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(
+            f"{record.levelname.lower()}: {record.getMessage()}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def print_json(data: object) -> None:
+    """JSON that any parser reads: infinity and NaN become null."""
+    sys.stdout.write(json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    err.print(text, style="dim", markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- progress
+
+
+@contextmanager
+def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with elapsed and remaining time on a terminal, a line for every step elsewhere, nothing
+    if ``quiet``.
+
+    Yields ``step(done, total, text)``.
+    """
+    if quiet:
+        yield lambda done, total, text: None
+    elif err.is_terminal:
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+        )
+        left = (
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
+            progress.TextColumn("{task.fields[text]}"),
+        )
+        with progress.Progress(*columns, *left, console=err, transient=True) as shown:
+            task = shown.add_task(what, total=None, text="")
+            yield lambda done, total, text: shown.update(
+                task, completed=done, total=total, text=text
+            )
+    else:
+        start = time.monotonic()
+
+        def line(done: int, total: int, text: str) -> None:
+            elapsed = time.monotonic() - start
+            left = elapsed / max(done, 1) * (total - done)
+            note(f"{what} {done}/{total}  {text}  {elapsed:.1f} s, about {left:.0f} s left")
+
+        yield line
+
+
+@contextmanager
+def quantizing(quiet: bool) -> Iterator[Callable[["Progress"], None]]:
+    """Progress of a quantization, for ``on_block``: the block, the mean error of its layers, the
+    seconds it took."""
+    with bar(quiet, "quantizing") as step:
+        last = time.monotonic()
+
+        def on_block(done: "Progress") -> None:
+            nonlocal last
+            seconds, last = time.monotonic() - last, time.monotonic()
+            errors = [
+                error for report in done.reports if isinstance(error := report.get("error"), float)
+            ]
+            told = (
+                "finished before"
+                if done.resumed
+                else f"error {number(mean(errors), 3)}  {seconds:.1f} s"
+            )
+            step(done.index + 1, done.count, f"{done.block}  {told}")
+
+        yield on_block
+
+
+@contextmanager
+def evaluating(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Progress of an evaluation, for ``on_window``; without a terminal only every tenth is told."""
+    with bar(quiet, "evaluating") as step:
+
+        def on_window(done: int, total: int) -> None:
+            if err.is_terminal or done == total or done % max(1, total // 10) == 0:
+                step(done, total, "windows")
+
+        yield on_window
+
+
+# ---------------------------------------------------------------- tables
+
+
+def print_evaluation(model: str, reference: str | None, text: str, result: Evaluation) -> None:
+    """One table: the reference first, if there is one, then the model."""
+    table = Table(
+        title=f"{text}: {result.tokens} predictions in {result.windows} windows of {result.seq_len} tokens",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("model", overflow="fold")
+    for name in ("perplexity", "nll", "KL", f"KL top {TOP}", "top-1", "tokens/s"):
+        table.add_column(name, justify="right")
+    if reference is not None:
+        table.add_row(
+            reference,
+            number(result.reference_perplexity),
+            number(result.reference_nll),
+            "0",
+            "0",
+            "100 %",
+            "–",
+            style="dim",
+        )
+    table.add_row(
+        model,
+        number(result.perplexity),
+        number(result.nll),
+        number(result.kl),
+        number(result.kl_top25),
+        percent(result.top1_agreement),
+        f"{result.tokens_per_second:.0f}",
+    )
+    out.print(table)
+    if reference is not None:
+        out.print(
+            "nats per token; KL(reference ‖ model) over the full vocabulary; "
+            f"KL top {TOP}: over the reference's {TOP} most likely tokens, both renormalised "
+            f"(as the INT-vs-FP paper prints it, × 10⁶ / {TOP}: {number(result.kl_top25_printed)})",
+            style="dim",
+        )
+
+
+def print_report(report: Report, *, layers: bool) -> None:
+    """Size and formats by kind of module, what was kept, and with ``layers`` the error of every
+    block and kind."""
+    schemes = " + ".join(sorted({row.scheme for row in report.layers}))
+    out.print(
+        f"[bold]{Path(report.path)}[/]  {' + '.join(report.formats)} {schemes}, dialect "
+        f"{report.dialect}"
+    )
+    out.print(
+        f"{size(report.bytes)} of tensors ({size(report.file_bytes)} on disk), "
+        f"{report.bytes / report.source_bytes:.0%} of {size(report.source_bytes)} at 16 bits; "
+        f"{report.bits_per_weight:.2f} bits per quantized weight, "
+        f"{report.bits_per_parameter:.2f} per parameter"
+    )
+    out.print(
+        "run here by " + "; ".join(f"{how} ({count} layers)" for how, count in report.runs.items())
+    )
+    if layers and report.recipe:
+        shown = {key: value for key, value in report.recipe.items() if value not in (None, [], "")}
+        out.print(
+            "recipe: " + ", ".join(f"{key}={value}" for key, value in shown.items()),
+            style="dim",
+            markup=False,
+        )
+    out.print(_kinds(report))
+    if layers and any(row.error is not None for row in report.layers):
+        out.print(_errors(report))
+
+
+def _kinds(report: Report) -> Table:
+    table = Table(title="by kind of module", box=box.SIMPLE_HEAD)
+    table.add_column("module")
+    for name in ("count", "format", "rot.", "bal.", "bits", "size", "error", "held out", "RTN"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str, int, float], list] = {}
+    for row in report.layers:
+        groups.setdefault(
+            (kind(row.layer), row.format, row.rotation, row.balance or 0.0), []
+        ).append(row)
+    for (name, fmt, rotation, balance), rows in groups.items():
+        weights = sum(math.prod(row.shape) for row in rows)
+        table.add_row(
+            name,
+            str(len(rows)),
+            fmt,
+            str(rotation) if rotation > 1 else "none",
+            f"{balance:g}" if balance else "none",
+            f"{8 * sum(row.bytes for row in rows) / weights:.2f}",
+            size(sum(row.bytes for row in rows)),
+            number(mean(row.error for row in rows), 3),
+            number(mean(row.held_out_error for row in rows), 3),
+            number(mean(row.rtn_error for row in rows), 3),
+        )
+    kept: dict[tuple[str, str], list] = {}
+    for tensor in report.kept:
+        parts = tensor.name.split(".")
+        kept.setdefault(
+            (".".join(parts[-2:]) if len(parts) > 1 else tensor.name, tensor.dtype), []
+        ).append(tensor)
+    for (name, dtype), tensors in kept.items():
+        table.add_row(
+            name,
+            str(len(tensors)),
+            dtype.lower(),
+            "none",
+            "none",
+            f"{8 * sum(t.bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors):.2f}",
+            size(sum(t.bytes for t in tensors)),
+            *("–", "–", "–"),
+            style="dim",
+        )
+    return table
+
+
+def _errors(report: Report) -> Table:
+    """Blocks down, kinds across; a cell is the mean error of its layers."""
+    kinds = list(dict.fromkeys(kind(row.layer) for row in report.layers))
+    table = Table(
+        title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text", box=box.SIMPLE_HEAD
+    )
+    table.add_column("block")
+    for name in kinds:
+        table.add_column(name, justify="right")
+    cells: dict[str, dict[str, list[float | None]]] = {}
+    for row in report.layers:
+        cells.setdefault(block(row.layer), {}).setdefault(kind(row.layer), []).append(row.error)
+    for name in sorted(cells, key=natural):
+        table.add_row(name, *(number(mean(cells[name].get(k, [])), 3) for k in kinds))
+    return table
+
+
+# ---------------------------------------------------------------- figures
+
+
+def print_forecast(model: str, forecast: "Forecast") -> None:
+    """What a run will need, part by part, and whether this machine has it."""
+    out.print(
+        f"[bold]{model}[/]  {forecast.parameters / 1e9:.2f} billion parameters, {forecast.blocks} "
+        "blocks; "
+        f"{forecast.layers} layers with {forecast.quantized / forecast.parameters:.1%} of them "
+        "would be quantized"
+    )
+    out.print(
+        f"result {size(forecast.output_bytes)}, "
+        f"{forecast.output_bytes / forecast.source_bytes:.0%} of "
+        f"{size(forecast.source_bytes)}; {forecast.bits_per_quantized_weight:.2f} bits per "
+        "quantized weight, "
+        f"{forecast.bits_per_parameter:.2f} per parameter"
+    )
+    table = Table(title="memory at the peak", box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    for part in ("program", "activations", "block", "hessians", "solver"):
+        table.add_row(part, size(getattr(forecast, part)))
+    table.add_row("[bold]peak[/]", f"[bold]{size(forecast.peak_bytes)}[/]")
+    out.print(table)
+    verdict = "fits" if forecast.peak_bytes < 0.9 * forecast.machine_bytes else "does NOT fit"
+    time = "" if forecast.seconds is None else f"; about {duration(forecast.seconds)} here"
+    out.print(
+        f"{verdict} in the {size(forecast.machine_bytes)} that this machine has "
+        f"({forecast.device}){time}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits; a dash for an unknown figure."""
+    return (
+        "–"
+        if value is None
+        else f"{value:.{digits}g}"
+        if abs(value) < 10**digits
+        else f"{value:.0f}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,327 @@
+"""Where a model's weights come from: a checkpoint on disk, filled in block by block, or a model in
+memory.
+
+A checkpoint becomes a *skeleton*, the model's own module tree with parameters on the meta device;
+modules are filled when they are needed and released afterwards, so memory holds one block at a
+time.
+"""
+
+import hashlib
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ptq.model.expert_layouts import Part
+from ptq.model.experts import unfuse
+from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
+from ptq.model.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
+from ptq.model.weight_files import Shards
+
+CONV1D = "its Conv1D layers are linear layers here, which other programs do not look for"
+STACKED = "its experts are stored in one tensor, and other programs do not look for single ones"
+
+
+class Source:
+    """A Hugging Face checkpoint: a directory, or a hub id that is downloaded (or found in the
+    cache) first.
+
+    ``dtype`` is the type to compute in; None means the checkpoint's own. Raises FileNotFoundError
+    or ValueError, with what to do, for anything that is not a readable causal language model in
+    safetensors files.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None):
+        self.path = resolve(path)
+        self.config: PretrainedConfig = load_config(self.path)
+        self._shards = Shards(self.path)
+        self.dtype = self._shards.common_dtype()
+        self.compute_dtype = dtype or self.dtype
+        self.total_bytes = self._shards.total_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over config.json and name, size and header of every weight file."""
+        config = (self.path / "config.json").read_bytes()
+        return hashlib.sha256(config + self._shards.digest().encode()).hexdigest()
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False):
+            model = build_model(self.config, self.path, self.compute_dtype)
+        model.requires_grad_(False).eval()
+        self._names = NameMap(model)
+        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        origins = self._names.origins(self._shards.names())
+        self._head, self._linearized = "", linearize(model)
+        for name in self._linearized:
+            if name in origins:
+                origins[name] = replace(origins[name], part=Part(transposed=True))
+        experts = unfuse(model, self._names.expert_names)
+        self._origins = split_experts(origins, experts)
+        if experts:
+            apart(
+                self._origins,
+                self._shards.names(),
+                {n for n, _ in model.named_parameters()},
+                self._names,
+            )
+        self._dtypes = dtype_plan(model, self.compute_dtype)
+        self._module_paths = {name for name, _ in model.named_modules()}
+        self._module_names: dict[str, str] = {}
+        self._blocks = find_blocks(model)
+        return model
+
+    def skeleton(self) -> nn.Module:
+        """The model with its parameters on the meta device, real buffers, and experts split into
+        Linears; cached."""
+        return self._model
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The decoder's blocks in order, with their full names; ValueError when they are quantized
+        already."""
+        self._refuse_quantized()
+        model = self._model
+        return [(name, model.get_submodule(name)) for name in self._blocks]
+
+    def head(self) -> tuple[str, nn.Module]:
+        """The output head and its full name; ValueError when it is tied to the embedding, or no
+        linear layer."""
+        model = self._model
+        self._head = self._head or find_head(model)
+        return self._head, model.get_submodule(self._head)
+
+    def foreign(self) -> str | None:
+        """Why other programs would not find the layers of this model in a checkpoint that has them
+        as here, or None."""
+        assert self._model is not None
+        if self._linearized:
+            return CONV1D
+        if any(origin.part is not None for origin in self._origins.values()):
+            return STACKED
+        return None
+
+    def names(self) -> list[str]:
+        """The names of all tensors of the checkpoint."""
+        return self._shards.names()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the checkpoint as stored, on the CPU; ValueError when there is none of that
+        name."""
+        return self._shards.tensor(name)
+
+    def checkpoint_name(self, name: str) -> str:
+        """What the checkpoint calls a tensor of the model, also one that only a quantized layer
+        has.
+
+        In Mixtral ``layers.0.mlp.experts.1.w2.weight`` →
+        ``layers.0.block_sparse_moe.experts.1.w2.weight``.
+        """
+        assert self._model is not None
+        module, _, leaf = name.rpartition(".")
+        for own in (name, f"{module}.weight"):
+            if (origin := self._origins.get(own)) and (direct := origin.direct):
+                stem = direct if own == name else direct.removesuffix(".weight") + f".{leaf}"
+                return stem if own == name or direct.endswith(".weight") else name
+        return name
+
+    def module_name(self, name: str) -> str:
+        """What the model calls a tensor of a checkpoint: the inverse of :meth:`checkpoint_name`."""
+        assert self._model is not None
+        if name not in self._module_names:
+            candidates = self._names.candidates(name)
+            known = (c for c in candidates if c.rpartition(".")[0] in self._module_paths)
+            self._module_names[name] = next(known, candidates[0])
+        return self._module_names[name]
+
+    def rest(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the checkpoint that belong to no block, nor to modules in ``without``, one
+        at a time, as stored."""
+        assert self._model is not None
+        prefixes = tuple(f"{name}." for name in (*self._blocks, *without))
+        inside = {
+            source
+            for name, origin in self._origins.items()
+            if name.startswith(prefixes)
+            for source in origin.names
+        }
+        for name in self.names():
+            if name not in inside and not self.module_name(name).startswith(prefixes):
+                yield name, self.tensor(name)
+
+    def kept(self, block: str, replaced: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors of ``block``, as stored, without those of the parameters in
+        ``replaced``.
+
+        ``replaced`` are full names of weights in the model. Of experts stored in one tensor, those
+        that are not replaced, and the biases if any weight is, come one by one under the model's
+        names.
+        """
+        assert self._model is not None
+        users: dict[Origin, list[str]] = {}
+        for name, origin in self._origins.items():
+            if name.startswith(f"{block}."):
+                users.setdefault(origin.whole(), []).append(name)
+        for whole, parameters in users.items():
+            left = [name for name in parameters if name not in replaced]
+            divided = any(
+                self._origins[n].direct is None and _weight_of(n) in replaced for n in parameters
+            )
+            if len(left) == len(parameters) and not divided:
+                yield from ((name, self.tensor(name)) for name in whole.names)
+            elif left:
+                made = whole.load(self.tensor, self._names)
+                yield from (
+                    (name, _select(self._origins[name], made, name).clone()) for name in left
+                )
+
+    def fill(
+        self, module: nn.Module, prefix: str, device: torch.device | str, *, recurse: bool = True
+    ) -> None:
+        """Load, cast and check the parameters and persistent buffers of ``module``, which the model
+        calls ``prefix``.
+
+        Without ``recurse`` only those that ``module`` itself owns. Parameters that are already
+        filled stay as they are. Raises ValueError for tensors that are missing, have another shape,
+        or contain NaN or infinity.
+        """
+        self._refuse_quantized()
+        prefix = f"{prefix.rstrip('.')}." if prefix else ""
+        by_origin: dict[Origin, list[tuple[Origin, str, nn.Module, bool]]] = {}
+        for name, owner, is_buffer in _stored(module, recurse):
+            missing = is_buffer or cast(Tensor, owner._parameters[name.rpartition(".")[2]]).is_meta
+            if missing and (origin := self._origin(prefix + name, is_buffer)):
+                by_origin.setdefault(origin.whole(), []).append((origin, name, owner, is_buffer))
+        for whole, users in by_origin.items():
+            made = whole.load(self.tensor, self._names)
+            for origin, name, owner, is_buffer in users:
+                self._assign(
+                    owner, prefix + name, _select(origin, made, prefix + name), device, is_buffer
+                )
+        for owner in module.modules() if recurse else (module,):
+            for name, buffer in owner.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    owner._buffers[name] = buffer.to(device)
+
+    def release(self, module: nn.Module, *, recurse: bool = True) -> None:
+        """Put parameters and persistent buffers of ``module`` back on the meta device; other
+        buffers go to the CPU."""
+        release(module, recurse=recurse)
+
+    def _assign(
+        self,
+        owner: nn.Module,
+        name: str,
+        value: Tensor,
+        device: torch.device | str,
+        is_buffer: bool,
+    ) -> None:
+        leaf = name.rpartition(".")[2]
+        current = cast(Tensor, owner._buffers[leaf] if is_buffer else owner._parameters[leaf])
+        value = self._checked(value, name, current).to(
+            device, self._dtype_of(name, current), copy=True
+        )
+        if is_buffer:
+            owner._buffers[leaf] = value
+        else:
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _refuse_quantized(self) -> None:
+        method = getattr(self.config, "quantization_config", None)
+        if method and not (
+            isinstance(method, dict) and method.get("quant_method") == "mxfp4"
+        ):  # filled dequantized
+            kind = (
+                method.get("quant_method", "unknown method")
+                if isinstance(method, dict)
+                else type(method).__name__
+            )
+            raise ValueError(
+                f"{self.path} is already quantized ({kind}); start from the original model"
+            )
+
+    def _origin(self, name: str, is_buffer: bool) -> Origin | None:
+        origin = self._origins.get(name) or self._origins.get(self._tied.get(name, ""))
+        if origin is None and not self._may_be_missing(name):
+            raise ValueError(
+                f"{self.path} has no tensor for {'buffer' if is_buffer else 'parameter'} {name} of "
+                "its model"
+            )
+        return origin
+
+    def _may_be_missing(self, name: str) -> bool:
+        return any(
+            re.search(pattern, name)
+            for pattern in self._model._keys_to_ignore_on_load_missing or ()
+        )
+
+    def _dtype_of(self, name: str, current: Tensor) -> torch.dtype:
+        return (
+            self._dtypes(name) or current.dtype
+            if current.dtype.is_floating_point
+            else current.dtype
+        )
+
+    def _checked(self, value: Tensor, name: str, current: Tensor) -> Tensor:
+        if value.shape != current.shape:
+            raise ValueError(
+                f"{self.path}: {name} has shape {tuple(value.shape)}, its model wants "
+                f"{tuple(current.shape)}"
+            )
+        if value.dtype.is_floating_point and value.dtype.itemsize > 1:
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{self.path}: {name} contains NaN or infinity; the checkpoint is damaged"
+                )
+        elif value.dtype.is_floating_point or current.dtype.is_floating_point:
+            raise ValueError(
+                f"{self.path}: {name} is stored as {value.dtype}: already quantized; start from "
+                "the original model"
+            )
+        return value
+
+
+def release(module: nn.Module, *, recurse: bool = True) -> None:
+    """Put the parameters and persistent buffers of ``module`` on the meta device, and its other
+    buffers on the CPU."""
+    for owner in module.modules() if recurse else (module,):
+        for name, parameter in owner.named_parameters(recurse=False):
+            owner._parameters[name] = nn.Parameter(
+                parameter.detach().to("meta"), requires_grad=False
+            )
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(
+                "cpu" if name in owner._non_persistent_buffers_set else "meta"
+            )
+        forget = getattr(owner, "forget", None)
+        if callable(forget):  # what a replaced layer keeps besides its buffers
+            forget()
+
+
+def _stored(module: nn.Module, recurse: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Name, owner, and whether it is a buffer, of everything in ``module`` that a checkpoint
+    stores."""
+    for path, owner in module.named_modules() if recurse else (("", module),):
+        prefix = f"{path}." if path else ""
+        for name, _ in owner.named_parameters(recurse=False):
+            yield prefix + name, owner, False
+        for name, _ in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield prefix + name, owner, True
+
+
+def _select(origin: Origin, made: dict[str, Tensor], name: str) -> Tensor:
+    if origin.part is not None:
+        return origin.part.take(made[origin.target])
+    return made[name] if name in made else made[origin.target]
+
+
+def _weight_of(name: str) -> str:
+    return f"{name.rpartition('.')[0]}.weight"

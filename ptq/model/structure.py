@@ -1,0 +1,253 @@
+"""From a path to an empty model, the names of its decoder blocks, its head and its routers."""
+
+import copy
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from ptq.model.experts import unfuse
+from ptq.model.parameter_names import NameMap
+
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory of a checkpoint: ``path`` itself, or where the hub model of that name is cached
+    or downloaded to.
+
+    Raises FileNotFoundError when there is neither, and says why the hub did not help.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise FileNotFoundError(f"{path} is a file; give the directory of the model")
+    if not HUB_ID.match(str(path)):
+        raise FileNotFoundError(f"{path} does not exist")
+    for offline in (True, False):
+        try:
+            return Path(
+                snapshot_download(str(path), allow_patterns=list(WANTED), local_files_only=offline)
+            )
+        except (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OSError,
+            RuntimeError,
+        ) as error:
+            if not offline:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise FileNotFoundError(
+                    f"no directory {path}, and no such model could be fetched from the Hugging "
+                    f"Face hub ({reason})"
+                ) from error
+    raise AssertionError
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The model's configuration. Raises FileNotFoundError or ValueError; code in the checkpoint is
+    never run."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has no config.json: not the directory of a Hugging Face model"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        cause = (
+            error.__cause__
+            if isinstance(error, StrictDataclassError) and error.__cause__
+            else error
+        )
+        raise ValueError(f"{path / 'config.json'} cannot be used: {_first_line(cause)}") from error
+
+
+def build_model(config: PretrainedConfig, path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """An untrained model of the configured class, to be called under ``init_empty_weights``.
+
+    The class that the configuration names if it is a causal or a vision-language model, else the
+    one that belongs to its type. Raises ValueError when that is not causal, or cannot be built.
+    """
+    config = copy.deepcopy(config)
+    given = (getattr(config, "architectures", None) or ["?"])[0]
+    classes = {
+        auto: _class_of(auto, config)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    }
+    suited = [auto for auto, made in classes.items() if made == given]
+    suited += [auto for auto, made in classes.items() if made is not None and _is_causal(given)]
+    if not suited:
+        kind = f"architecture {given}, model type {config.model_type!r}"
+        raise ValueError(f"{path} is not a causal language model ({kind})")
+    try:
+        return suited[0].from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        name = classes[suited[0]]
+        raise ValueError(
+            f"{path}: {name} cannot be built from config.json: {_first_line(error)}"
+        ) from error
+
+
+def _class_of(
+    auto: type[AutoModelForCausalLM | AutoModelForImageTextToText], config: PretrainedConfig
+) -> str | None:
+    mapping = auto._model_mapping
+    made = mapping.get(type(config), None)
+    made = made[0] if isinstance(made, tuple) else made
+    return None if made is None else made.__name__
+
+
+def _is_causal(architecture: str) -> bool:
+    known = hasattr(transformers, architecture)
+    return not known or architecture.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(
+        (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
+    )
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """The names of the decoder's blocks: the ``ModuleList`` beside the token embedding that holds
+    the most parameters.
+
+    Lists inside other lists (experts) and lists of other towers (vision) do not count. ValueError
+    when there is none, or when its blocks contain no ``nn.Linear``.
+    """
+    lists = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
+    outer = {
+        n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)
+    }
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    home = next((n.rpartition(".")[0] for n, m in model.named_modules() if m is embedding), "")
+    beside = {n: m for n, m in outer.items() if not home or n.startswith(f"{home}.")} or outer
+    sizes = {n: sum(p.numel() for p in m.parameters() if p.ndim >= 2) for n, m in beside.items()}
+    if not sizes or not max(sizes.values()):
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+    name = max(sizes, key=lambda n: sizes[n])
+    if not any(isinstance(m, nn.Linear) for m in lists[name].modules()):
+        kinds = sorted(
+            {
+                type(m).__name__
+                for m in lists[name].modules()
+                if next(m.parameters(recurse=False), None) is not None
+            }
+        )
+        raise ValueError(
+            f"the blocks of {type(model).__name__} contain no Linear layers (but "
+            f"{', '.join(kinds)}): not supported"
+        )
+    return [f"{name}.{i}" for i in range(len(lists[name]))]
+
+
+def is_cache(value: object) -> bool:
+    """Whether a model has handed its blocks a cache of keys and values."""
+    return isinstance(value, Cache)
+
+
+def find_head(model: nn.Module) -> str:
+    """The name of the output head. Raises ValueError when it is no ``nn.Linear`` of its own, but
+    tied or missing."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    kind = type(model).__name__
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{kind} has no linear output head that could be quantized; leave the output head as "
+            "it is"
+        )
+    name = next(n for n, m in model.named_modules() if m is head)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    shared = isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+    if shared or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        raise ValueError(
+            f"the output head {name} of {kind} is tied to the embedding, which must stay exact; "
+            "leave the output head as it is"
+        )
+    return name
+
+
+def linearize(model: nn.Module, only: Collection[str] | None = None) -> set[str]:
+    """Replace every ``Conv1D`` (GPT-2's linear layer with a transposed weight) by the ``nn.Linear``
+    that computes the same, in place; return the names of the weights. ``only``: names of the
+    modules to replace, None for all."""
+    weights = set()
+    for name, old in list(model.named_modules()):
+        if isinstance(old, Conv1D) and (only is None or name in only):
+            new = nn.Linear(old.nx, old.nf, device="meta", dtype=old.weight.dtype)
+            new.weight = nn.Parameter(old.weight.detach().T, requires_grad=False)
+            new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
+            model.set_submodule(name, new.train(old.training))
+            weights.add(f"{name}.weight")
+    return weights
+
+
+def blueprint(path: str | Path) -> tuple[PretrainedConfig, nn.Module, list[str]]:
+    """(configuration, model on meta, names of its decoder blocks) of a directory that needs no more
+    than a config.json.
+
+    Raises FileNotFoundError or ValueError as :class:`ptq.model.checkpoint_source.Source` does.
+    """
+    directory = resolve(path)
+    config = load_config(directory)
+    dtype = getattr(config, "dtype", None)
+    with init_empty_weights(include_buffers=False):
+        model = build_model(
+            config, directory, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        )
+    linearize(model)
+    unfuse(model, NameMap(model).expert_names)
+    return config, model, find_blocks(model)
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` of ``model`` decides which experts a token goes to, or how much
+    they count.
+
+    That is so if it, or what holds it, is called ``router``, or ``gate`` or ``…_gate`` beside
+    experts. The gate projection of an MLP is none.
+    """
+    parts = name.split(".")
+    if any("router" in part for part in parts[-2:]):
+        return True
+    for depth in range(1, min(2, len(parts)) + 1):
+        leaf, beside = parts[-depth], model.get_submodule(".".join(parts[:-depth]))
+        if (leaf == "gate" or leaf.endswith("_gate")) and any(
+            "expert" in n for n, _ in beside.named_children()
+        ):
+            return True
+    return False

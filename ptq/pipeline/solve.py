@@ -1,0 +1,288 @@
+"""One input group: rotation, grid, algorithm, refinement, and the report of what it cost.
+
+Layers that read the same activation share its Hessian, its rotation, their global scale and the
+factorisation, and rows are independent given the Hessian (G25): what is made of the Hessian is made
+once, and rows are solved some at a time.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.descent import coordinate_descent
+from ptq.numerics.errors import quadratic_form, relative
+from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
+from ptq.numerics.gptq import gptq
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.rtn import rtn
+from ptq.numerics.scales import Grid, alternate
+from ptq.numerics.tensor import QuantizedTensor, Scales
+from ptq.pipeline.recipe import Recipe
+
+# A sweep with in-loop scales meets compensated weights, which may exceed the original maximum
+# (G20); costs at most 0.01 dB (F15).
+IN_LOOP_MARGIN = 1.5
+# A static global scale of activations leaves room for tokens larger than any seen in calibration
+# (G32).
+INPUT_MARGIN = 2.0
+MAX_DAMPING = 1.0
+# Elements of a weight that are solved at a time: 64 MB in float32, of which about ten copies exist.
+PART_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Layers that read the same input, and what calibration knows about that input.
+
+    Attributes:
+        names: full module names.
+        weights: one (out, in) tensor per layer, any float dtype.
+        hessian: E[x xᵀ], not rotated, over the tokens that calibration solves with.
+        holdout: the same over tokens kept aside, or None.
+        amax: max |x R| per rotation size.
+        sample: (tokens, in) some inputs, for the error of quantized activations; may be empty.
+        tokens: that reached the layers; ``topped_up`` says that the Hessian has others as well.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    hessian: Tensor
+    holdout: Tensor | None
+    amax: dict[int, Tensor]
+    sample: Tensor
+    tokens: int
+    recipe: Recipe
+    topped_up: bool = False
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized layer, on the device where it was solved."""
+
+    name: str
+    weight: QuantizedTensor
+    rotation: Rotation
+    input_scale: Tensor | None
+    report: dict[str, object] = field(compare=False)
+
+    def to(self, device: torch.device | str) -> "Solved":
+        """The same on another device."""
+        scales = self.weight.scales
+        moved = Scales(scales.bits.to(device), scales.global_scale.to(device), scales.format)
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(
+            self, weight=QuantizedTensor(self.weight.codes.to(device), moved), input_scale=scale
+        )
+
+
+@torch.no_grad()
+def solve(job: Job) -> list[Solved]:
+    """Quantize the layers of a group, with the rotation of least measured loss if the recipe leaves
+    the choice.
+
+    Raises:
+        ValueError: naming the layer: features that do not divide, weights or a Hessian that are not
+            finite, a Hessian that stays indefinite at the largest damping, no tokens.
+    """
+    first = job.names[0]
+    try:
+        for name, weight in zip(job.names, job.weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"the weight of {name} has entries that are NaN or infinite; the source "
+                    "checkpoint is damaged"
+                )
+        sizes = job.recipe.rotations(job.weights[0].shape[1])
+        attempts = [_attempt(job, size) for size in sizes]
+    except ValueError as error:
+        raise ValueError(f"{first}: {error}") from error
+    return min(attempts, key=lambda attempt: attempt[0])[1]
+
+
+def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
+    """(loss to choose by, results) with one rotation."""
+    start = time.perf_counter()
+    recipe, fmt, rotation = job.recipe, job.recipe.fmt, Rotation(size)
+    hessian = rotation.rotate_hessian(job.hessian)
+    grid = _grid(job, rotation, hessian)
+    solver = _Solver(recipe, grid, hessian)
+    measured = [hessian.float()] + (
+        [] if job.holdout is None else [rotation.rotate_hessian(job.holdout).float()]
+    )
+    layers = [_layer(layer, rotation, solver, measured) for layer in job.weights]
+
+    input_scale, input_error = None, 0.0
+    if recipe.quantize_inputs:
+        if fmt.has_global_scale and recipe.input_scale == "static":
+            input_scale = fmt.global_scale(job.amax[size].float(), INPUT_MARGIN)
+        input_error = _input_error(job, rotation, input_scale)
+
+    seconds = (time.perf_counter() - start) / len(job.names)
+    solved = []
+    for name, layer in zip(job.names, layers, strict=True):
+        rows, features = layer.weight.codes.shape
+        report = {
+            "layer": name,
+            "out": rows,
+            "in": features,
+            "format": fmt.name,
+            "rotation": size,
+            "algorithm": layer.algorithm,
+            "damping": solver.damping,
+            "error": layer.errors[0],
+            "held_out_error": layer.errors[1] if len(layer.errors) > 1 else None,
+            "rtn_error": layer.rtn_error,
+            "input_error": input_error if recipe.quantize_inputs else None,
+            "tokens": job.tokens,
+            "topped_up": job.topped_up,
+            "seconds": seconds,
+        }
+        solved.append(Solved(name, layer.weight, rotation, input_scale, report))
+    return sum(layer.errors[-1] for layer in layers) / len(layers) + input_error, solved
+
+
+def _grid(job: Job, rotation: Rotation, hessian: Tensor) -> Grid:
+    """The grid that all layers of the job share: its global scale covers the largest of their
+    weights (G34)."""
+    recipe = job.recipe
+    amax = torch.stack(
+        [part.abs().amax() for layer in job.weights for part in _parts(layer, rotation)]
+    ).amax()
+    margin = 1.0 if recipe.in_loop is None else IN_LOOP_MARGIN
+    grid = Grid(
+        recipe.fmt,
+        recipe.fmt.global_scale(amax, margin),
+        recipe.scales if recipe.in_loop is None else "mse",
+    )
+    if recipe.global_scale == "alternating":
+        whole = torch.cat([rotation.exact(layer).float() for layer in job.weights])
+        grid = alternate(whole, grid, hessian.diagonal().float() if recipe.weighted else None)
+    return grid
+
+
+def _parts(layer: Tensor, rotation: Rotation) -> Iterator[Tensor]:
+    """The rotated weight in float32, some rows at a time: rows are independent, so that memory
+    stays bounded (G25)."""
+    step = max(1, PART_ELEMENTS // layer.shape[1])
+    for start in range(0, len(layer), step):
+        yield rotation.exact(layer[start : start + step]).float()
+
+
+class _Solver:
+    """The algorithm of a recipe for rows with one Hessian; what rows share is made once.
+
+    The damping is raised tenfold until the Hessian has a factor (G13), logged, and reported as
+    ``damping``.
+    """
+
+    def __init__(self, recipe: Recipe, grid: Grid, hessian: Tensor) -> None:
+        self.recipe, self.grid, self.hessian, self.damping = recipe, grid, hessian, 0.0
+        self.factor = self._factorize() if recipe.algorithm == "gptq" else None
+        self.damped = None
+        if recipe.descent:
+            self.damped = damped(hessian, self.damping or recipe.damping).float()
+
+    def _factorize(self) -> Factor:
+        self.damping = self.recipe.damping
+        while True:
+            try:
+                return factorize(
+                    self.hessian,
+                    self.grid.format.group_size,
+                    order=self.recipe.order,
+                    damping=self.damping,
+                )
+            except IndefiniteHessian:
+                if self.damping >= MAX_DAMPING:
+                    raise
+                self.damping = min(10 * self.damping, MAX_DAMPING)
+
+    def nearest(self, weight: Tensor) -> QuantizedTensor:
+        return rtn(weight, self.hessian, self.grid, weighted=self.recipe.weighted)
+
+    def solve(self, weight: Tensor) -> QuantizedTensor | None:
+        """None when the recipe asks for round to nearest and nothing else."""
+        quantized, recipe = None, self.recipe
+        if self.factor is not None:
+            quantized = gptq(
+                weight, self.hessian, self.grid, in_loop=recipe.in_loop, weighted=recipe.weighted, factor=self.factor,
+                order=recipe.order,
+            )  # fmt: skip
+        if self.damped is not None:
+            quantized = coordinate_descent(
+                weight,
+                self.hessian,
+                quantized or self.nearest(weight),
+                sweeps=recipe.descent,
+                damped_hessian=self.damped,
+            )
+        return quantized
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A solved layer; ``errors``: on the calibration tokens and, where there are any, on those kept
+    aside."""
+
+    weight: QuantizedTensor
+    algorithm: str
+    errors: list[float]
+    rtn_error: float
+
+
+def _layer(layer: Tensor, rotation: Rotation, solver: _Solver, hessians: list[Tensor]) -> _Layer:
+    """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens
+    (G23)."""
+    nearest, solved = [], []
+    signal, rounded, result = (torch.zeros(len(hessians), dtype=torch.float64) for _ in range(3))
+    for part in _parts(layer, rotation):
+        nearest.append(solver.nearest(part))
+        solved.append(solver.solve(part) or nearest[-1])
+        signal += _forms(part, hessians)
+        result += _forms(part - solved[-1].dequantize(), hessians)
+        if solved[-1] is nearest[-1]:
+            rounded = result
+        else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
+            rounded[0] += _forms(part - nearest[-1].dequantize(), hessians[:1])[0]
+    keep = bool(result[0] < rounded[0])
+    if not keep and rounded is not result:
+        parts = zip(_parts(layer, rotation), nearest, strict=True)
+        rounded[1:] = sum(_forms(part - q.dequantize(), hessians[1:]) for part, q in parts)
+    errors = relative(result if keep else rounded, signal).tolist()
+    weight = _joined(solved if keep else nearest)
+    rtn_error = relative(rounded, signal).tolist()[0]
+    return _Layer(weight, solver.recipe.algorithm if keep else "rtn", errors, rtn_error)
+
+
+def _forms(delta: Tensor, hessians: list[Tensor]) -> Tensor:
+    """``tr(Δ H Δᵀ)`` for every Hessian, on the CPU."""
+    return torch.tensor(
+        [float(quadratic_form(delta, h).sum()) for h in hessians], dtype=torch.float64
+    )
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    scales = [part.scales for part in parts]
+    bits = torch.cat([s.bits for s in scales])
+    return QuantizedTensor(
+        torch.cat([p.codes for p in parts]), Scales(bits, scales[0].global_scale, scales[0].format)
+    )
+
+
+def _input_error(job: Job, rotation: Rotation, scale: Tensor | None) -> float:
+    """``E‖(Q(xR) - xR) W'ᵀ‖² / E‖x Wᵀ‖²`` on the sample: what quantized activations alone cost; 0
+    without a sample."""
+    exact = rotation.exact(job.sample).float()
+    quantized = quantize_inputs(job.sample, job.recipe.fmt, rotation, scale, job.recipe.input_rule)
+    noise = quantized.dequantize() - exact
+    sums = torch.zeros(2, dtype=torch.float64)
+    for layer in job.weights:
+        for part in _parts(layer, rotation):
+            sums += torch.stack(
+                [(x @ part.T).double().square().sum() for x in (noise, exact)]
+            ).cpu()
+    return float(relative(sums[0], sums[1]))

@@ -1,0 +1,1 @@
+"""A checkpoint that runs: layers, experts, loading, generation, evaluation."""

@@ -1,0 +1,217 @@
+"""What a finished checkpoint holds, from its configuration, reports and the heads of its files; no
+weight is read."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ptq.checkpoint.quantization_config import LayerInfo, natural
+from ptq.checkpoint.reader import Checkpoint, config_dtype
+from ptq.checkpoint.safetensors_files import Entry
+from ptq.kernels import dispatch
+from ptq.numerics.formats import FORMATS
+from ptq.runtime.quant_linear import kernel_obstacle
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A quantized layer. Errors are ‖(W - Ŵ)X‖² / ‖WX‖²; None if the checkpoint does not say.
+
+    Attributes:
+        bits_per_weight: of codes, scales and global scales; the bias is not counted.
+        error, held_out_error: on the calibration text, and on the part of it that was kept aside.
+        rtn_error: what rounding to nearest would have cost on the calibration text.
+        balance: strength of the balancing of its inputs, 0 where it does not fold.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    format: str
+    rotation: int
+    scheme: str
+    bytes: int
+    bits_per_weight: float
+    algorithm: str | None
+    error: float | None
+    held_out_error: float | None
+    rtn_error: float | None
+    damping: float | None
+    balance: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A tensor that stayed as it was."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A checkpoint in figures.
+
+    Attributes:
+        formats: of its layers, the most common first.
+        bytes: of all tensors; ``file_bytes``: of all files of the directory.
+        source_bytes: what the same parameters take at 16 bits each.
+        parameters, quantized_parameters: counts of numbers.
+        runs: how many layers Triton kernels serve on the first GPU of this machine, and how many
+            the reference path serves for which reason.
+        bits_per_weight: over quantized layers; ``bits_per_parameter``: over everything.
+    """
+
+    path: str
+    formats: tuple[str, ...]
+    dialect: str
+    recipe: dict[str, object]
+    provenance: dict[str, object]
+    bytes: int
+    file_bytes: int
+    source_bytes: int
+    parameters: int
+    quantized_parameters: int
+    bits_per_weight: float
+    bits_per_parameter: float
+    layers: tuple[LayerRow, ...]
+    kept: tuple[Kept, ...]
+    runs: dict[str, int]
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over layers of the calibration error."""
+        return mean(row.error for row in self.layers)
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: all fields, and ``mean_error``."""
+        return {**asdict(self), "mean_error": self.mean_error}
+
+
+def inspect(path: Path) -> Report:
+    """Describe the checkpoint in ``path``.
+
+    Raises:
+        FileNotFoundError: no such directory, an unfinished one, or one with files missing.
+        ValueError: not a quantized checkpoint, or a damaged one.
+    """
+    checkpoint = Checkpoint(path)
+    reports = {str(report["layer"]): report for report in checkpoint.reports}
+    owned: dict[str, list[Entry]] = {name: [] for name in checkpoint.layers}
+    for name, entry in checkpoint.entries.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in owned and leaf != "bias":
+            owned[owner].append(entry)
+    layers = tuple(
+        _layer_row(
+            name,
+            checkpoint.layers[name],
+            checkpoint.entries[f"{name}.weight_packed"],
+            owned[name],
+            reports.get(name, {}),
+        )
+        for name in sorted(owned, key=natural)
+    )
+    kept = tuple(
+        Kept(name=name, dtype=entry.dtype, shape=entry.shape, bytes=entry.bytes)
+        for name in sorted(checkpoint.other_names(), key=natural)
+        for entry in (checkpoint.entries[name],)
+    )
+    sizes = checkpoint.sizes
+    biases = [
+        e
+        for name, e in checkpoint.entries.items()
+        if name.endswith(".bias") and name[:-5] in checkpoint.layers
+    ]
+    weights = sizes["weights"]
+    parameters = weights + sum(math.prod(e.shape) for e in (*kept, *biases))
+    counts: dict[str, int] = {}
+    for row in layers:
+        counts[row.format] = counts.get(row.format, 0) + math.prod(row.shape)
+    return Report(
+        path=str(path),
+        formats=tuple(sorted(counts, key=lambda name: -counts[name])),
+        dialect=checkpoint.dialect,
+        recipe=checkpoint.recipe,
+        provenance=checkpoint.parsed.provenance,
+        bytes=sizes["total"],
+        file_bytes=sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()),
+        source_bytes=2 * parameters,
+        parameters=parameters,
+        quantized_parameters=weights,
+        bits_per_weight=8 * sum(row.bytes for row in layers) / weights if weights else math.nan,
+        bits_per_parameter=8 * sizes["total"] / parameters if parameters else math.nan,
+        layers=layers,
+        kept=kept,
+        runs=_runs(layers, checkpoint),
+    )
+
+
+def _runs(layers: Iterable[LayerRow], checkpoint: Checkpoint) -> dict[str, int]:
+    """Counts of layers by what serves them here; inputs are rounded where a GPU multiplies FP4, see
+    ``load``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = config_dtype(checkpoint.config)
+    counts: Counter[str] = Counter()
+    for row in layers:
+        info = checkpoint.layers[row.layer]
+        info = replace(
+            info, quantize_inputs=info.quantize_inputs and dispatch.multiplies_fp4(device)
+        )
+        dtype = getattr(torch, named) if named else torch.bfloat16
+        reason = kernel_obstacle(info, row.shape[1], device, dtype=dtype)
+        counts["Triton kernels" if reason is None else f"the reference path: {reason}"] += 1
+    return dict(counts)
+
+
+def _layer_row(
+    name: str, info: LayerInfo, packed: Entry, own: list[Entry], report: dict[str, object]
+) -> LayerRow:
+    size = sum(entry.bytes for entry in own)
+    count = packed.bytes * (2 if FORMATS[info.format].packed else 1)
+
+    def figure(key: str) -> float | None:
+        value = report.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    return LayerRow(
+        layer=name,
+        shape=(packed.shape[0], count // packed.shape[0]),
+        format=info.format,
+        rotation=info.rotation,
+        scheme="w4a4" if info.quantize_inputs else "w4a16",
+        bytes=size,
+        bits_per_weight=8 * size / count,
+        algorithm=str(report["algorithm"]) if "algorithm" in report else None,
+        error=figure("error"),
+        held_out_error=figure("held_out_error"),
+        rtn_error=figure("rtn_error"),
+        damping=figure("damping"),
+        balance=figure("balance"),
+    )
+
+
+def kind(name: str) -> str:
+    """What a layer does, by its name: ``experts.up_proj`` of
+    ``model.layers.3.mlp.experts.7.up_proj``."""
+    parts = name.split(".")
+    return f"experts.{parts[-1]}" if "experts" in parts else parts[-1]
+
+
+def block(name: str) -> str:
+    """The block that a layer belongs to: ``model.layers.3`` of ``model.layers.3.mlp.up_proj``; else
+    its own name."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: index + 1])
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are known, None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,159 @@
+"""From a checkpoint directory to a model that runs."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ptq.checkpoint.reader import Checkpoint, config_dtype
+from ptq.model.checkpoint_source import Source
+from ptq.runtime.packed_experts import pack_experts
+from ptq.runtime.quant_linear import QuantLinear, stored_layer
+
+logger = logging.getLogger(__name__)
+
+Inputs = Literal["auto", "quantized", "full"]
+INPUTS = ("auto", "quantized", "full")
+
+
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    inputs: Inputs = "auto",
+    cache: bool = False,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: Path | str | None = None,
+) -> nn.Module:
+    """The transformers model of a checkpoint, with a QuantLinear for every quantized layer, in
+    evaluation mode.
+
+    Experts are modules of linear layers, as in calibration; on a GPU they run together
+    (:mod:`ptq.runtime.packed_experts`) unless there is a ``device_map``. Without one tensors go to
+    ``device`` one by one.
+
+    Args:
+        dtype: of everything that is not quantized, and of the results of quantized layers; None is
+            the checkpoint's.
+        inputs: what happens to the inputs of layers that were made for quantized ones (W4A4):
+            ``"quantized"`` rounds them, ``"full"`` keeps them, which is closer to the original
+            model, ``"auto"`` rounds them where the GPU multiplies FP4 natively.
+        cache: keep dequantized weights (QuantLinear.cache): faster, 4 bytes a weight.
+        device_map: of accelerate, e.g. ``"auto"``; layers may lie on ``"cpu"`` or ``"disk"`` while
+            they do not run. The packed model must fit into host memory while it is loaded.
+        max_memory: bytes by device, for ``device_map="auto"``.
+        offload_folder: where layers on ``"disk"`` go.
+
+    Raises:
+        FileNotFoundError: no such directory, an unfinished one, or a missing file.
+        ValueError: not a checkpoint of ptq, an unknown version, format or key, a truncated or
+            damaged file, a missing tensor, or one that does not fit the model.
+    """
+    if inputs not in INPUTS:
+        raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
+    checkpoint = Checkpoint(path)
+    named = config_dtype(checkpoint.config)
+    source = Source(path, dtype=dtype or (getattr(torch, named) if named else None))
+    source.config.__dict__.pop("quantization_config", None)  # ours to interpret, not transformers'
+    model = source.skeleton()
+    assert isinstance(model, PreTrainedModel)
+    place = torch.device("cpu") if device_map else torch.device(device)
+    modules, replaced = dict(model.named_modules()), {}
+    for name in checkpoint.layer_names():
+        target = source.module_name(f"{name}.weight_packed").rpartition(".")[0]
+        if target not in modules:
+            raise ValueError(
+                f"{checkpoint.path}: {name} is no layer of the model that its config.json describes"
+            )
+        replaced[name] = target
+        model.set_submodule(target, nn.Identity())  # whose parameters nobody looks for
+    source.fill(model, "", place)
+    model.tie_weights()
+    for name, target in replaced.items():
+        layer = stored_layer(modules[target], checkpoint.layers[name], checkpoint.layer(name), name)
+        layer.cache = cache
+        model.set_submodule(target, layer.to(place, source.compute_dtype))
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    settle_inputs(model, inputs)
+    if device_map:
+        distribute(model, device_map, max_memory, offload_folder)
+    else:
+        prepare_kernels(model, source.compute_dtype)
+    return model.eval()
+
+
+def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let quantized layers and experts use the Triton kernels where those can run, and say once
+    what runs how.
+
+    Not for models that accelerate's hooks move: they put the weights of experts in places of their
+    own.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    reasons = Counter(reason for layer in layers if (reason := layer.prepare(dtype)) is not None)
+    if served := len(layers) - sum(reasons.values()):
+        logger.info("%d of %d quantized layers run in Triton kernels", served, len(layers))
+    for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
+        logger.info("%d quantized layers run in the reference path: %s", count, reason)
+    if served:
+        log_experts(pack_experts(model))
+
+
+def log_experts(found: Mapping[str, str | None]) -> None:
+    """Say once how layers of experts run: ``found`` has their names, and why each does not run
+    grouped, or None."""
+    reasons = Counter(reason for reason in found.values() if reason is not None)
+    if grouped := len(found) - reasons.total():
+        logger.info("%d of %d layers of experts run grouped", grouped, len(found))
+    for reason, count in reasons.items():
+        logger.info("%d layers of experts run one expert after the other: %s", count, reason)
+
+
+def settle_inputs(model: nn.Module, inputs: str) -> None:
+    """Decide, for layers that were made for quantized inputs, whether they quantize them; see
+    :func:`load`."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.quantize_inputs]
+    if not layers or inputs == "quantized":
+        return
+    native = inputs == "auto" and all(_multiplies_fp4(m.weight_packed.device) for m in layers)
+    if inputs == "auto":
+        logger.info(
+            "inputs of quantized layers %s",
+            "are quantized: this GPU multiplies FP4"
+            if native
+            else "keep 16 bits: this device does not multiply FP4",
+        )
+    for layer in layers:
+        layer.quantize_inputs = native
+
+
+def _multiplies_fp4(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def distribute(
+    model: PreTrainedModel,
+    device_map: str | Mapping[str, int | str | torch.device],
+    max_memory: dict[int | str, int | str] | None,
+    offload_folder: Path | str | None,
+) -> None:
+    """Spread a model in host memory over devices, with accelerate's hooks; see :func:`load`."""
+    if isinstance(device_map, str):
+        whole = list(model._no_split_modules or [])
+        device_map = infer_auto_device_map(
+            model, max_memory=max_memory, no_split_module_classes=whole, offload_buffers=True
+        )
+    if "disk" in device_map.values() and offload_folder is None:
+        raise ValueError("some layers go to disk: give an offload_folder, or more max_memory")
+    dispatch_model(
+        model, device_map=dict(device_map), offload_dir=offload_folder, offload_buffers=True
+    )

@@ -1,0 +1,149 @@
+"""From the name of a model to its directory, and from a directory to a model and tokenizer, our own
+or others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from ptq.checkpoint.reader import Checkpoint, read_config
+from ptq.model.checkpoint_source import Source
+from ptq.model.structure import resolve
+from ptq.runtime.load import load
+from ptq.text.windows import load_text, load_tokenizer
+
+DEMO = "demo"
+LONGEST_WINDOW = 2048
+CACHE_BYTES = 4 << 30  # of dequantized weights that may stay in memory
+
+
+def demo_path() -> Path:
+    """The directory of the bundled model.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    path = Path(__file__).parent.parent / "demo"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"the bundled model is not in {path}; install ptq again")
+    return path
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The directory of a model: the bundled one for ``demo``, a directory itself, else a model of
+    the hub or its cache.
+
+    Raises:
+        FileNotFoundError: none of the three exists.
+    """
+    return demo_path() if str(name) == DEMO else resolve(name)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can run, and its tokenizer."""
+
+    name: str
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of ``text``, without a start token."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model is made for, if its configuration says."""
+        config = self.module.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        value = getattr(config, "max_position_embeddings", None) or getattr(
+            config, "n_positions", None
+        )
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        settings = getattr(self.module, "generation_config", None)
+        found = getattr(settings, "eos_token_id", None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        return frozenset(
+            t for t in (found if isinstance(found, list) else [found]) if isinstance(t, int)
+        )
+
+    def window(self, seq_len: int | None) -> int:
+        """The length of evaluation windows: ``seq_len``, or what is usual and the model can take.
+
+        Raises:
+            ValueError: the model has fewer positions.
+        """
+        most = self.positions or LONGEST_WINDOW
+        if seq_len is not None and seq_len > most and self.positions:
+            raise ValueError(
+                f"--seq-len {seq_len} is more than the {most} positions of {self.name}; lower it"
+            )
+        return seq_len or min(LONGEST_WINDOW, most)
+
+
+def load_model(
+    name: str | Path, *, device: torch.device, dtype: torch.dtype | None = None
+) -> Loaded:
+    """Load a model for evaluation: layers of our checkpoints compute what their recipe says,
+    quantized inputs included.
+
+    Args:
+        dtype: of the computation; None is float32 on the CPU, and the checkpoint's own elsewhere.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or a directory that holds none that can be
+            used.
+    """
+    path = resolve_model(name)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    quantization = read_config(path).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in ("ptq", "compressed-tensors"):
+        cache = 4 * Checkpoint(path).sizes["weights"] <= CACHE_BYTES  # the same bits, in less time
+        module = load(path, device, dtype=dtype, inputs="quantized", cache=cache)
+    else:
+        module = _load_original(path, device, dtype)
+    return Loaded(str(name), module.eval(), load_tokenizer(path))
+
+
+def _load_original(path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A model of transformers as it is. ``Source`` looks first, because its errors name the file
+    and the remedy."""
+    source = Source(path)
+    source.skeleton()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype or source.dtype, local_files_only=True, output_loading_info=True
+    )
+    model, found = cast(tuple[nn.Module, dict[str, set[str]]], loaded)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{path} has no tensor {missing[0]}; the copy is incomplete")
+    return model.to(device)
+
+
+def tokenize(
+    model: Loaded, text: str, reference: Loaded | None = None, field: str | None = None
+) -> Tensor:
+    """The evaluation text (a file, or ``builtin``) as token ids.
+
+    Raises:
+        ValueError: the reference has another vocabulary, or the text cannot be read.
+    """
+    if reference is not None and model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ValueError(
+            f"{model.name} and {reference.name} have different vocabularies "
+            f"({len(model.tokenizer)} and "
+            f"{len(reference.tokenizer)} tokens); compare models with the same tokenizer"
+        )
+    return torch.tensor(model.encode(load_text(text, field=field)), dtype=torch.long)

@@ -1,0 +1,433 @@
+"""QuantLinear: a linear layer that keeps its weight as codes and scales, rotates its inputs and may
+quantize them.
+
+    y = x' Ŵᵀ + bias,   x' = rotate(x), rounded to the dtype of x          (16-bit inputs)
+                        x' = quantize_inputs(x), float32                   (quantized inputs)
+
+The product and the bias are float32; the result is rounded once, to the dtype of x.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.kernels import dispatch
+from ptq.numerics.activations import default_rule, quantize_inputs
+from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.tensor import QuantizedTensor, Scales, group, pack, unpack
+
+# So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a
+# product is computed chunk by chunk whether or not the weight is cached, so that both give the same
+# bits.
+CHUNK_BYTES = 64 << 20
+FIXED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+
+class QuantLinear(nn.Module):
+    """A quantized linear layer. Its buffers are its whole state, in the memory form of
+    checkpoint.py.
+
+    Attributes:
+        weight_packed: uint8 (out, in / 2), two codes a byte, or (out, in) for elements of more than
+            4 bits.
+        weight_scale: uint8 (out, in / group_size), the bits of E4M3 or E8M0 scales.
+        weight_global_scale: float32 scalar that multiplies; None stands for 1 (E8M0 scales).
+        input_global_scale: float32 scalar that multiplies, for a calibrated range of inputs; None
+            takes one per token.
+        bias: (out,) or None; the only buffer that follows the dtype of the model.
+        input_rule: scale rule of quantized inputs; ``"default"`` (given as None) is the format's
+            own.
+        cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in
+            less time. Replace the buffers of a caching layer (or use load_state_dict), never write
+            into them.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_global_scale: Tensor | None
+    input_global_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        rotation: Rotation,
+        *,
+        bias: bool,
+        quantize_inputs: bool,
+        static_inputs: bool,
+        input_rule: str | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        """Make a layer with uninitialised buffers.
+
+        Raises:
+            ValueError: ``in_features`` is not a multiple of the group size or of the rotation.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.rotation = format, rotation
+        self.quantize_inputs, self.input_rule, self.cache = (
+            quantize_inputs,
+            input_rule or "default",
+            False,
+        )
+        self.kernel_dtype: torch.dtype | None = (
+            None  # inputs of this dtype go through the Triton kernels
+        )
+        self._blocked_scales: Tensor | None = None
+        self._dequantized: tuple[Tensor, Tensor] | None = (
+            None  # (the packed weight it was made of, the float32 weight)
+        )
+        groups = group(torch.empty(1, in_features, device="meta"), format).shape[1]
+        rotation.check(in_features)
+        width = in_features // 2 if format.packed else in_features
+        scalar = torch.empty((), dtype=torch.float32, device=device)
+        self.register_buffer(
+            "weight_packed", torch.empty(out_features, width, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer(
+            "weight_scale", torch.empty(out_features, groups, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer(
+            "weight_global_scale", scalar.clone() if format.has_global_scale else None
+        )
+        self.register_buffer(
+            "input_global_scale",
+            scalar.clone() if static_inputs and format.has_global_scale else None,
+        )
+        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: QuantizedTensor,
+        rotation: Rotation,
+        bias: Tensor | None,
+        *,
+        quantize_inputs: bool,
+        input_global_scale: Tensor | None,
+        input_rule: str | None = None,
+    ) -> "QuantLinear":
+        """The layer of a ``weight`` (out, in) that was quantized after ``rotation``; takes the
+        tensors as they are."""
+        fmt, (out_features, in_features) = weight.format, weight.codes.shape
+        layer = cls(
+            in_features,
+            out_features,
+            fmt,
+            rotation,
+            bias=bias is not None,
+            quantize_inputs=quantize_inputs,
+            static_inputs=input_global_scale is not None,
+            input_rule=input_rule,
+        )
+        layer.weight_packed, layer.weight_scale = pack(weight.codes, fmt), weight.scales.bits
+        t = weight.scales.global_scale
+        layer.weight_global_scale = t if fmt.has_global_scale or t.item() != 1 else None
+        if layer.input_global_scale is not None and input_global_scale is not None:
+            layer.input_global_scale = input_global_scale.float().reshape(())
+        layer.bias = None if bias is None else bias.detach()
+        return layer
+
+    @classmethod
+    def from_info(cls, info: LayerInfo, in_features: int, out_features: int) -> "QuantLinear":
+        """An empty layer on meta, as ``info`` describes it; raises ValueError as the constructor
+        does."""
+        return cls(
+            in_features,
+            out_features,
+            FORMATS[info.format],
+            Rotation(info.rotation),
+            bias=info.bias,
+            quantize_inputs=info.quantize_inputs,
+            static_inputs=info.static_inputs,
+            input_rule=info.input_rule,
+        )
+
+    @property
+    def info(self) -> LayerInfo:
+        """What a checkpoint has to say about this layer; the inverse of :meth:`from_info`."""
+        return LayerInfo(
+            format=self.format.name,
+            rotation=self.rotation.size,
+            quantize_inputs=self.quantize_inputs,
+            static_inputs=self.input_global_scale is not None,
+            input_rule=self.input_rule,
+            bias=self.bias is not None,
+        )
+
+    @property
+    def scales(self) -> Scales:
+        """Of the weight: bits (out, groups), and the global scale, which multiplies."""
+        t = self.weight_global_scale
+        return Scales(
+            self.weight_scale,
+            torch.ones((), device=self.weight_scale.device) if t is None else t,
+            self.format,
+        )
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Global scale of the inputs, which multiplies; None takes one per token."""
+        return self.input_global_scale
+
+    @property
+    def kernel_scale(self) -> str:
+        """What kernels call the type of the scales."""
+        return self.format.scale_name
+
+    @property
+    def kernel_rule(self) -> str:
+        """The scale rule of quantized inputs, by name."""
+        return default_rule(self.format) if self.input_rule == "default" else self.input_rule
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight (out, in) as codes and scales, in the rotated basis."""
+        return QuantizedTensor(unpack(self.weight_packed, self.format), self.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""
+        # The one place that chooses between the kernels and the reference.
+        return self._reference(x) if x.dtype != self.kernel_dtype else self._kernel(x)
+
+    def prepare(self, dtype: torch.dtype) -> str | None:
+        """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run.
+
+        Looks at the device and at the scales once, so that nothing has to be asked in ``forward``.
+
+        Returns:
+            Why the reference path stays in use, or None.
+        """
+        self.kernel_dtype = self._blocked_scales = None
+        reason = kernel_obstacle(
+            self.info,
+            self.in_features,
+            self.weight_packed.device,
+            dtype=dtype,
+            scale_bits=self.scales.bits,
+        )
+        if reason is None:
+            self.kernel_dtype = dtype
+        return reason
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        from ptq.kernels import ops  # imports Triton
+
+        element, scale = self.format.element.name, self.kernel_scale
+        weight_scale, t = self.scales.bits, self.scales.global_scale
+        if not self.quantize_inputs:
+            x = ops.rotate(x, self.rotation.size)
+            return ops.w4a16_matmul(
+                x, self.weight_packed, weight_scale, t, element, scale, self.bias
+            )
+        rows = x.reshape(-1, self.in_features)
+        blocked = ops.wants_blocked_scales(
+            x.device, scale, len(rows), self.out_features, self.in_features
+        )
+        if blocked:
+            if self._blocked_scales is None:
+                self._blocked_scales = ops.swizzle_scales(weight_scale)
+            weight_scale = self._blocked_scales
+        size, rule = self.rotation.size, self.kernel_rule
+        inputs = ops.rotate_quantize(
+            rows, size, element, scale, self.input_scale, rule=rule, swizzle=blocked
+        )
+        y = ops.w4a4_matmul(inputs, self.weight_packed, weight_scale, t, scale, self.bias, x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _reference(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)  # (tokens, in)
+        with _full_precision(x.device):
+            if self.quantize_inputs:
+                rule = None if self.input_rule == "default" else self.input_rule
+                wide = quantize_inputs(
+                    rows, self.format, self.rotation, self.input_scale, rule
+                ).dequantize()
+            else:
+                wide = self.rotation.rotate(rows).float()
+            y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device=x.device)
+            for start, weight in self._chunks():
+                y[:, start : start + len(weight)] = wide @ weight.T
+        if self.bias is not None:
+            y += self.bias.float()
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows of the dequantized weight), from the cache or remade."""
+        step = max(1, CHUNK_BYTES // (4 * self.in_features))
+        whole = self._cached() if self.cache else None
+        scales = self.scales
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            if whole is not None:
+                yield start, whole[start:stop]
+            else:
+                codes = unpack(self.weight_packed[start:stop], self.format)
+                rows = Scales(scales.bits[start:stop], scales.global_scale, self.format)
+                yield start, QuantizedTensor(codes, rows).dequantize()
+
+    def _cached(self) -> Tensor:
+        if self._dequantized is None or self._dequantized[0] is not self.weight_packed:
+            self._dequantized = (self.weight_packed, self.quantized_weight().dequantize())
+        return self._dequantized[1]
+
+    def forget(self) -> None:
+        """Drop what is kept between calls, to be made again when needed; the walk does so when it
+        leaves a block."""
+        self._dequantized = None
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move with the model; only the bias changes its dtype: codes, scale bits and float32
+        factors keep theirs."""
+        fixed = {id(t) for name in FIXED if (t := getattr(self, name)) is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return (
+                tensor.to(moved.device)
+                if id(tensor) in fixed and moved.dtype != tensor.dtype
+                else moved
+            )
+
+        self._dequantized = None
+        moved = super()._apply(keep_dtype, recurse)
+        if self.kernel_dtype is not None:
+            self.prepare(self.kernel_dtype)  # the device may be another one
+        return moved
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._dequantized = self._blocked_scales = None  # the buffers may be written in place
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {
+            kind: {n: _alone(t) for n, t in self.__dict__[kind].items()}
+            for kind in ("_buffers", "_parameters")
+        }
+        return (
+            self.__dict__ | own | {"_dequantized": None, "_blocked_scales": None}
+        )  # neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.kernel_dtype is not None:
+            self.prepare(self.kernel_dtype)  # the device may be another one
+
+    def extra_repr(self) -> str:
+        inputs = f", inputs={self.format.name}" if self.quantize_inputs else ""
+        rotation = f", rotation={self.rotation.size}" if self.rotation.size > 1 else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
+            f"format={self.format.name}{rotation}{inputs}"
+        )
+
+
+def kernel_obstacle(
+    info: LayerInfo,
+    in_features: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_bits: Tensor | None = None,
+) -> str | None:
+    """Why a layer takes the reference path on ``device`` for inputs of ``dtype``, or None if Triton
+    kernels serve it.
+
+    Args:
+        scale_bits: of the weight; without them it is not known whether E8M0 scales stay in the
+            kernels' range.
+    """
+    fmt = FORMATS[info.format]
+    if not dispatch.available(device):
+        return f"Triton kernels do not run on {device.type}"
+    if info.quantize_inputs and not (
+        dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"
+    ):
+        return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
+    return dispatch.obstacle(
+        fmt.element.name,
+        fmt.scale_name,
+        fmt.group_size,
+        in_features,
+        rotation=info.rotation,
+        dtype=dtype,
+        scale_bits=scale_bits,
+    )
+
+
+def _alone(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, without the rest of a storage that it shares with other layers: pickle would
+    write it for each."""
+    if tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    own = tensor.detach().clone()
+    return nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products with float32 operands: neither TF32 (GPU), nor bf16 (oneDNN), nor
+    autocast."""
+    onednn = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - pyright does not know it
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else onednn
+    before = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.fp32_precision = before
+
+
+def stored_layer(
+    old: nn.Module, info: LayerInfo, tensors: Mapping[str, Tensor], name: str
+) -> QuantLinear:
+    """The layer that ``tensors`` describe, for the place of the linear layer ``old``.
+
+    Args:
+        tensors: by the names of the buffers, in memory form; taken as they are.
+        name: of the layer, for messages.
+
+    Raises:
+        ValueError: ``old`` is not linear, has other shapes or a bias more or less, or a tensor is
+            missing.
+    """
+    if not isinstance(old, nn.Linear):
+        raise ValueError(
+            f"{name} is a quantized linear layer in the checkpoint and {type(old).__name__} in the "
+            "model"
+        )
+    if (old.bias is not None) != info.bias:
+        raise ValueError(
+            f"{name} has {'a' if info.bias else 'no'} bias in the checkpoint, and differs in the "
+            "model"
+        )
+    layer = QuantLinear.from_info(info, old.in_features, old.out_features)
+    for leaf in (*FIXED, "bias"):
+        expected = layer._buffers[leaf]
+        if expected is None and leaf == "weight_global_scale":
+            layer.weight_global_scale = tensors.get(
+                leaf
+            )  # E8M0 scales with a factor, as other writers have it
+        elif expected is not None:
+            if leaf not in tensors:
+                raise ValueError(
+                    f"{name} has no {leaf} in the checkpoint: it is incomplete, copy or quantize "
+                    "it again"
+                )
+            if tensors[leaf].shape != expected.shape:
+                shapes = f"{tuple(tensors[leaf].shape)} in the checkpoint, {tuple(expected.shape)} in the model"
+                raise ValueError(
+                    f"{name}.{leaf} has shape {shapes}: the config.json is of another model"
+                )
+            setattr(layer, leaf, tensors[leaf])
+    return layer.train(old.training)

@@ -1,0 +1,335 @@
+"""Importing this module teaches transformers (5.16 to 5.23) to load what ptq writes, with
+``from_pretrained``.
+
+- ``quant_method: ptq``: quantized layers become QuantLinear; fused experts become modules of linear
+  layers, as in ptq.load.
+- ``compressed-tensors`` with a rotation: transformers does not read ``transform_config`` (its issue
+  42887). Here the guard that makes a plain loader stop is removed, and the online half of the
+  rotation attached.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+
+from ptq.checkpoint.compressed_tensors import GUARD, is_rotation_tensor, parse_ct
+from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.checkpoint.reader import parse
+from ptq.checkpoint.safetensors_files import read_header
+from ptq.model.experts import FUSED, unfuse
+from ptq.model.parameter_names import NameMap
+from ptq.model.structure import linearize
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.tensor import Scales
+from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
+from ptq.runtime.quant_linear import FIXED, QuantLinear
+
+PACKED = ".weight_packed"
+
+
+class StoredLinear(QuantLinear):
+    """A QuantLinear whose tensors are parameters in disk form: what transformers loads, offloads
+    and saves."""
+
+    def __init__(
+        self, info: LayerInfo, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        memory = QuantLinear.from_info(info, in_features, out_features)
+        super().__init__(
+            in_features,
+            out_features,
+            memory.format,
+            memory.rotation,
+            bias=info.bias,
+            quantize_inputs=info.quantize_inputs,
+            static_inputs=info.static_inputs,
+            input_rule=info.input_rule,
+        )
+        for name in (*FIXED, "bias"):
+            tensor = getattr(memory, name)
+            delattr(self, name)
+            if name == "weight_scale":
+                tensor = (
+                    tensor.view(self.format.scale_dtype) if self.format.has_global_scale else tensor
+                )
+            elif tensor is not None:
+                tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+                tensor = tensor.to(dtype) if name == "bias" else tensor
+            self.register_parameter(
+                name, None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            )
+
+    @property
+    def scales(self) -> Scales:
+        divisor = self.weight_global_scale
+        one = torch.ones((), device=self.weight_scale.device)
+        return Scales(
+            self.weight_scale.view(torch.uint8),
+            one if divisor is None else (1 / divisor).reshape(()),
+            self.format,
+        )
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        return (
+            None if self.input_global_scale is None else (1 / self.input_global_scale).reshape(())
+        )
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The layer with its weight dequantized, rotated back and rounded to ``dtype``."""
+        weight = self.rotation.exact(self.quantized_weight().dequantize()).to(dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
+        )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return linear
+
+
+class PtqConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a ``ptq`` checkpoint, and choices of its reader.
+
+    Args:
+        inputs, cache: see :func:`ptq.load`; may be given to
+            ``from_pretrained(quantization_config=PtqConfig(…))``.
+        dequantize: make ordinary linear layers of the quantized ones.
+        stored: as in config.json; ValueError for what this version does not know.
+    """
+
+    def __init__(
+        self, inputs: str = "auto", cache: bool = False, dequantize: bool = False, **stored: object
+    ) -> None:
+        if inputs not in INPUTS:
+            raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
+        self.quant_method = "ptq"  # pyright: ignore[reportAttributeAccessIssue]
+        self.inputs, self.cache, self.dequantize = inputs, cache, dequantize
+        self.stored = stored
+        self.parsed = parse(stored) if stored else None  # None in what a user passes
+
+    def get_loading_attributes(self) -> dict[str, object]:
+        return {"inputs": self.inputs, "cache": self.cache, "dequantize": self.dequantize}
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.stored)
+
+
+class PtqQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes ``ptq`` checkpoints; does not quantize."""
+
+    requires_calibration = True
+    quantization_config: PtqConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Iterable[str] | None = None,
+        **_,
+    ) -> None:
+        names = NameMap(model)
+        unfused = unfuse(model, names.expert_names)
+        self._fused = {f"{path}.{leaf}" for path in unfused for leaf in FUSED}
+        stored, quantization = _tensor_names(checkpoint_files), self.quantization_config.parsed
+        assert quantization is not None
+        packed = {
+            c.rpartition(".")[0] for n in stored if n.endswith(PACKED) for c in names.candidates(n)
+        }
+        for weight in linearize(model, packed):
+            parent = model.get_submodule(weight.rpartition(".")[0].rpartition(".")[0])
+            parent.__dict__["_is_hf_initialized"] = (
+                True  # GPT-2's initialization would touch the weights of its layers
+            )
+        for target, name in _packed_layers(model, names, stored).items():
+            old = model.get_submodule(target)
+            assert isinstance(old, nn.Linear)
+            info = quantization.layer(name, bias=old.bias is not None)
+            layer = StoredLinear(
+                info, old.in_features, old.out_features, dtype or torch.get_default_dtype()
+            )
+            model.set_submodule(target, layer)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Without the merging of experts, which stay apart here. transformers up to 5.20 gives no
+        ``model``."""
+        return [
+            c
+            for c in weight_conversions
+            if not (isinstance(c, WeightConverter) and self._makes_fused(c))
+        ]
+
+    def _makes_fused(self, converter: WeightConverter) -> bool:
+        return any(
+            name.endswith(target) for name in self._fused for target in converter.target_patterns
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> PreTrainedModel:
+        config = self.quantization_config
+        if config.dequantize:
+            return self._dequantize(model)
+        settle_inputs(model, config.inputs)
+        for module in model.modules():
+            if isinstance(module, StoredLinear):
+                module.cache = config.cache
+        if not any(
+            hasattr(module, "_hf_hook") for module in model.modules()
+        ):  # not spread over devices
+            prepare_kernels(model, model.dtype)
+        return model
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, StoredLinear):
+                model.set_submodule(name, module.dense(dtype or model.dtype))
+        return model
+
+    def is_serializable(self, **_) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+
+def _tensor_names(checkpoint_files: Iterable[str] | None) -> list[str]:
+    if not checkpoint_files:
+        raise ValueError(
+            "ptq checkpoints are loaded from safetensors files: give from_pretrained a directory"
+        )
+    return [name for file in checkpoint_files for name in read_header(Path(file))]
+
+
+def _packed_layers(model: nn.Module, names: NameMap, stored: Iterable[str]) -> dict[str, str]:
+    """{name in the model: name in the checkpoint} of packed layers; ValueError if one is not linear
+    in the model."""
+    modules, result = dict(model.named_modules()), {}
+    for name in (n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)):
+        candidates = (c.removesuffix(PACKED) for c in names.candidates(name + PACKED))
+        target = next((c for c in candidates if isinstance(modules.get(c), nn.Linear)), None)
+        if target is None:
+            raise ValueError(
+                f"{name} is quantized in the checkpoint, and no linear layer of "
+                f"{type(model).__name__}"
+            )
+        result[target] = name
+    return result
+
+
+class RotatedConfig(CompressedTensorsConfig):
+    """A compressed-tensors configuration that keeps ``transform_config``, the guard and the section
+    of ptq."""
+
+    def __init__(
+        self,
+        config_groups: Mapping[str, Any] | None = None,
+        transform_config: object = None,
+        ptq: object = None,
+        **rest,
+    ) -> None:
+        self.kept: dict[str, Any] = {
+            k: v for k, v in (("transform_config", transform_config), ("ptq", ptq)) if v
+        }
+        groups: dict[str, Any] = deepcopy(dict(config_groups or {}))
+        self.guards = {
+            n: g.pop(GUARD) for n, g in groups.items() if isinstance(g, dict) and GUARD in g
+        }
+        self.given = {"config_groups": groups, **rest, **self.kept}
+        super().__init__(config_groups=groups or None, **rest)
+
+    def online(self) -> bool:
+        """Whether inputs have to be rotated at run time."""
+        schemes = self.kept.get("transform_config", {}).get("config_groups", {})
+        return any(
+            not a["location"].startswith("weight_")
+            for scheme in schemes.values()
+            for a in scheme["apply"]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        result = super().to_dict() | self.kept
+        for name, text in self.guards.items():
+            result["config_groups"][name][GUARD] = text
+        return result
+
+
+RotatedConfig.__name__ = (
+    CompressedTensorsConfig.__name__
+)  # transformers compares names with what the user passes
+
+
+class RotatedQuantizer(CompressedTensorsHfQuantizer):
+    """The quantizer of transformers, and the online rotation of ptq's checkpoints."""
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **rest):
+        config = self.quantization_config
+        if not isinstance(config, RotatedConfig) or not config.online():
+            return super()._process_model_before_weight_loading(
+                model, checkpoint_files=checkpoint_files, **rest
+            )
+        parsed, stored, names = (
+            parse_ct(config.given),
+            _tensor_names(checkpoint_files),
+            NameMap(model),
+        )
+        layers = _packed_layers(
+            model, names, stored
+        )  # rotated experts, which are fused here, are refused
+        super()._process_model_before_weight_loading(
+            model, checkpoint_files=checkpoint_files, **rest
+        )
+        for target, name in layers.items():
+            module, rotation = (
+                model.get_submodule(target),
+                Rotation(parsed.layer(name, bias=False).rotation),
+            )
+            if rotation.size > 1:
+                module.register_forward_pre_hook(_Rotate(rotation))
+            for tensor in stored:
+                parent, _, leaf = tensor.removesuffix(".weight").rpartition(".")
+                if parent == name and is_rotation_tensor(
+                    tensor
+                ):  # so that it is expected, and saved again
+                    holder = nn.Module()
+                    empty = torch.empty(
+                        rotation.size, rotation.size, dtype=torch.float32, device="meta"
+                    )
+                    holder.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+                    module.add_module(leaf, holder)
+        return None
+
+
+class _Rotate:
+    """A forward pre-hook: the inputs, rotated."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.rotation.rotate(args[0]), *args[1:])
+
+
+def register() -> None:
+    """Enter both dialects into transformers' registries; a second call changes nothing."""
+    if "ptq" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config("ptq")(PtqConfig)
+        auto.register_quantizer("ptq")(PtqQuantizer)
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (PtqConfig,)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = RotatedConfig
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = RotatedQuantizer
+
+
+register()

@@ -1,0 +1,1 @@
+"""Documents to windows of tokens, for calibration and for evaluation."""

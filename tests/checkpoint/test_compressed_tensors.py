@@ -1,0 +1,215 @@
+"""The ``compressed-tensors`` dialect: configurations, int4 folding, rotation matrices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptq.checkpoint.compressed_tensors import (
+    ct_config,
+    fold_int4,
+    is_rotation_tensor,
+    parse_ct,
+    rotation_tensors,
+    unfold_int4,
+)
+from ptq.checkpoint.quantization_config import LayerInfo, summarize
+from ptq.numerics.formats import FORMATS
+from ptq.numerics.rotation import hadamard
+from ptq.numerics.tensor import QuantizedTensor, Scales, pack, unpack
+
+NAMES = [
+    f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("self_attn.q_proj", "mlp.down_proj")
+]
+
+
+def config(layers, others=("lm_head",)):
+    return ct_config(
+        summarize(layers, others, recipe={"r": 1}, provenance={"p": 1}), layers, others
+    )
+
+
+def layers(fmt, rotation=1, inputs=False):
+    static = inputs and FORMATS[fmt].has_global_scale
+    info = LayerInfo(format=fmt, rotation=rotation, quantize_inputs=inputs, static_inputs=static)
+    return dict.fromkeys(NAMES, info)
+
+
+def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
+    arguments = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "symmetric": True,
+    }
+    arguments |= {"scale_dtype": "torch.float8_e4m3fn"}
+    apply = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    found = config(layers("nvfp4", 16, inputs=True))
+    assert found.pop("ptq") == {
+        "version": 1,
+        "input_rule": "default",
+        "recipe": {"r": 1},
+        "provenance": {"p": 1},
+    }
+    assert found == {
+        "quant_method": "compressed-tensors",
+        "version": "0.17.0",
+        "quantization_status": "compressed",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "nvfp4-pack-quantized",
+                "rotated_weights": "`import ptq.hf` before from_pretrained",
+                "weights": arguments | {"dynamic": False},
+                "input_activations": arguments | {"dynamic": "local"},
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "transform_config": {
+            "config_groups": {
+                "h16": {
+                    "type": "hadamard",
+                    "head_dim": 16,
+                    "precision": "torch.float32",
+                    "randomize": False,
+                    "requires_grad": False,
+                    "apply": [
+                        apply | {"location": "input", "inverse": False},
+                        apply | {"location": "weight_input", "inverse": True},
+                    ],
+                }
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("fmt", "inputs"),
+    [("nvfp4", True), ("nvfp4", False), ("mxfp4", True), ("mxfp4", False), ("nvint4", False)],
+)
+@pytest.mark.parametrize("rotation", [1, 16, 64])
+def test_what_is_read_is_what_was_written(fmt, rotation, inputs):
+    made = layers(fmt, rotation, inputs)
+    parsed = parse_ct(config(made))
+    assert {name: parsed.layer(name, bias=False) for name in made} == made
+    assert parsed.recipe == {"r": 1} and parsed.provenance == {"p": 1} and parsed.ignores("lm_head")
+
+
+def test_unrotated_layers_are_ignored_by_the_transform_and_not_by_the_quantizer():
+    made = {n: i if "mlp" in n else replace(i, rotation=1) for n, i in layers("mxfp4", 32).items()}
+    found = config(made)
+    assert found["ignore"] == ["lm_head"]
+    (scheme,) = found["transform_config"]["config_groups"].values()
+    assert all(a["ignore"] == ["lm_head", r"re:.*\.self_attn\.q_proj$"] for a in scheme["apply"])
+    assert {n: parse_ct(found).layer(n, bias=False) for n in made} == made
+
+
+def test_each_block_size_has_a_scheme_and_a_matrix():
+    made = {n: replace(i, rotation=32 if "mlp" in n else 16) for n, i in layers("mxfp4").items()}
+    found = config(made)
+    schemes = found["transform_config"]["config_groups"]
+    assert {name: s["head_dim"] for name, s in schemes.items()} == {"h16": 16, "h32": 32}
+    assert {n: parse_ct(found).layer(n, bias=False) for n in made} == made
+    matrices = rotation_tensors(made)
+    assert list(matrices) == [
+        "model.layers.0.self_attn.q_proj.h16_input.weight",
+        "model.layers.0.mlp.down_proj.h32_input.weight",
+    ]
+    assert all(is_rotation_tensor(name) for name in matrices)
+    for size, matrix in zip((16, 32), matrices.values(), strict=True):
+        assert matrix.dtype == torch.float32 and torch.equal(matrix, hadamard(size))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("kv_cache_scheme", {"num_bits": 8}, "no quantized KV cache"),
+        ("config_groups", {}, "one config group"),
+        ("config_groups", {"g": {"format": "float-quantized", "weights": {}}}, "float-quantized"),
+        (
+            "config_groups",
+            {
+                "g": {
+                    "format": "pack-quantized",
+                    "targets": ["Linear"],
+                    "weights": {"group_size": 128, "type": "int"},
+                }
+            },
+            "128",
+        ),
+        (
+            "transform_config",
+            {"config_groups": {"v": {"type": "random-hadamard", "apply": []}}},
+            "random-hadamard",
+        ),
+    ],
+)
+def test_what_ptq_does_not_write_is_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ct(config(layers("nvfp4")) | {key: value})
+
+
+def int4(exponent: int = -3, rows: int = 8) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(0)
+    fmt = FORMATS["nvint4"]
+    codes = fmt.element.encode(torch.randint(-7, 8, (rows, 32), generator=generator).float())
+    bits = torch.randint(1, 0x7F, (rows, 2), generator=generator).to(torch.uint8)
+    bits[0] = torch.tensor([0x01, 0x7E], dtype=torch.uint8)  # the whole range of E4M3: 2^-9 and 448
+    return QuantizedTensor(codes, Scales(bits, torch.tensor(2.0**exponent), fmt))
+
+
+def stored(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    return {
+        "weight_packed": pack(tensor.codes, tensor.format),
+        "weight_scale": tensor.scales.bits.view(torch.float8_e4m3fn),
+        "weight_global_scale": (1 / tensor.scales.global_scale).reshape(1),
+        "bias": torch.ones(1),
+    }
+
+
+@pytest.mark.parametrize("exponent", [-30, -3, 0, 5])
+def test_folded_int4_stands_for_the_same_numbers(exponent):
+    tensor = int4(exponent)
+    folded = fold_int4(stored(tensor))
+    assert {k: v.dtype for k, v in folded.items()} == {
+        "weight_packed": torch.int32,
+        "weight_scale": torch.bfloat16,
+        "weight_shape": torch.int64,
+        "bias": torch.float32,
+    }
+    assert folded["weight_shape"].tolist() == [8, 32]
+    assert torch.equal(folded["weight_scale"].float(), tensor.scales.step())
+    again = unfold_int4(folded)
+    scales = Scales(
+        again["weight_scale"].view(torch.uint8),
+        (1 / again["weight_global_scale"]).reshape(()),
+        tensor.format,
+    )
+    assert torch.equal(
+        QuantizedTensor(unpack(again["weight_packed"], tensor.format), scales).dequantize(),
+        tensor.dequantize(),
+    )
+
+
+def test_int4_words_are_offset_binary_with_element_zero_lowest():
+    codes = FORMATS["nvint4"].element.encode(
+        torch.tensor([[-7.0, -1, 0, 1, 2, 3, 6, 7, *[0.0] * 8]])
+    )
+    scales = Scales(torch.tensor([[0x38]], dtype=torch.uint8), torch.tensor(1.0), FORMATS["nvint4"])
+    folded = fold_int4(stored(QuantizedTensor(codes, scales)))
+    words = [int(w) & 0xFFFFFFFF for w in folded["weight_packed"].flatten()]
+    assert [f"{w:08X}" for w in words] == ["FEBA9871", "88888888"]
+    assert folded["weight_scale"].tolist() == [[1.0]]
+
+
+def test_folding_never_rounds():
+    with pytest.raises(ValueError, match="not a power of two"):
+        fold_int4(stored(int4()) | {"weight_global_scale": torch.tensor([3.0])})
+    folded = fold_int4(stored(int4()))
+    folded["weight_scale"][0, 0] = 1 + 2**-7
+    with pytest.raises(ValueError, match="not NVINT4"):
+        unfold_int4(folded)

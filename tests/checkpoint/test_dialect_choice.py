@@ -1,0 +1,131 @@
+"""What must not be written in a dialect is refused, before quantization and after."""
+
+import pytest
+import torch
+
+from ptq.checkpoint.dialect_choice import choose, fused_groups
+from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.pipeline.plan import plan
+from ptq.pipeline.recipe import Recipe
+
+Q, K, DOWN = (f"model.layers.0.{x}_proj" for x in ("self_attn.q", "self_attn.k", "mlp.down"))
+EXPERT = "model.layers.0.mlp.experts.7.down_proj"
+
+
+def one(name=DOWN, **given):
+    return {name: LayerInfo(**({"format": "nvfp4"} | given))}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        one(),
+        one(format="mxfp4", rotation=32),
+        one(format="nvint4", rotation=16),
+        one(rotation=16, quantize_inputs=True, static_inputs=True),
+        one(EXPERT, format="mxfp4"),
+        one(format="mxfp4", quantize_inputs=True),
+    ],
+)
+def test_what_transformers_and_vllm_compute_exactly_is_compressed_tensors(layers):
+    choice = choose(layers, dtype="bfloat16")
+    assert choice.dialect == "compressed-tensors" and "exactly" in choice.reason
+    assert choose(layers, "compressed-tensors", dtype="bfloat16").dialect == "compressed-tensors"
+    assert choose(layers, "ptq", dtype="bfloat16").dialect == "ptq"
+
+
+REFUSED = [
+    (one(format="mxint4"), "no format for mxint4"),
+    (one(Q) | one(DOWN, format="mxfp4"), "mix mxfp4, nvfp4"),
+    (one(EXPERT, format="mxfp4", rotation=32), "experts"),
+    (one(rotation=16), "weight-only NVFP4"),
+    (one(rotation=16, bias=True, quantize_inputs=True, static_inputs=True), "bias"),
+    (one(format="mxfp4", rotation=256), "256"),
+    (one(quantize_inputs=True), "calibrated global scale"),
+    (one(format="nvint4", quantize_inputs=True, static_inputs=True), "int4 inputs"),
+    (one(Q) | one(DOWN, quantize_inputs=True, static_inputs=True), "different ways"),
+    (one(Q, format="mxfp4") | one(K, format="mxfp4", rotation=32), "different rotations"),
+]
+
+
+@pytest.mark.parametrize(("layers", "message"), REFUSED)
+def test_an_inexact_export_is_refused_in_one_line_with_a_way_out(layers, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        choose(layers, "compressed-tensors", dtype="bfloat16")
+    text = str(caught.value)
+    assert (
+        text.startswith("cannot write compressed-tensors: ")
+        and "\n" not in text
+        and "dialect ptq" in text
+    )
+    choice = choose(layers, dtype="bfloat16")
+    assert choice.dialect == "ptq" and message in choice.reason
+
+
+def test_the_dtype_of_the_model_counts():
+    with pytest.raises(ValueError, match="float16"):
+        choose(one(format="nvint4"), "compressed-tensors", dtype="float16")
+    assert choose(one(), dtype="float32").dialect == "ptq"
+    assert choose(one(), "compressed-tensors", dtype="float32").dialect == "compressed-tensors"
+
+
+def test_nvfp4_experts_are_left_to_those_who_ask_for_vllm():
+    assert (
+        choose(one(EXPERT), "compressed-tensors", dtype="bfloat16").dialect == "compressed-tensors"
+    )
+    choice = choose(one(EXPERT), dtype="bfloat16")
+    assert choice.dialect == "ptq" and "#48371" in choice.reason
+
+
+def test_global_scales_must_agree_where_engines_fuse():
+    layers, one_scale, other = one(Q) | one(K) | one(DOWN), torch.tensor([2.0]), torch.tensor([3.0])
+    assert (
+        choose(layers, dtype="bfloat16", scales={Q: one_scale, K: one_scale, DOWN: other}).dialect
+        == "compressed-tensors"
+    )
+    choice = choose(layers, dtype="bfloat16", scales={Q: one_scale, K: other, DOWN: other})
+    assert choice.dialect == "ptq" and "two global scales" in choice.reason
+    with pytest.raises(ValueError, match="two global scales"):
+        choose(layers, "compressed-tensors", dtype="bfloat16", scales={Q: one_scale, K: other})
+    with pytest.raises(ValueError, match="besides its E8M0"):
+        choose(one(format="mxfp4"), "compressed-tensors", dtype="bfloat16", scales={DOWN: other})
+
+
+def test_fused_groups_are_within_a_module():
+    names = [
+        "a.q_proj",
+        "a.k_proj",
+        "b.v_proj",
+        "m.experts.0.w1",
+        "m.experts.0.w3",
+        "m.experts.1.w1",
+        "x.up_proj",
+    ]
+    assert fused_groups(names) == [["a.q_proj", "a.k_proj"], ["m.experts.0.w1", "m.experts.0.w3"]]
+
+
+def test_an_unknown_dialect_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="auto, compressed-tensors, ptq"):
+        choose(one(), "gguf", dtype="bfloat16")
+
+
+def test_a_plan_is_what_the_recipe_will_do():
+    recipe = Recipe(
+        format="nvfp4",
+        scheme="w4a4",
+        rotation=16,
+        ignore=("lm_head",),
+        rules=(("k_proj", {"rotation": 1, "input_scale": "token"}), ("down_proj", "skip")),
+    )
+    assert plan(recipe, {Q: True, K: False, DOWN: False, "lm_head": False}) == {
+        Q: LayerInfo(
+            format="nvfp4", rotation=16, quantize_inputs=True, static_inputs=True, bias=True
+        ),
+        K: LayerInfo(format="nvfp4", rotation=1, quantize_inputs=True),
+    }
+
+
+def test_a_measured_rotation_counts_as_one():
+    layers = plan(Recipe(format="nvfp4", rotation="auto"), {DOWN: False})
+    with pytest.raises(ValueError, match="weight-only NVFP4"):
+        choose(layers, "compressed-tensors", dtype="bfloat16")

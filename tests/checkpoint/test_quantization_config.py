@@ -1,0 +1,157 @@
+"""The configuration of quantized layers, and the ``ptq`` dialect."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq.checkpoint.quantization_config import (
+    LayerInfo,
+    is_expert,
+    matches,
+    natural,
+    parse_ptq,
+    patterns,
+    ptq_config,
+    summarize,
+)
+
+NAMES = [
+    f"model.layers.{i}.{leaf}"
+    for i in range(12)
+    for leaf in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.3.w1")
+]
+PLAIN = LayerInfo(format="nvfp4")
+
+
+def config(layers, others=("lm_head",)):
+    return json.loads(
+        json.dumps(ptq_config(summarize(layers, others, recipe={"a": 1}, provenance={"b": [2]})))
+    )
+
+
+@given(st.sets(st.sampled_from([*NAMES, "lm_head"])))
+def test_patterns_select_what_they_should_and_nothing_else(chosen):
+    found = patterns(chosen, [*NAMES, "lm_head"])
+    assert {n for n in [*NAMES, "lm_head"] if any(matches(p, n) for p in found)} == chosen
+
+
+def test_a_kind_of_layer_is_one_pattern_whatever_the_depth():
+    assert (
+        patterns(NAMES, [*NAMES, "lm_head"])
+        == [
+            r"re:.*\.mlp\.experts\.\d+\.w1$",
+            r"re:.*\.mlp\.up_proj$",
+            r"re:.*\.self_attn\.q_proj$",
+        ]
+        or len(patterns(NAMES, [*NAMES, "lm_head"])) == 3
+    )
+    assert patterns(["lm_head"], [*NAMES, "lm_head"]) == ["lm_head"]
+    assert patterns([NAMES[0]], NAMES) == [NAMES[0]]
+
+
+def test_a_pattern_is_an_exact_name_or_an_expression_from_the_start():
+    assert matches("a.b", "a.b") and not matches("a.b", "a.b.c") and not matches("a.*", "a.b")
+    assert matches(r"re:a\.", "a.b") and not matches(r"re:b", "a.b")
+
+
+infos = st.builds(
+    LayerInfo,
+    format=st.sampled_from(["nvfp4", "mxfp4", "mxint8"]),
+    rotation=st.sampled_from([1, 16, 128]),
+    quantize_inputs=st.booleans(),
+    static_inputs=st.booleans(),
+    input_rule=st.sampled_from(["default", "absmax"]),
+    bias=st.booleans(),
+)
+
+
+@given(st.lists(infos, min_size=len(NAMES), max_size=len(NAMES)))
+def test_what_is_read_is_what_was_summarized(made):
+    layers = dict(zip(NAMES, made, strict=True))
+    parsed = parse_ptq(config(layers))
+    assert {name: parsed.layer(name, bias=info.bias) for name, info in layers.items()} == layers
+    assert parsed.recipe == {"a": 1} and parsed.provenance == {"b": [2]}
+    assert parsed.ignores("lm_head") and not any(parsed.ignores(name) for name in NAMES)
+
+
+def test_a_uniform_model_has_the_short_configuration_of_the_specification():
+    found = config(dict.fromkeys(NAMES, replace(PLAIN, rotation=32)))
+    assert found == {
+        "quant_method": "ptq",
+        "version": 1,
+        "format": "nvfp4",
+        "hadamard": 32,
+        "quantize_activations": False,
+        "static_activations": False,
+        "input_rule": "default",
+        "ignore": ["lm_head"],
+        "recipe": {"a": 1},
+        "provenance": {"b": [2]},
+    }
+
+
+def test_layers_that_differ_are_overrides():
+    layers = {n: replace(PLAIN, rotation=1 if n.endswith("q_proj") else 32) for n in NAMES}
+    found = config(layers)
+    assert found["hadamard"] == 32 and found["hadamard_overrides"] == {
+        r"re:.*\.self_attn\.q_proj$": 0
+    }
+
+
+def test_the_configuration_of_the_specification_is_enough():
+    parsed = parse_ptq(
+        {"quant_method": "ptq", "version": 1, "format": "mxfp4", "ignore": ["lm_head"]}
+    )
+    assert parsed.layer("x", bias=True) == LayerInfo(format="mxfp4", bias=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version None"),
+        ({"format": "nvfp5"}, "unknown format 'nvfp5'"),
+        ({"format_overrides": {"a": "x"}}, "unknown format 'x'"),
+        ({"hadamard": 12}, "hadamard is 12"),
+        ({"hadamard": True}, "hadamard is True"),
+        ({"hadamard_overrides": {"a": -1}}, "hadamard is -1"),
+        ({"quantize_activations": "yes"}, "quantize_activations is 'yes'"),
+        ({"zero_points": 1}, "keys that this ptq does not know: zero_points"),
+        ({"ignore": "lm_head"}, "should be a list of names"),
+        ({"recipe": []}, "recipe in quantization_config"),
+    ],
+)
+def test_what_a_reader_does_not_know_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ptq(config({"a": PLAIN}) | change)
+
+
+@pytest.mark.parametrize("key", ["format", "ignore"])
+def test_a_missing_key_is_refused(key):
+    found = config({"a": PLAIN})
+    del found[key]
+    with pytest.raises(ValueError, match=f"no '{key}'"):
+        parse_ptq(found)
+
+
+def test_a_model_without_quantized_layers_is_refused():
+    with pytest.raises(ValueError, match="no layer was quantized"):
+        summarize({}, ["lm_head"], recipe={}, provenance={})
+
+
+def test_descriptions_survive_json():
+    info = LayerInfo(
+        format="nvfp4", rotation=16, quantize_inputs=True, static_inputs=True, bias=True
+    )
+    assert LayerInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+    with pytest.raises(ValueError, match="zero"):
+        LayerInfo.from_dict(info.to_dict() | {"zero": 1})
+
+
+def test_experts_are_known_by_their_names():
+    assert is_expert("model.layers.0.mlp.experts.12.up_proj")
+    assert not is_expert("model.layers.0.mlp.shared_experts.up_proj")
+    assert sorted(["l.10.a", "l.9.a"], key=natural) == ["l.9.a", "l.10.a"]

@@ -1,0 +1,477 @@
+"""Checkpoints: what is found, filled, renamed and released, and every message a user may see."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ptq.model.checkpoint_source import Source
+from ptq.model.memory_source import MemorySource
+from ptq.model.structure import find_blocks
+
+Build = Callable[..., transformers.PreTrainedModel]
+Save = Callable[[str], Path]
+
+
+def filled(source: Source) -> nn.Module:
+    source.fill(source.skeleton(), "", "cpu")
+    return source.skeleton()
+
+
+def edited(
+    directory: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
+    """A copy of the checkpoint with other tensors."""
+    shutil.copytree(directory, target)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_the_skeleton_holds_no_weights_but_real_buffers(tiny_checkpoint: Save):
+    model = Source(tiny_checkpoint("llama")).skeleton()
+    assert all(p.is_meta for p in model.parameters())
+    assert {name: b.device.type for name, b in model.named_buffers()} and not any(
+        b.is_meta for b in model.buffers()
+    )
+    assert not model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "gemma3"])
+def test_filling_everything_gives_the_model_that_was_saved(
+    family: str, tiny_model: Build, tiny_checkpoint: Save, batches: list[torch.Tensor]
+):
+    source, original = Source(tiny_checkpoint(family)), tiny_model(family)
+    with torch.no_grad():
+        assert torch.equal(filled(source)(batches[0]).logits, original(batches[0]).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_one_block_is_filled_and_released(family: str, tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint(family))
+    names = [name for name, _ in source.blocks()]
+    assert names == ["model.layers.0", "model.layers.1"]
+    name, block = source.blocks()[0]
+    source.fill(block, name, "cpu")
+    assert not any(p.is_meta for p in block.parameters())
+    assert sum(not p.is_meta for p in source.skeleton().parameters()) == len(
+        list(block.parameters())
+    )
+    source.release(block)
+    assert all(p.is_meta for p in source.skeleton().parameters())
+
+
+def test_release_keeps_the_tables_that_no_checkpoint_has(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("llama"))
+    model = filled(source)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    source.release(model)
+    assert before and all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_release_drops_what_layers_were_replaced_by(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("llama"))
+    name, block = source.blocks()[0]
+    source.fill(block, name, "cpu")
+    packed = nn.Module()
+    packed.register_buffer("weight_packed", torch.zeros(4, 4, dtype=torch.uint8))
+    block.set_submodule("mlp.down_proj", packed)
+    source.release(block)
+    assert packed.get_buffer("weight_packed").is_meta
+
+
+def test_a_filled_parameter_is_left_alone(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("llama"))
+    name, block = source.blocks()[0]
+    source.fill(block, name, "cpu")
+    weight = block.get_parameter("mlp.down_proj.weight")
+    source.fill(block, name, "cpu")
+    assert block.get_parameter("mlp.down_proj.weight") is weight
+
+
+def test_weights_are_cast_to_the_type_to_compute_in(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("llama"), dtype=torch.bfloat16)
+    assert source.dtype == torch.float32
+    assert {p.dtype for p in filled(source).parameters()} == {torch.bfloat16}
+    assert source.tensor("model.norm.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "qwen3_moe"])
+def test_a_16_bit_model_is_what_transformers_loads(
+    family: str, tiny_checkpoint: Save, batches: list[torch.Tensor]
+):
+    path, dtype = tiny_checkpoint(family), torch.bfloat16
+    auto = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, experts_implementation="eager"
+    )
+    model = filled(Source(path, dtype=dtype))
+    kept = {
+        n: t.dtype
+        for n, t in [*auto.named_parameters(), *auto.named_buffers()]
+        if "experts" not in n
+    }
+    mine = {n: t.dtype for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    assert {n: mine[n] for n in kept} == kept
+    with torch.no_grad():
+        assert torch.equal(model(batches[0]).logits, auto(batches[0]).logits)
+
+
+def test_a_tied_output_layer_is_filled_from_the_embedding(tiny_model: Build, tmp_path: Path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    source = Source(tmp_path)
+    assert "lm_head.weight" not in source.names()
+    model = filled(source)
+    assert torch.equal(
+        model.get_parameter("lm_head.weight"), model.get_parameter("model.embed_tokens.weight")
+    )
+
+
+def test_shards_equal_one_file(tiny_model: Build, tiny_checkpoint: Save, tmp_path: Path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="100KB")
+    sharded, single = Source(tmp_path), Source(tiny_checkpoint("llama"))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert sharded.names() == single.names()
+    assert all(torch.equal(sharded.tensor(n), single.tensor(n)) for n in single.names())
+    assert sharded.fingerprint != single.fingerprint
+
+
+def test_a_base_model_without_prefix_fills_a_causal_one(tiny_model: Build, tmp_path: Path):
+    def unprefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "a")
+    source = Source(edited(tmp_path / "a", tmp_path / "b", unprefix))
+    assert "layers.0.mlp.down_proj.weight" in source.names()
+    assert not any(p.is_meta for p in filled(source).parameters())
+    assert (
+        source.checkpoint_name("model.layers.0.mlp.down_proj.weight_packed")
+        == "layers.0.mlp.down_proj.weight_packed"
+    )
+    assert (
+        source.module_name("layers.0.mlp.down_proj.weight_packed")
+        == "model.layers.0.mlp.down_proj.weight_packed"
+    )
+    assert {name for name, _ in source.rest()} == {"embed_tokens.weight", "norm.weight"}
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+)
+def test_names_of_model_and_checkpoint_map_one_to_one(family: str, tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint(family))
+    mine = [
+        name
+        for name in source.skeleton().state_dict()
+        if family != "gemma3" or name != "lm_head.weight"
+    ]
+    assert sorted(map(source.checkpoint_name, mine)) == source.names()
+    assert [source.module_name(source.checkpoint_name(name)) for name in mine] == mine
+
+
+def test_mixtral_keeps_the_names_of_the_hub(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("mixtral"))
+    name = source.checkpoint_name("model.layers.1.mlp.experts.3.w2.weight_scale")
+    assert name == "model.layers.1.block_sparse_moe.experts.3.w2.weight_scale"
+    assert source.module_name(name) == "model.layers.1.mlp.experts.3.w2.weight_scale"
+
+
+def test_rest_and_blocks_are_the_whole_checkpoint(tiny_checkpoint: Save):
+    source = Source(tiny_checkpoint("mixtral"))
+    rest = dict(source.rest())
+    blocks = [
+        source.checkpoint_name(f"{b}.{n}") for b, m in source.blocks() for n in m.state_dict()
+    ]
+    assert sorted([*rest, *blocks]) == source.names()
+    assert set(rest) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_the_fingerprint_follows_headers_and_config_but_not_the_place(
+    tiny_checkpoint: Save, tmp_path: Path
+):
+    first = Source(tiny_checkpoint("llama"))
+    shutil.copytree(first.path, tmp_path / "copy")
+    assert Source(tmp_path / "copy").fingerprint == first.fingerprint
+    other = edited(
+        first.path,
+        tmp_path / "half",
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}),
+    )
+    assert Source(other).fingerprint != first.fingerprint
+    config = tmp_path / "copy" / "config.json"
+    config.write_text(config.read_text().replace('"use_cache": true', '"use_cache": false'))
+    assert Source(tmp_path / "copy").fingerprint != first.fingerprint
+
+
+def test_blocks_are_the_decoder_of_a_vision_language_model():
+    class Tower(nn.Module):
+        def __init__(self, count: int, size: int):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(size, size) for _ in range(3))})
+                for _ in range(count)
+            )
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision, self.language = Tower(9, 32), Tower(2, 8)
+            self.language.embed = nn.Embedding(5, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.language.get_submodule("embed")
+
+    assert find_blocks(Both()) == ["language.layers.0", "language.layers.1"]
+
+
+def test_a_model_in_memory_has_the_same_interface(tiny_model: Build, tiny_checkpoint: Save):
+    memory, disk = MemorySource(tiny_model("llama")), Source(tiny_checkpoint("llama"))
+    assert memory.names() == disk.names()
+    assert all(torch.equal(memory.tensor(n), disk.tensor(n)) for n in disk.names())
+    assert [n for n, _ in memory.blocks()] == [n for n, _ in disk.blocks()]
+    assert dict(memory.rest()).keys() == dict(disk.rest()).keys()
+    assert memory.fingerprint == MemorySource(tiny_model("llama")).fingerprint
+    assert memory.fingerprint != MemorySource(tiny_model("llama", rms_norm_eps=1e-3)).fingerprint
+
+
+def damaged(kind: str, good: Path, path: Path) -> Path:
+    shutil.copytree(good, path)
+    weights, config = path / "model.safetensors", json.loads((path / "config.json").read_text())
+    match kind:
+        case "missing":
+            return path / "nowhere"
+        case "file":
+            return weights
+        case "no config":
+            (path / "config.json").unlink()
+        case "broken config":
+            (path / "config.json").write_text("{")
+        case "unknown model":
+            (path / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+        case "no weights":
+            weights.unlink()
+        case "only pickles":
+            weights.rename(path / "pytorch_model.bin")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "cut in the header":
+            weights.write_bytes(weights.read_bytes()[:50])
+        case "not safetensors":
+            weights.write_bytes((20).to_bytes(8, "little") + b"x" * 100)
+        case "missing shard":
+            index = {
+                "weight_map": {
+                    "model.norm.weight": "model-00001-of-00002.safetensors",
+                    "lm_head.weight": "b.safetensors",
+                }
+            }
+            weights.rename(path / "model-00001-of-00002.safetensors")
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "broken index":
+            weights.unlink()
+            (path / "model.safetensors.index.json").write_text("{}")
+        case "encoder":
+            transformers.BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(path)
+        case "translation":
+            transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(
+                path
+            )
+        case "contradiction":
+            (path / "config.json").write_text(
+                json.dumps(
+                    config | {"num_attention_heads": 5, "num_key_value_heads": 3, "head_dim": None}
+                )
+            )
+        case "quantized":
+            (path / "config.json").write_text(
+                json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+            )
+    return path
+
+
+DAMAGES = {
+    "missing": (FileNotFoundError, "does not exist"),
+    "file": (FileNotFoundError, "is a file; give the directory"),
+    "no config": (FileNotFoundError, "has no config.json"),
+    "broken config": (ValueError, "config.json cannot be used"),
+    "unknown model": (ValueError, "config.json cannot be used.*nonesuch"),
+    "no weights": (FileNotFoundError, "contains no safetensors weights"),
+    "only pickles": (FileNotFoundError, "only pytorch_model.bin; convert it"),
+    "truncated": (ValueError, "model.safetensors is truncated or damaged"),
+    "cut in the header": (ValueError, "model.safetensors is truncated"),
+    "not safetensors": (ValueError, "model.safetensors is not a safetensors file"),
+    "missing shard": (FileNotFoundError, "1 of 2 weight files.*first: b.safetensors"),
+    "broken index": (ValueError, "is not a safetensors index"),
+    "encoder": (ValueError, "not a causal language model.*BertForMaskedLM"),
+    "translation": (ValueError, "not a causal language model.*T5ForConditionalGeneration"),
+    "contradiction": (ValueError, "config.json cannot be used: .*hidden size"),
+    "quantized": (ValueError, "already quantized .fp8."),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_unusable_directories_are_named_in_one_line(
+    kind: str, tiny_checkpoint: Save, tmp_path: Path
+):
+    error, message = DAMAGES[kind]
+    with pytest.raises(error, match=message) as caught:
+        filled(Source(damaged(kind, tiny_checkpoint("llama"), tmp_path / "model")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_model_is_refused_before_any_work(tiny_checkpoint: Save, tmp_path: Path):
+    source = Source(damaged("quantized", tiny_checkpoint("llama"), tmp_path / "model"))
+    source.skeleton()  # may be looked at
+    with pytest.raises(ValueError, match=r"already quantized \(fp8\); start from the original"):
+        source.blocks()
+
+
+def test_a_name_that_is_neither_directory_nor_hub_model(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*_: object, **__: object) -> str:
+        raise ConnectionError("no route to the hub\nsecond line")
+
+    monkeypatch.setattr("ptq.model.structure.snapshot_download", unreachable)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no directory nobody/nothing.*Hugging Face hub \(no route to the hub\)$",
+    ):
+        Source("nobody/nothing")
+
+
+def test_a_hub_name_is_looked_up_in_the_cache_first(
+    tiny_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        return str(tiny_checkpoint("llama"))
+
+    monkeypatch.setattr("ptq.model.structure.snapshot_download", snapshot)
+    assert Source("owner/model").path == tiny_checkpoint("llama")
+    assert asked == [("owner/model", True)]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "missing", "shape"])
+def test_damaged_tensors_are_named(bad: str, tiny_checkpoint: Save, tmp_path: Path):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        if bad == "missing":
+            del tensors[name]
+        elif bad == "shape":
+            tensors[name] = tensors[name][:-1].clone()
+        else:
+            tensors[name][3, 5] = float(bad)
+
+    source = Source(edited(tiny_checkpoint("llama"), tmp_path / "bad", damage))
+    first, second = source.blocks()
+    source.fill(first[1], first[0], "cpu")
+    with pytest.raises(ValueError, match=name) as caught:
+        source.fill(second[1], second[0], "cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="has no tensor nonesuch"):
+        source.tensor("nonesuch")
+
+
+def test_a_missing_expert_is_named(tiny_checkpoint: Save, tmp_path: Path):
+    gone = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+    source = Source(
+        edited(
+            tiny_checkpoint("mixtral"), tmp_path / "bad", lambda tensors: tensors.__delitem__(gone)
+        )
+    )
+    name, block = source.blocks()[0]
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.2.w3.weight"):
+        source.fill(block, name, "cpu")
+
+
+def test_experts_stored_fused_are_split_on_filling(
+    tiny_model: Build, tiny_checkpoint: Save, tmp_path: Path
+):
+    def fuse(tensors: dict[str, torch.Tensor]) -> None:
+        for i in range(2):
+            at = f"model.layers.{i}.mlp.experts"
+            parts = {
+                k: torch.stack([tensors.pop(f"{at}.{e}.{k}_proj.weight") for e in range(8)])
+                for k in ("gate", "up", "down")
+            }
+            tensors[f"{at}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+            tensors[f"{at}.down_proj"] = parts["down"]
+
+    plain = filled(Source(tiny_checkpoint("qwen3_moe"))).state_dict()
+    source = Source(edited(tiny_checkpoint("qwen3_moe"), tmp_path / "fused", fuse))
+    fused = filled(source).state_dict()
+    assert plain.keys() == fused.keys()
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+    layer = "model.layers.1.mlp.experts"
+    kept = dict(
+        source.kept(
+            "model.layers.1",
+            {f"{layer}.{e}.{k}_proj.weight" for e in range(1, 8) for k in ("gate", "up")},
+        )
+    )
+    assert torch.equal(kept[f"{layer}.0.up_proj.weight"], plain[f"{layer}.0.up_proj.weight"])
+    assert f"{layer}.gate_up_proj" not in kept and f"{layer}.3.up_proj.weight" not in kept
+    assert kept[f"{layer}.down_proj"].shape == (
+        8,
+        64,
+        32,
+    )  # nothing of it was replaced: as it was stored
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_kept_of_a_block_is_what_was_not_replaced(
+    in_memory: bool, tiny_model: Build, tiny_checkpoint: Save
+):
+    source = MemorySource(tiny_model("llama")) if in_memory else Source(tiny_checkpoint("llama"))
+    replaced = {"model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"}
+    kept = dict(source.kept("model.layers.1", replaced))
+    assert {f"model.layers.1.{n}" for n in source.blocks()[1][1].state_dict()} - replaced == set(
+        kept
+    )
+    assert all(torch.equal(kept[n], source.tensor(n)) for n in kept)
+
+
+def test_experts_whose_checkpoint_is_transposed_are_filled(
+    batches: list[torch.Tensor], tmp_path: Path
+):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "rope_parameters": rope,
+    }  # fmt: skip
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config=tower | {"deepstack_visual_indexes": [0]}
+    )
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path / "plain")
+
+    def transpose(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n]:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+    source = Source(edited(tmp_path / "plain", tmp_path / "as on the hub", transpose))
+    assert source.tensor("model.language_model.layers.0.mlp.experts.down_proj").shape == (
+        4,
+        24,
+        32,
+    )  # in, out
+    with torch.no_grad():
+        assert torch.equal(filled(source)(batches[0]).logits, model(batches[0]).logits)

@@ -1,0 +1,62 @@
+"""Packing and the law value = element[code] * scale * global scale."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq.numerics.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4
+from ptq.numerics.tensor import QuantizedTensor, Scales, pack, unpack
+
+
+def test_golden_bytes() -> None:
+    """Section 7.1: the even column in the low nibble; zeros are +0."""
+    row = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]])
+    assert pack(NVFP4.element.encode(row), NVFP4).tolist() == [
+        [0x10, 0x32, 0x54, 0x76, 0x90, 0xBA, 0xDC, 0xFE]
+    ]
+    integers = torch.tensor([[0.0, 1, -1, 7, -7, 3, -3, 2]])
+    assert pack(NVINT4.element.encode(integers), NVINT4).tolist() == [[0x10, 0x7F, 0x39, 0x2D]]
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 10**6))
+def test_unpack_inverts_pack(rows: int, pairs: int, seed: int) -> None:
+    codes = torch.randint(
+        0, 16, (rows, 2 * pairs), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    packed = pack(codes, MXFP4)
+    assert packed.shape == (rows, pairs)
+    assert torch.equal(unpack(packed, MXFP4), codes)
+
+
+def test_eight_bit_codes_take_a_byte_each() -> None:
+    codes = torch.randint(0, 256, (3, 8), dtype=torch.uint8)
+    assert torch.equal(pack(codes, MXFP8), codes)
+    assert torch.equal(unpack(codes, MXFP8), codes)
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
+def test_dequantize_is_the_product_of_value_scale_and_global_scale(fmt) -> None:
+    size = fmt.group_size
+    codes = torch.arange(2 * size, dtype=torch.uint8).reshape(1, -1) % 8
+    bits = torch.tensor([[120, 121]], dtype=torch.uint8)
+    t = torch.tensor(0.3)
+    expected = torch.stack(
+        [
+            torch.tensor(fmt.element.values)[codes[0, j].int()]
+            * (fmt.decode_scale(bits)[0, j // size] * t)
+            for j in range(2 * size)
+        ]
+    )
+    quantized = QuantizedTensor(codes, Scales(bits, t, fmt))
+    assert torch.equal(quantized.dequantize()[0], expected)
+
+
+def test_rows_are_rows() -> None:
+    codes, bits = (
+        torch.randint(0, 16, (6, 32), dtype=torch.uint8),
+        torch.randint(1, 120, (6, 2), dtype=torch.uint8),
+    )
+    for t in (torch.tensor(0.5), torch.rand(6, 1)):
+        quantized = QuantizedTensor(codes, Scales(bits, t, NVFP4))
+        assert torch.equal(quantized.rows(2, 5).dequantize(), quantized.dequantize()[2:5])

@@ -1,0 +1,98 @@
+"""Recipes cannot contradict themselves, and errors list what is there."""
+
+import json
+
+import pytest
+
+from ptq.numerics.formats import FORMATS
+from ptq.pipeline.recipe import Recipe, check_patterns, matches
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_a_recipe_survives_json(fmt: str, scheme: str) -> None:
+    recipe = Recipe.default(
+        fmt,
+        scheme=scheme,
+        ignore=("lm_head",),
+        rules=(("down_proj", {"format": "mxfp8", "rotation": 1}), ("o_proj", "skip")),
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_what_is_given_wins_and_none_is_not_given() -> None:
+    recipe = Recipe.default("nvfp4", rotation=64, damping=None, samples=3)
+    assert (recipe.rotation, recipe.samples) == (64, 3)
+    assert recipe.damping == Recipe.default("nvfp4").damping
+    assert Recipe.default("nvfp4", algorithm="rtn").scales == "mse"
+    assert Recipe.default("nvfp4", scales="mse").order == "act"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "nvfp5"}, "unknown format 'nvfp5'; choose from mxfp4, nvfp4"),
+        ({"algorithm": "awq"}, "choose from rtn, gptq"),
+        ({"scheme": "w4a8"}, "choose from w4a16, w4a4"),
+        ({"scales": "best"}, "choose from absmax"),
+        ({"order": "down"}, "natural, act, group"),
+        ({"rotation": 48}, "power of two"),
+        ({"rotation": "huge"}, "unknown rotation"),
+        ({"algorithm": "rtn", "scales": "trial"}, "inside the GPTQ sweep"),
+        ({"scales": "trial", "order": "act"}, "order group or natural"),
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"samples": 0}, "samples must be positive"),
+        ({"rules": (("a", {"samples": 3}),)}, "samples cannot differ by module"),
+        ({"colour": "red"}, "unknown recipe keys colour"),
+    ],
+)
+def test_contradictions_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict({"format": "nvfp4", **change})
+
+
+def test_patterns() -> None:
+    name = "model.layers.3.mlp.down_proj"
+    for pattern in (
+        name,
+        "down_proj",
+        "mlp.down_proj",
+        "*.down_proj",
+        "model.layers.3.*",
+        r"re:.*\.down_proj$",
+    ):
+        assert matches(pattern, name), pattern
+    for pattern in ("own_proj", "model.layers.3", "re:down_proj", "up_proj"):
+        assert not matches(pattern, name), pattern
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    recipe = Recipe.default(
+        "nvfp4",
+        rules=(("layers.0.*", "skip"), ("down_proj", "mxfp8"), ("*", {"rotation": 32})),
+        ignore=("o_proj",),
+    )
+    assert recipe.for_module("model.layers.0.mlp.down_proj") is None
+    assert recipe.for_module("model.layers.1.self_attn.o_proj") is None
+    down = recipe.for_module("model.layers.1.mlp.down_proj")
+    assert down is not None
+    assert (down.format, down.algorithm, down.samples) == ("mxfp8", "gptq", recipe.samples)
+    up = recipe.for_module("model.layers.1.mlp.up_proj")
+    assert up is not None
+    assert (up.format, up.rotation) == ("nvfp4", 32)
+
+
+def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
+    names = ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]
+    check_patterns(["down_proj"], names)
+    with pytest.raises(
+        ValueError, match=r"'donw_proj' matches no linear layer of the model; near names: down_proj"
+    ):
+        check_patterns(["donw_proj"], names)
+
+
+def test_rotations_of_a_layer() -> None:
+    assert Recipe.default("mxfp4", rotation=64).rotations(192) == [64]
+    assert Recipe.default("nvfp4", rotation="auto").rotations(192) == [1, 16]
+    with pytest.raises(ValueError, match="the largest that does is 64"):
+        Recipe.default("mxfp4", rotation=128).rotations(192)

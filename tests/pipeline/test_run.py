@@ -1,0 +1,321 @@
+"""The whole way: directory → walk → solve → checkpoint → loaded model, bit for bit; and what it
+refuses."""
+
+import gc
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ptq.calib.walk import walk
+from ptq.model.checkpoint_source import Source
+from ptq.model.memory_source import MemorySource
+from ptq.pipeline.recipe import Recipe, chosen_layers
+from ptq.pipeline.run import quantize, quantize_model
+from ptq.runtime.load import load
+from ptq.runtime.quant_linear import QuantLinear
+from ptq.text.windows import load_calibration, load_tokenizer
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def quick(tiny_text: Path) -> Callable[..., Recipe]:
+    """A recipe on little data."""
+
+    def make(format: str = "nvfp4", **given: object) -> Recipe:
+        data = {"calibration": str(tiny_text), "samples": 9, "seq_len": 32, "batch_size": 3}
+        return Recipe.default(format, **{**data, **given})
+
+    return make
+
+
+def batches(path: Path, recipe: Recipe) -> list[Tensor]:
+    return load_calibration(
+        load_tokenizer(path),
+        recipe.calibration,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    ).batches
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "nvint4"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_a_loaded_checkpoint_is_the_model_that_was_quantized(
+    make_tiny_model: Make, quick, tmp_path: Path, kind: str, fmt: str, scheme: str
+) -> None:
+    path, recipe = make_tiny_model(kind), quick(fmt, scheme=scheme, rotation=16)
+    source = MemorySource(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    for _ in quantize(source, batches(path, recipe), recipe, None):
+        pass
+    quantize_model(path, tmp_path / "out", recipe=recipe, device="cpu")
+    loaded, tokens = (
+        load(tmp_path / "out", dtype=torch.float32, inputs="quantized"),
+        batches(path, recipe)[0],
+    )
+    with torch.no_grad():
+        expected, measured = source.skeleton()(tokens).logits, loaded(tokens).logits
+    assert torch.equal(measured, expected)
+    for cached in (True, False):
+        again = load(tmp_path / "out", dtype=torch.float32, inputs="quantized", cache=cached)
+        assert torch.equal(again(tokens).logits, expected)
+
+
+def test_the_walk_ends_in_the_hidden_states_of_the_loaded_model(
+    tiny_llama: Path, quick, tmp_path: Path
+) -> None:
+    recipe = quick("mxfp4", scheme="w4a4")
+    data, last = batches(tiny_llama, recipe), {}
+    source = MemorySource(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    for _ in quantize(source, data, recipe, None, finished=last.__setitem__):
+        pass
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+    model, seen = load(tmp_path / "out", dtype=torch.float32, inputs="quantized"), []
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for index, tokens in enumerate(data):
+            model(tokens)
+            assert torch.equal(seen[-1], last[index])
+
+
+@pytest.mark.parametrize("fmt", ["mxint4", "mxint6", "mxfp6", "mxint8", "mxfp8"])
+def test_study_formats_take_the_same_way(tiny_llama: Path, quick, tmp_path: Path, fmt: str) -> None:
+    recipe = quick(fmt, scheme="w4a4")
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokens = batches(tiny_llama, recipe)[0]
+    with torch.no_grad():
+        expected, measured = (
+            original(tokens).logits,
+            load(tmp_path / "out", dtype=torch.float32, inputs="quantized")(tokens).logits,
+        )
+    error = float((measured - expected).square().mean() / expected.square().mean())
+    assert (
+        0
+        < error
+        < {"mxint4": 0.3, "mxint6": 0.02, "mxfp6": 0.02, "mxint8": 1e-3, "mxfp8": 0.02}[fmt]
+    )
+
+
+def test_later_blocks_see_what_the_quantized_ones_produce(tiny_llama: Path, quick) -> None:
+    """The Hessian of the second block is that of the quantized first block's output, not of the
+    original's."""
+    recipe = quick("mxfp4", scheme="w4a4", rotation=1)
+    data = batches(tiny_llama, recipe)
+    hessians = {}
+    for scheme in ("w4a16", "w4a4"):
+        source = MemorySource(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+        chosen = Recipe.default("mxfp4", scheme=scheme, rotation=1)
+        for _ in quantize(source, data, chosen, None):
+            pass
+        seen: list[Tensor] = []
+        second = source.blocks()[1][1]
+        second.self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
+        )
+        with torch.no_grad():
+            for tokens in data:
+                source.skeleton()(tokens)
+        x = torch.cat(seen).double()
+        hessians[scheme] = x.T @ x / len(x)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = [b.groups[0].hessian.mean() for b in _statistics(original, data)][1]
+    distance = {k: float((h - plain).norm() / plain.norm()) for k, h in hessians.items()}
+    assert 0 < distance["w4a16"] < distance["w4a4"]
+
+
+def _statistics(model: nn.Module, data: list[Tensor]):
+    return walk(
+        MemorySource(model),
+        data,
+        probes={},
+        skip=lambda _: False,
+        feed=None,
+        ignore=lambda _: False,
+        device="cpu",
+        holdout_every=0,
+    )
+
+
+def test_held_out_errors_agree_with_the_prediction_of_the_hessian(demo_model: Path) -> None:
+    """‖(W-Ŵ)X‖²/‖WX‖² on sequences that calibration never used, layer by layer, on the bundled
+    model."""
+    recipe = Recipe.default("nvfp4", samples=32, seq_len=256, batch_size=8)
+    source = Source(demo_model, dtype=torch.float32)
+    reports = []
+    for progress in quantize(
+        MemorySource(AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)),
+        batches(source.path, recipe),
+        recipe,
+        None,
+    ):
+        reports += progress.reports
+    assert len(reports) == 28
+    ratios = torch.tensor([r["held_out_error"] / r["error"] for r in reports])
+    assert 0.8 < float(ratios.median()) < 1.3
+    assert float(ratios.max()) < 2
+    assert all(r["error"] < r["rtn_error"] for r in reports)
+
+
+def test_ignored_layers_stay_as_they_are(tiny_llama: Path, quick, tmp_path: Path) -> None:
+    recipe = quick(ignore=("down_proj", "layers.0.*"))
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+    before, after = (
+        load_file(tiny_llama / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    packed = {
+        name.removesuffix(".weight_packed") for name in after if name.endswith(".weight_packed")
+    }
+    assert packed == {
+        f"model.layers.1.{name}"
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        )
+    }
+    balanced = {
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+    }
+    for name, tensor in before.items():
+        if name.removesuffix(".weight") not in packed:
+            assert torch.equal(after[name], tensor) == (name not in balanced), name
+
+
+def test_rules_give_layers_their_own_format(tiny_llama: Path, quick, tmp_path: Path) -> None:
+    recipe = quick(rules=(("down_proj", "mxfp8"), ("o_proj", {"rotation": 32}), ("v_proj", "skip")))
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+    model = load(tmp_path / "out", dtype=torch.float32)
+    block = model.model.layers[1]
+    assert block.mlp.down_proj.format.name == "mxfp8"
+    assert block.self_attn.o_proj.rotation.size == 32
+    assert isinstance(block.self_attn.v_proj, nn.Linear)
+    assert block.self_attn.q_proj.format.name == "nvfp4"
+
+
+def test_the_same_run_gives_the_same_bytes(tiny_llama: Path, quick, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize_model(tiny_llama, tmp_path / name, recipe=quick(), device="cpu")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tiny_llama: Path, quick, tmp_path: Path
+) -> None:
+    recipe = quick("nvint4", scheme="w4a4")
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    quantize_model(tiny_llama, tmp_path / "whole", recipe=recipe, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(tiny_llama, tmp_path / "parts", recipe=recipe, device="cpu", on_block=stop)
+    assert not (tmp_path / "parts").exists()
+    resumed = []
+    quantize_model(
+        tiny_llama,
+        tmp_path / "parts",
+        recipe=recipe,
+        device="cpu",
+        on_block=lambda p: resumed.append(p.resumed),
+    )
+    assert resumed == [True, False]
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert not (tmp_path / "parts.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ignore": ("donw_proj",)}, r"'donw_proj' matches no linear layer .* down_proj"),
+        ({"ignore": ("*",)}, "ignores every linear layer"),
+        (
+            {"rotation": 128},
+            r"layers.0.self_attn.q_proj and \d+ more: a rotation of 128 does not divide 64 .* is "
+            r"64; .*--ignore",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_weight_is_read(
+    tiny_llama: Path, quick, given: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        chosen_layers(Source(tiny_llama).blocks(), quick(**given))
+
+
+def test_ragged_groups_name_the_layers_and_the_remedy(make_tiny_model: Make, quick) -> None:
+    source = Source(make_tiny_model("llama", intermediate_size=72))
+    with pytest.raises(
+        ValueError,
+        match=r"mlp.down_proj and 1 more: 72 input features are not divisible .* 16 of nvfp4; .*--ignore down_proj",
+    ):
+        chosen_layers(source.blocks(), quick())
+    assert not any(
+        "down_proj" in name for name in chosen_layers(source.blocks(), quick(ignore=("down_proj",)))
+    )
+
+
+def test_a_poisoned_weight_is_named_and_nothing_stays(
+    tiny_llama: Path, quick, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight contains NaN"):
+        quantize_model(source, tmp_path / "out", recipe=quick(), device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_finished_blocks_leave_nothing_in_memory(
+    tiny_llama: Path, quick, tmp_path: Path, monkeypatch
+) -> None:
+    """Neither weights nor what layers cache: memory must not grow with the number of blocks."""
+    made: list[QuantLinear] = []
+    original = QuantLinear.from_quantized.__func__
+
+    def remember(cls, *args, **kwargs):
+        made.append(original(cls, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(QuantLinear, "from_quantized", classmethod(remember))
+    held = []
+
+    def count(progress) -> None:
+        if progress.index:
+            first = made[:7]  # the layers of the first block, while the second has just been solved
+            held.append(sum(b.nbytes for layer in first for b in layer.buffers() if not b.is_meta))
+            held.append(sum(layer._dequantized is not None for layer in first))
+
+    quantize_model(tiny_llama, tmp_path / "out", recipe=quick(), device="cpu", on_block=count)
+    assert held == [0, 0]
+
+
+def test_replaced_layers_are_freed(tiny_llama: Path, quick) -> None:
+    """A reference to the original layers would keep the whole model in memory, block after
+    block."""
+    recipe, source = quick(), Source(tiny_llama, dtype=torch.float32)
+    first = [weakref.ref(m) for m in source.blocks()[0][1].modules() if isinstance(m, nn.Linear)]
+    assert len(first) == 7
+    steps = quantize(source, batches(tiny_llama, recipe), recipe, None)
+    next(steps)
+    next(steps)
+    gc.collect()
+    assert [ref() for ref in first] == [None] * 7

@@ -1,0 +1,280 @@
+"""QuantLinear: the reference forward of a quantized layer."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ptq.runtime.quant_linear
+from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.formats import FORMATS
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.rtn import rtn
+from ptq.numerics.scales import Grid, round_to
+from ptq.numerics.tensor import QuantizedTensor, Scales
+from ptq.runtime.quant_linear import QuantLinear, stored_layer
+
+OUT, IN = 24, 64
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+
+
+def make(fmt, *, rotation=16, bias=True, inputs=False, static=True, seed=0) -> QuantLinear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = Rotation(rotation).exact(torch.randn(OUT, IN, generator=generator))
+    grid = Grid(fmt, fmt.global_scale(weight.abs().amax()), "absmax")
+    static = inputs and static and fmt.has_global_scale
+    return QuantLinear.from_quantized(
+        rtn(weight, torch.eye(IN), grid),
+        Rotation(rotation),
+        torch.randn(OUT, generator=generator) if bias else None,
+        quantize_inputs=inputs,
+        input_global_scale=fmt.global_scale(torch.tensor(5.0), 2.0) if static else None,
+    )
+
+
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_forward_is_its_formula_rounded_once(fmt, dtype, bias):
+    layer, x = make(fmt, bias=bias), torch.randn(2, 5, IN).to(dtype)
+    rotated = layer.rotation.rotate(x)
+    assert rotated.dtype == dtype
+    expected = F.linear(rotated.float(), layer.quantized_weight().dequantize())
+    expected = expected + layer.bias if layer.bias is not None else expected
+    result = layer(x)
+    assert result.shape == (2, 5, OUT) and result.dtype == dtype
+    assert torch.equal(result, expected.to(dtype))
+
+
+@formats
+@pytest.mark.parametrize("static", [True, False])
+def test_quantized_inputs_come_from_the_unrounded_rotation(fmt, static):
+    layer, x = make(fmt, inputs=True, static=static), torch.randn(7, IN).to(torch.bfloat16)
+    rounded = quantize_inputs(x, fmt, layer.rotation, layer.input_global_scale, None).dequantize()
+    expected = F.linear(rounded, layer.quantized_weight().dequantize()) + layer.bias
+    assert torch.equal(layer(x), expected.to(torch.bfloat16))
+    assert (layer.input_global_scale is not None) == (static and fmt.has_global_scale)
+
+
+def test_the_rotated_layer_approximates_the_unrotated_one():
+    x, weight = (
+        torch.randn(32, IN),
+        torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)),
+    )
+    layer = make(FORMATS["mxfp8"], bias=False)
+    assert (layer(x) - F.linear(x, weight)).norm() < 0.05 * F.linear(x, weight).norm()
+
+
+@formats
+@pytest.mark.parametrize("chunk_rows", [1, 7, OUT])
+def test_a_cached_weight_gives_the_same_bits(fmt, chunk_rows, monkeypatch):
+    monkeypatch.setattr(ptq.runtime.quant_linear, "CHUNK_BYTES", chunk_rows * 4 * IN)
+    layer, x = make(fmt), torch.randn(9, IN)
+    expected = layer(x)
+    layer.cache = True
+    assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
+    layer.load_state_dict(make(fmt, seed=1).state_dict())
+    other = layer(x)
+    layer.cache = False
+    assert torch.equal(layer(x), other) and not torch.equal(other, expected)
+
+
+def test_inputs_and_weights_are_not_modified():
+    layer, x = make(FORMATS["nvfp4"], inputs=True), torch.randn(3, IN)
+    before, state = x.clone(), {k: v.clone() for k, v in layer.state_dict().items()}
+    layer(x)
+    assert torch.equal(x, before)
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_no_tokens_give_no_rows(inputs):
+    assert make(FORMATS["nvfp4"], inputs=inputs)(torch.empty(0, IN)).shape == (0, OUT)
+
+
+def test_autocast_and_global_precision_change_nothing():
+    layer, x, mkldnn = make(FORMATS["nvfp4"]), torch.randn(64, IN), torch.backends.mkldnn.matmul
+    expected = layer(x)
+    before = mkldnn.fp32_precision
+    mkldnn.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x), expected)
+        assert mkldnn.fp32_precision == "bf16"
+    finally:
+        mkldnn.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.type(torch.bfloat16),
+        lambda m: m.to(device="cpu", dtype=torch.float16),
+    ],
+    ids=["to", "half", "double", "type", "both"],
+)
+def test_only_the_bias_changes_its_dtype(move):
+    layer = make(FORMATS["nvfp4"], inputs=True)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    move(layer)
+    for name, tensor in layer.state_dict().items():
+        if name == "bias":
+            assert tensor.dtype != torch.float32
+        else:
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
+def test_the_state_is_the_schema():
+    keys = {"weight_packed", "weight_scale", "bias"}
+    assert make(FORMATS["mxfp4"]).state_dict().keys() == keys
+    assert make(FORMATS["nvfp4"]).state_dict().keys() == keys | {"weight_global_scale"}
+    every = make(FORMATS["nvfp4"], inputs=True).state_dict()
+    assert every.keys() == keys | {"weight_global_scale", "input_global_scale"}
+    assert every["weight_packed"].shape == (OUT, IN // 2) and every["weight_scale"].shape == (
+        OUT,
+        IN // 16,
+    )
+    assert every["weight_global_scale"].shape == () == every["input_global_scale"].shape
+    assert make(FORMATS["mxint6"]).weight_packed.shape == (OUT, IN)
+
+
+def test_a_factor_besides_e8m0_scales_is_kept():
+    fmt, weight = FORMATS["mxfp4"], make(FORMATS["mxfp4"], bias=False).quantized_weight()
+    scaled = QuantizedTensor(weight.codes, Scales(weight.scales.bits, torch.tensor(0.5), fmt))
+    layer = QuantLinear.from_quantized(
+        scaled, Rotation(1), None, quantize_inputs=False, input_global_scale=None
+    )
+    assert layer.weight_global_scale is not None
+    assert torch.equal(layer.quantized_weight().dequantize(), weight.dequantize() / 2)
+    plain = nn.Linear(IN, OUT, bias=False)
+    again = stored_layer(plain, layer.info, layer.state_dict(), "x")
+    assert torch.equal(again(torch.eye(IN)), layer(torch.eye(IN)))
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_compute_the_same_and_carry_no_cache(duplicate):
+    layer, x = make(FORMATS["nvint4"], inputs=True), torch.randn(4, IN)
+    layer.cache = True
+    expected = layer(x)
+    twin = duplicate(layer)
+    assert twin._dequantized is None and twin.cache and twin.info == layer.info
+    assert torch.equal(twin(x), expected)
+
+
+def test_what_was_made_of_other_weights_is_forgotten():
+    layer = make(FORMATS["nvfp4"], inputs=True)
+    layer._blocked_scales = layer.weight_scale.clone()  # as the kernels of Blackwell keep them
+    layer.load_state_dict(make(FORMATS["nvfp4"], inputs=True, seed=1).state_dict())
+    assert layer._blocked_scales is None
+
+
+@formats
+def test_a_layer_is_its_description_and_its_tensors(fmt):
+    layer, x = make(fmt, inputs=True), torch.randn(4, IN)
+    again = stored_layer(nn.Linear(IN, OUT), layer.info, layer.state_dict(), "x")
+    assert again.info == layer.info and torch.equal(again(x), layer(x))
+
+
+def test_stored_layers_that_do_not_fit_are_refused_by_name():
+    layer = make(FORMATS["nvfp4"], bias=False)
+    tensors = dict(layer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"a\.b is a quantized linear layer in the checkpoint and ReLU"
+    ):
+        stored_layer(nn.ReLU(), layer.info, tensors, "a.b")
+    with pytest.raises(ValueError, match=r"a\.b has no bias"):
+        stored_layer(nn.Linear(IN, OUT), layer.info, tensors, "a.b")
+    with pytest.raises(ValueError, match=r"a\.b\.weight_packed has shape"):
+        stored_layer(nn.Linear(IN, OUT + 1, bias=False), layer.info, tensors, "a.b")
+    with pytest.raises(ValueError, match=r"a\.b has no weight_scale"):
+        stored_layer(
+            nn.Linear(IN, OUT, bias=False),
+            layer.info,
+            {"weight_packed": tensors["weight_packed"]},
+            "a.b",
+        )
+
+
+@pytest.mark.parametrize(
+    ("features", "fmt", "rotation"), [(48, "mxfp4", 1), (48, "nvfp4", 32), (40, "nvfp4", 8)]
+)
+def test_features_that_form_no_blocks_are_refused(features, fmt, rotation):
+    with pytest.raises(ValueError, match=str(features)):
+        QuantLinear(
+            features,
+            8,
+            FORMATS[fmt],
+            Rotation(rotation),
+            bias=False,
+            quantize_inputs=False,
+            static_inputs=False,
+        )
+
+
+def test_a_new_layer_is_on_meta_and_says_what_it_is():
+    layer = QuantLinear.from_info(make(FORMATS["nvfp4"], inputs=True).info, IN, OUT)
+    assert all(b.is_meta for b in layer.buffers())
+    text = "in_features=64, out_features=24, bias=True, format=nvfp4, rotation=16, inputs=nvfp4"
+    assert text in repr(layer)
+
+
+@pytest.mark.parametrize(("name", "rotation"), [("nvfp4", 16), ("mxfp4", 32), ("nvint4", 1)])
+def test_the_kernel_path_computes_what_the_reference_computes(
+    name: str, rotation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter: the same rotated bf16 inputs, packed weight and bias, to the
+    rounding of bf16."""
+    pytest.importorskip("triton")
+    from ptq.kernels import dispatch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(dispatch, "available", lambda device: True)
+        monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    fmt = FORMATS[name]
+    w = torch.randn(64, 128)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "mse")
+    layer = QuantLinear.from_quantized(
+        round_to(w, grid.scales(w)),
+        Rotation(rotation),
+        torch.randn(64),
+        quantize_inputs=False,
+        input_global_scale=None,
+    )
+    if torch.cuda.is_available():
+        layer = layer.cuda()
+    x = torch.randn(3, 5, 128, device=layer.weight_packed.device).bfloat16()
+    expected = layer(x)
+    assert layer.prepare(torch.bfloat16) is None
+    measured = layer(x)
+    assert measured.shape == expected.shape
+    assert measured.dtype == expected.dtype
+    assert float((measured.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
+    assert (
+        layer(x.float()).dtype == torch.float32
+    )  # not the dtype that the kernels were prepared for
+
+
+def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptq.kernels import dispatch
+
+    w = torch.randn(8, 256)
+    fmt = FORMATS["nvfp4"]
+    quantized = round_to(w, Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax").scales(w))
+    layer = QuantLinear.from_quantized(
+        quantized, Rotation(256), None, quantize_inputs=False, input_global_scale=None
+    )
+    if not torch.cuda.is_available():
+        assert "do not run on cpu" in str(layer.prepare(torch.bfloat16))
+    monkeypatch.setattr(dispatch, "available", lambda device: True)
+    assert "rotation of 256" in str(layer.prepare(torch.bfloat16))
+    assert layer.kernel_dtype is None

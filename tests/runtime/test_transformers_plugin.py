@@ -1,0 +1,296 @@
+"""transformers loads what ptq writes: both dialects, through from_pretrained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+import ptq.hf
+from ptq.checkpoint.reader import Checkpoint
+from ptq.hf import PtqConfig
+from ptq.runtime.load import load
+from ptq.runtime.quant_linear import QuantLinear
+from ptq.runtime.transformers_plugin import RotatedConfig
+
+KINDS = ["llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+ON_DISK = dict.fromkeys(
+    ("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"), "cpu"
+)
+ON_DISK["model.layers.1"] = "disk"
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def from_pretrained(path: Path, **options) -> nn.Module:
+    """The model, after making sure that no tensor was missing, left over or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    a, b = Checkpoint(one), Checkpoint(other)
+    assert a.names() == b.names() and a.layers == b.layers
+    for name in a.names():
+        x, y = a.tensor(name), b.tensor(name)
+        assert (
+            x.dtype == y.dtype
+            and x.shape == y.shape
+            and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        ), name
+
+
+# ---------------------------------------------------------------- ptq
+
+
+@pytest.mark.parametrize(
+    ("kind", "fmt", "scheme"),
+    [
+        *((kind, "nvfp4", "w4a4") for kind in KINDS),
+        ("llama", "nvfp4", "w4a16"),
+        ("llama", "mxfp4", "w4a4"),
+        ("mixtral", "mxfp4", "w4a16"),
+        ("qwen2", "nvint4", "w4a4"),
+        ("llama", "mxint6", "w4a16"),
+    ],
+)
+def test_from_pretrained_is_load(make_run, tmp_path, token_ids, kind, fmt, scheme):
+    make_run(kind, fmt, scheme=scheme, rotation=16)(tmp_path / "out", dialect="ptq")
+    model = from_pretrained(tmp_path / "out", quantization_config=PtqConfig(inputs="quantized"))
+    assert torch.equal(
+        logits(model, token_ids), logits(load(tmp_path / "out", inputs="quantized"), token_ids)
+    )
+    model.save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    before, after = (Checkpoint(tmp_path / x).quantization for x in ("out", "again"))
+    assert before == after
+    again = from_pretrained(tmp_path / "again", quantization_config=PtqConfig(inputs="quantized"))
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_some_experts_may_stay_as_they_were(make_run, tmp_path, token_ids, kind):
+    down = "w2" if kind == "mixtral" else "down_proj"
+    model = make_run(kind, "nvfp4", ignore=("lm_head", f"*experts.1.{down}"))(
+        tmp_path / "out", dialect="ptq"
+    )
+    expected = logits(model, token_ids)
+    assert any(n.endswith(f"experts.1.{down}.weight") for n in Checkpoint(tmp_path / "out").names())
+    assert torch.equal(logits(load(tmp_path / "out"), token_ids), expected)
+    loaded = from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded, token_ids), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.fixture(scope="module")
+def written(make_run, tmp_path_factory) -> Path:
+    """A rotated W4A4 checkpoint, not to be changed."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    make_run("qwen2", "nvfp4", scheme="w4a4", rotation=16)(out, dialect="ptq")
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_may_be_chosen_and_changed(written, token_ids, dtype):
+    model = from_pretrained(written, dtype=dtype)
+    expected = logits(load(written, dtype=dtype), token_ids)
+    assert torch.equal(logits(model, token_ids), expected)
+    other = from_pretrained(written, dtype=torch.float16).to(dtype)
+    assert {p.dtype for n, p in other.named_parameters() if n.endswith("weight_scale")} == {
+        torch.float8_e4m3fn
+    }
+    assert {p.dtype for n, p in other.named_parameters() if n.endswith("global_scale")} == {
+        torch.float32
+    }
+
+
+def test_the_choices_of_the_reader_are_those_of_load(written, token_ids):
+    full, quantized = load(written, inputs="full"), load(written, inputs="quantized")
+    for inputs, expected in (("auto", full), ("full", full), ("quantized", quantized)):
+        model = from_pretrained(written, quantization_config=PtqConfig(inputs=inputs, cache=True))
+        assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+        assert all(m.cache for m in model.modules() if isinstance(m, QuantLinear))
+
+
+@pytest.mark.parametrize("device_map", ["auto", ON_DISK], ids=["auto", "disk"])
+def test_layers_may_lie_elsewhere(written, tmp_path, token_ids, device_map):
+    model = from_pretrained(written, device_map=device_map, offload_folder=tmp_path)
+    if device_map is ON_DISK:
+        assert model.get_submodule("model.layers.1.mlp.up_proj").weight_packed.is_meta
+    assert torch.equal(logits(model, token_ids), logits(load(written), token_ids))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_dequantized_model_is_ordinary_and_close(written, token_ids, early, tmp_path):
+    options = {"quantization_config": PtqConfig(dequantize=True)} if early else {}
+    model = from_pretrained(written, dtype=torch.float32, **options)
+    model = model if early else model.dequantize()
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+    expected = logits(load(written, dtype=torch.float32, inputs="full"), token_ids)
+    assert torch.allclose(logits(model, token_ids), expected, atol=1e-4)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"version": 7}, "version 7"), ({"surprise": 1}, "surprise")]
+)
+def test_what_this_version_does_not_know_is_refused(written, tmp_path, change, message):
+    copy = shutil.copytree(written, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= change
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_registering_twice_changes_nothing():
+    before = dict(auto.AUTO_QUANTIZER_MAPPING), auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    ptq.hf.register()
+    assert (dict(auto.AUTO_QUANTIZER_MAPPING), auto.LOADING_ATTRIBUTES_CONFIG_TYPES) == before
+    with pytest.raises(ValueError, match="auto, quantized, full"):
+        PtqConfig(inputs="some")
+
+
+# ---------------------------------------------------------------- compressed-tensors
+
+
+@pytest.fixture(scope="module")
+def compressed_tensors() -> None:
+    pytest.importorskip(
+        "compressed_tensors", reason="compressed-tensors is not installed (extra: interop)"
+    )
+
+
+def dense(run, model: nn.Module, target: Path) -> nn.Module:
+    """The original architecture with the dequantized weights of ``model`` in bf16, rotated layers
+    by a hook."""
+    reference = AutoModelForCausalLM.from_pretrained(run.source.path, dtype=torch.bfloat16)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            linear, quantized = reference.get_submodule(name), layer.quantized_weight()
+            # they divide by the stored divisor where ptq multiplies by its reciprocal: an ulp of
+            # float32 in NVFP4
+            step = layer.format.decode_scale(layer.weight_scale) / (
+                1 / quantized.scales.global_scale
+            )
+            values = layer.format.element.decode(quantized.codes).unflatten(
+                1, (-1, layer.format.group_size)
+            )
+            weight = (values * step.unsqueeze(-1)).flatten(1)
+            assert torch.allclose(weight, quantized.dequantize(), rtol=2**-22, atol=0)
+            linear.weight.data = weight.to(torch.bfloat16)
+            linear.register_forward_pre_hook(lambda _, args, r=layer.rotation: (r.rotate(args[0]),))
+    return reference
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("fmt", "rotation"), [("nvfp4", 1), ("mxfp4", 1), ("mxfp4", 32), ("nvint4", 1), ("nvint4", 16)]
+)
+def test_weight_only_compressed_tensors_are_the_dequantized_model(
+    make_run, tmp_path, token_ids, kind, fmt, rotation
+):
+    rules = (("re:.*[qkv]_proj", {"rotation": 1}),) if kind == "qwen2" else ()
+    run = make_run(kind, fmt, rotation=rotation, rules=rules)
+    model = run(tmp_path / "out", dialect="compressed-tensors")
+    loaded = from_pretrained(tmp_path / "out")
+    expected = logits(dense(run, model, tmp_path), token_ids)
+    assert torch.equal(logits(loaded, token_ids), expected)
+    options = CompressedTensorsConfig(dequantize=True)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=options
+    )
+    assert torch.equal(logits(dequantized, token_ids), expected)
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+@pytest.mark.parametrize(("fmt", "rotation"), [("nvfp4", 16), ("mxfp4", 1)])
+def test_quantized_activations_load_and_are_near(make_run, tmp_path, token_ids, fmt, rotation):
+    make_run("llama", fmt, scheme="w4a4", rotation=rotation)(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    got = logits(from_pretrained(tmp_path / "out"), token_ids).float()
+    expected = logits(load(tmp_path / "out", inputs="quantized"), token_ids).float()
+    assert (
+        got - expected
+    ).norm() < 0.5 * expected.norm()  # rounding of activations is chaotic: no equality to ask for
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_a_rotated_model_is_saved_with_guard_rotation_and_matrix(make_run, tmp_path):
+    make_run("llama", "mxfp4", rotation=32)(tmp_path / "out", dialect="compressed-tensors")
+    from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    saved, original = (Checkpoint(tmp_path / x).quantization for x in ("again", "out"))
+    assert (
+        saved["transform_config"] == original["transform_config"]
+        and saved["ptq"] == original["ptq"]
+    )
+    assert (
+        saved["config_groups"]["group_0"]["rotated_weights"]
+        == original["config_groups"]["group_0"]["rotated_weights"]
+    )
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_plain_transformers_stops_at_the_guard_and_reads_the_rest(make_run, tmp_path):
+    make_run("llama", "mxfp4", rotation=32)(tmp_path / "rotated", dialect="compressed-tensors")
+    make_run("llama", "mxfp4")(tmp_path / "plain", dialect="compressed-tensors")
+    rotated, plain = (
+        json.loads((tmp_path / x / "config.json").read_text())["quantization_config"]
+        for x in ("rotated", "plain")
+    )
+    with pytest.raises(ValueError, match=r"import ptq\.hf"):
+        CompressedTensorsConfig.from_dict(rotated)
+    assert CompressedTensorsConfig.from_dict(plain).quantization_config is not None
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_checkpoints_of_others_are_read_as_before():
+    weights = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "channel",
+        "symmetric": True,
+        "dynamic": False,
+    }
+    given = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    ours = auto.AutoQuantizationConfig.from_dict(json.loads(json.dumps(given)))
+    assert isinstance(ours, RotatedConfig) and not ours.online()
+    assert (
+        ours.to_dict() == CompressedTensorsConfig.from_dict(json.loads(json.dumps(given))).to_dict()
+    )
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_rotated_experts_are_refused_by_name(make_run, tmp_path):
+    make_run("qwen3_moe", "mxfp4", rotation=1)(tmp_path / "out", dialect="compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    apply = [
+        {"targets": ["Linear"], "location": x, "inverse": x != "input"}
+        for x in ("input", "weight_input")
+    ]
+    scheme = {"type": "hadamard", "head_dim": 32, "apply": apply}
+    config["quantization_config"]["transform_config"] = {"config_groups": {"h32": scheme}}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"experts\.0\.\w+ is quantized .* no linear layer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,242 @@
+"""Calibration data: determinism, windows, documents, and every message a user may see."""
+
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ptq.text import builtin as builtin_text
+from ptq.text import documents
+from ptq.text.windows import Calibration, is_held_out, load_calibration, load_text, load_tokenizer
+
+BOS, EOS = 0, 1
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+
+
+def make_tokenizer(*, adds_bos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
+    """Words w0 … w999 are tokens 3 … 1002; everything else is 2."""
+    words = {"<s>": BOS, "</s>": EOS, "<unk>": 2} | {f"w{i}": i + 3 for i in range(1000)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>" if eos else None,
+        unk_token="<unk>",
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(1000)))
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def jsonl_file(tmp_path: Path) -> Path:
+    lines = [
+        json.dumps({"id": d, "text": " ".join(f"w{10 * d + i}" for i in range(10))})
+        for d in range(100)
+    ]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "docs.jsonl"
+
+
+def load(
+    source: object, tokenizer: PreTrainedTokenizerFast | None = None, **changes: object
+) -> Calibration:
+    settings = {"samples": 6, "seq_len": 20, "batch_size": 4, "seed": 0} | changes
+    return load_calibration(tokenizer or make_tokenizer(), str(source), **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_batches_are_full_windows(text_file: Path):
+    found = load(text_file)
+    assert [tuple(b.shape) for b in found.batches] == [(4, 20), (2, 20)]
+    assert all(b.dtype == torch.int64 for b in found.batches)
+    assert found.description["tokens"] == 120
+
+
+def test_windows_of_a_text_are_contiguous_and_do_not_overlap(text_file: Path):
+    windows = torch.cat(load(text_file, samples=40).batches)  # 40 · 20 of 1000
+    assert (windows.diff(dim=1) == 1).all()
+    assert windows.unique().numel() == windows.numel()
+
+
+def test_windows_overlap_only_when_there_is_too_little_text(text_file: Path):
+    plenty, scarce = load(text_file, samples=50), load(text_file, samples=70)
+    assert plenty.description["overlapping"] is False
+    assert scarce.description["overlapping"] is True
+    starts = torch.cat(scarce.batches)[:, 0]
+    assert starts[0] == 3 and starts[-1] == 3 + 1000 - 20
+    assert starts.unique().numel() == 70
+
+
+@pytest.mark.parametrize("name", ["text_file", "jsonl_file"])
+def test_the_seed_decides_everything(name: str, request: pytest.FixtureRequest):
+    path = request.getfixturevalue(name)
+    first, again, other = load(path), load(path), load(path, seed=1)
+    assert first.description == again.description
+    assert all(torch.equal(a, b) for a, b in zip(first.batches, again.batches, strict=True))
+    assert first.description["sha256"] != other.description["sha256"]
+
+
+def test_the_global_generator_is_not_touched(text_file: Path):
+    before = torch.get_rng_state()
+    load(text_file)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_hash_is_that_of_the_ids(text_file: Path):
+    found = load(text_file)
+    raw = b"".join(int(i).to_bytes(8, "little") for i in torch.cat(found.batches).flatten())
+    assert found.description["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_documents_are_separated_by_the_end_token(jsonl_file: Path):
+    ids = torch.cat(load(jsonl_file, samples=1, seq_len=30).batches)[0].tolist()
+    assert EOS in ids and BOS not in ids
+    end = ids.index(EOS)
+    assert (ids[end + 1] - 3) % 10 == 0  # a document starts here
+    assert ids[end + 1 : end + 10] == list(range(ids[end + 1], ids[end + 1] + 9))
+
+
+def test_windows_start_with_bos_only_if_the_tokenizer_adds_one(jsonl_file: Path):
+    with_bos = torch.cat(load(jsonl_file, make_tokenizer(adds_bos=True)).batches)
+    assert (with_bos[:, 0] == BOS).all()
+    assert with_bos.shape == (6, 20)
+    assert not (torch.cat(load(jsonl_file).batches)[:, 0] == BOS).any()
+
+
+def test_between_documents_bos_stands_in_for_a_missing_end_token(jsonl_file: Path):
+    ids = torch.cat(load(jsonl_file, make_tokenizer(eos=False)).batches)
+    assert (ids == BOS).any() and not (ids == EOS).any()
+
+
+def test_chat_messages_are_rendered_and_begin_once(tmp_path: Path):
+    talk = [{"role": "w1", "content": "w2 w3"}, {"role": "w4", "content": "w5"}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 30))
+    ids = torch.cat(load(tmp_path / "chat.jsonl", make_tokenizer(adds_bos=True), samples=2).batches)
+    assert ids[0].tolist()[:1] == [BOS]
+    assert not ((ids[:, 1:] == BOS) & (ids[:, :-1] == BOS)).any()
+    assert {4, 5, 6, 7, 8, BOS, EOS} == set(ids.flatten().tolist())
+
+
+def test_parquet_equals_jsonl(jsonl_file: Path, tmp_path: Path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(
+        pa.Table.from_pylist(documents.read_jsonl(jsonl_file)), tmp_path / "docs.parquet"
+    )
+    assert (
+        load(tmp_path / "docs.parquet").description["sha256"]
+        == load(jsonl_file).description["sha256"]
+    )
+
+
+def test_a_hub_dataset_is_streamed_and_its_revision_recorded(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = [{"text": f"w{i} " * 30} for i in range(50)]
+    asked = []
+
+    def fake(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        asked.append((name, config, split, streaming))
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(documents, "_revision", lambda name: f"revision of {name}")
+    found = load("owner/corpus:small")
+    assert asked == [("owner/corpus", "small", "train", True)]
+    assert found.description["revision"] == "revision of owner/corpus"
+    assert found.description["sha256"] == load("owner/corpus:small").description["sha256"]
+
+
+def test_builtin_text_needs_no_file_and_leaves_out_the_held_out_files():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = builtin_text.calibration_files()
+    assert len(names) > 300
+    assert not [n for n in names if is_held_out(n) or "test" in n or "site-packages" in n]
+    assert any(is_held_out(p.relative_to(root).as_posix()) for p in root.glob("*.py"))
+    found = load("builtin")
+    assert found.description["source"] == "builtin"
+    assert found.description["sha256"] == load("builtin").description["sha256"]
+
+
+def test_one_file_in_25_is_held_out():
+    share = sum(is_held_out(f"module_{i}.py") for i in range(10_000)) / 10_000
+    assert 0.03 < share < 0.05
+    digest = hashlib.sha256(b"json/decoder.py").digest()
+    assert is_held_out("json/decoder.py") == (int.from_bytes(digest[:4], "big") % 25 == 0)
+
+
+def test_whole_texts_for_evaluation(text_file: Path, jsonl_file: Path):
+    assert load_text(str(text_file)) == text_file.read_text()
+    joined = load_text(str(jsonl_file))
+    assert joined.startswith("w0 w1") and joined.count("\n\n") == 99
+
+
+def test_a_generic_tokenizer_is_read_as_it_is(tmp_path: Path):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2"})
+    )  # AutoTokenizer would force its class
+    assert load_tokenizer(tmp_path)("w0 w7", add_special_tokens=False)["input_ids"] == [3, 10]
+
+
+MISTAKES: dict[str, tuple[str, bytes | None, dict, type[Exception], str]] = {
+    "too short": ("a.txt", b"w1 w2 w3", {}, ValueError, "too short: 3 tokens.*need 120"),
+    "empty": ("a.jsonl", b"\n", {}, ValueError, "is empty"),
+    "not json": ("a.jsonl", b'{"text": "w1"}\n{"text": ', {}, ValueError, "line 2 is not JSON"),
+    "not an object": ("a.jsonl", b"[1]", {}, ValueError, "line 1 is not a JSON object"),
+    "no text": ("a.jsonl", b'{"content": "", "id": 3}', {}, ValueError, "no field 'text'; choose one of: content, id"),
+    "no field": ("a.jsonl", b'{"content": "w1"}', {"field": "body"}, ValueError, "no field 'body'; it has: content"),
+    "field lost": ("a.jsonl", b'{"text": "w1"}\n{"body": "w1"}', {}, ValueError, "record 2 has no field 'text'"),
+    "not a text": ("a.jsonl", b'{"text": 5}', {}, ValueError, "holds int, neither text nor chat"),
+    "unknown kind": ("a.csv", b"text", {}, ValueError, "must be .txt, .jsonl, .parquet"),
+    "bad parquet": ("a.parquet", b"nothing of the kind", {}, ValueError, "parquet"),
+    "not utf-8": ("a.txt", b"caf\xe9", {}, ValueError, "not UTF-8"),
+    "missing": ("a.txt", None, {}, FileNotFoundError, "does not exist"),
+    "directory": (".", None, {}, FileNotFoundError, "is a directory"),
+    "no id either": ("no/such/thing", None, {}, FileNotFoundError, "does not exist"),
+    "no samples": ("a.txt", b"w1", {"samples": 0}, ValueError, "samples must be at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named_in_one_line(case: str, tmp_path: Path):
+    name, content, changes, kind, message = MISTAKES[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(kind, match=message) as caught:
+        load(tmp_path / name, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_messages_without_a_template_are_refused(tmp_path: Path):
+    (tmp_path / "chat.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "w1"}]})
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        load(tmp_path / "chat.jsonl", tokenizer)
+    with pytest.raises(ValueError, match="plain text is wanted"):
+        load_text(str(tmp_path / "chat.jsonl"))
+
+
+def test_a_directory_without_tokenizer_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="no tokenizer that can be loaded"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a directory with a tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
