@@ -18,6 +18,7 @@ the reference path, which sets a flag of a backend), compiles anew for every len
 changes the last bits, and may skip graphs without an error.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
@@ -72,7 +73,7 @@ def decode(model: nn.Module, prompt: Sequence[int], length: int, how: Decode = "
         logger.info("decoding with a dynamic cache: %s", reason)
         return _plain(_growing(model), ids)
     if how == "static":
-        return _plain(_fixed(model, cache), ids)
+        return _plain(_fixed(model, cache_argument(model), cache), ids)
     return _captured(model, cache, ids, how)
 
 
@@ -117,23 +118,30 @@ def static_cache(model: nn.Module, length: int) -> StaticCache:
     return cache
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What transformers calls the cache in forward and result: ``cache`` from 5.24 on, before that
+    ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 # ---------------------------------------------------------------- steps that Python runs
 
 
 def _growing(model: nn.Module) -> Step:
-    cache = None
+    cache, name = None, cache_argument(model)
 
     def step(ids: Tensor) -> Tensor:
         nonlocal cache
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids, use_cache=True, **{name: cache})
+        cache = getattr(output, name)
         return output.logits[0, -1]
 
     return step
 
 
-def _fixed(forward: Callable, cache: StaticCache) -> Step:
-    return lambda ids: forward(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+def _fixed(forward: Callable, name: str, cache: StaticCache) -> Step:
+    given = {name: cache, "use_cache": True}
+    return lambda ids: forward(input_ids=ids, **given).logits[0, -1]
 
 
 def _plain(step: Step, ids: Tensor) -> Logits:
@@ -182,7 +190,7 @@ class Watch(TorchDispatchMode):
 
 def _captured(model: nn.Module, cache: StaticCache, ids: Tensor, how: Decode) -> Logits:
     """The prompt as it comes; the first token watched; from the second on, a graph."""
-    step = _fixed(model, cache)
+    step = _fixed(model, cache_argument(model), cache)
     token = yield step(ids)
     ids = torch.full_like(ids[:, :1], token)  # the graph reads its token here
     with Watch() as watch:
@@ -197,7 +205,7 @@ def _captured(model: nn.Module, cache: StaticCache, ids: Tensor, how: Decode) ->
             token = yield step(ids.fill_(token))
     if how == "compiled":
         compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
-        step = _fixed(compiled, cache)
+        step = _fixed(compiled, cache_argument(model), cache)
         token = yield run_aside(
             step, ids.fill_(token)
         )  # compiles, which cannot happen while recording

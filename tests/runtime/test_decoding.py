@@ -300,10 +300,11 @@ def test_a_step_of_quantized_layers_traces_into_one_graph(
     for layer in quantized_layers(model):
         layer.kernel_dtype = torch.bfloat16
     cache, ids = decoding.static_cache(model, 8), torch.tensor([[7]])
-    step = decoding._fixed(model, cache)
+    name = decoding.cache_argument(model)
+    step = decoding._fixed(model, name, cache)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     step(torch.tensor([PROMPT]))
-    found = [decoding._fixed(compiled, cache)(ids)]
+    found = [decoding._fixed(compiled, name, cache)(ids)]
     rewind(cache)
     with decoding.Watch() as watch:
         expected = step(ids)
