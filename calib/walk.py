@@ -1,12 +1,14 @@
-"""Walk a decoder block by block: calibrate a block, let the caller change it, run what it became
-(gptq.md, 7)."""
+"""Walk a decoder block by block: calibrate a block, let the caller change it, run what it became.
+
+Calibration looks at what layers read and knows nothing of rotations, formats or checkpoints: what
+it is to look at comes in as functions (:class:`Watch`).
+"""
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -18,17 +20,47 @@ from ptq.calib.hessian import distributed
 from ptq.calib.hidden_states import HiddenStates
 from ptq.calib.observer import InputGroup, Observer, Probe
 from ptq.calib.rare_experts import pool_key, pooled, top_up
-from ptq.model.checkpoint_source import Source
 from ptq.model.experts import routed_everywhere
-from ptq.model.memory_source import MemorySource
+from ptq.model.source import Source
 
-__all__ = ["CalibratedBlock", "InputGroup", "walk"]
+__all__ = ["CalibratedBlock", "InputGroup", "Watch", "held_out", "walk"]
 
 PREPARE = 1 << 15  # tokens of all ranks, at least a batch on each, that a block is prepared with
 TRIAL = 64  # tokens that a block which is prepared can be run on at little cost
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a walk looks at: decided once, before it starts.
+
+    Attributes:
+        layers: full names of the Linears to watch; None for all of them.
+        probes: functions by a number that must divide a layer's features for ``max |probe(x)|`` to
+            be recorded, as ``amax`` under that number.
+        feed: ``feed(layer, x)``, what a watched layer gets instead of ``x`` (*s, in) while its block
+            is observed; statistics are those of ``x``. None changes nothing.
+        route_all: statistics of experts are those of all tokens, not only of those that the router
+            sends to them.
+        head: the output head follows as a last block of one layer, which reads what the model makes
+            of the last hidden states (final norm and whatever else).
+    """
+
+    layers: Collection[str] | None = None
+    probes: Mapping[int, Probe] = field(default_factory=dict)
+    feed: Callable[[str, Tensor], Tensor] | None = None
+    route_all: bool = False
+    head: bool = False
+
+    def watches(self, layer: str) -> bool:
+        """Whether there are to be statistics of the Linear of that full name."""
+        return self.layers is None or layer in self.layers
+
+    def first_look(self) -> "Watch":
+        """The same layers without probes and without a feed: all that preparing a block needs."""
+        return replace(self, probes={}, feed=None)
+
+
+@dataclass(kw_only=True)
 class CalibratedBlock:
     """A block filled with its weights, and the groups of Linears in it (none when it was skipped).
 
@@ -49,7 +81,9 @@ class CalibratedBlock:
         (G30).
 
         With several ranks, reduce all groups first; with experts, ask before layers are replaced.
-        Raises ValueError, naming the layer, when neither the group nor the pool saw a token.
+
+        Raises:
+            ValueError: naming the layer, when neither the group nor the pool saw a token.
         """
         seen, first = group.hessian, next(iter(group.layers))
         try:
@@ -61,118 +95,179 @@ class CalibratedBlock:
                     g for g in self.groups if pool_key(self.module, next(iter(g.layers))) == pool
                 ]
                 self._pools[pool] = pooled(g.hessian for g in peers)
-            return top_up(
-                seen.mean() if seen.tokens else None, self._pools[pool], seen.tokens, seen.features
-            )
+            mean = seen.mean() if seen.tokens else None
+            return top_up(mean, self._pools[pool], seen.tokens, seen.features)
         except ValueError as error:
             raise ValueError(f"{self.prefix}{first}: {error}") from error
+
+    def forget(self) -> None:
+        """Drop statistics and layers, so that nobody holds them while the next block is observed:
+        memory must not hold those of two blocks."""
+        self.groups, self._pools = [], {}
+
+
+Prepare = Callable[[CalibratedBlock, Callable[[], Tensor]], None]
 
 
 @torch.no_grad()
 def walk(
-    source: Source | MemorySource,
+    source: Source,
     batches: Sequence[Tensor],
+    watch: Watch,
     *,
-    probes: dict[int, Probe],
-    skip: Callable[[str], bool],
-    feed: Callable[[str, Tensor], Tensor] | None,
-    ignore: Callable[[str], bool],
     device: torch.device | str,
-    holdout_every: int = 8,
+    skip: Callable[[str], bool] = lambda block: False,
     held: Sequence[Tensor | None] | None = None,
     activations: str = "ram",
     finished: Callable[[int, Tensor], None] | None = None,
-    prepare: Callable[[CalibratedBlock, Callable[[], Tensor]], None] | None = None,
-    route_all: bool = False,
-    head: bool = False,
+    prepare: Prepare | None = None,
 ) -> Iterator[CalibratedBlock]:
     """Yield every decoder block with statistics of what its Linears read, and go on through what
     the caller made of it.
 
     Whatever the caller did to ``block.module`` before asking for the next block is what the next
-    block's inputs are computed with. The last block is run again only for ``finished(batch,
-    hidden_states)``.
+    block's inputs are computed with.
 
-    ``batches``: token ids (sequences, length), all of the same length. ``probes``: for each key
-    that divides a layer's features, max |probe(x)| is recorded. ``skip(block)``: yield the block
-    without statistics. ``feed(layer, x)``: what a layer gets instead of ``x``; Hessians are of
-    ``x``. ``ignore(layer)``: no statistics, no feed. Every ``holdout_every``-th sequence goes into
-    ``holdout`` instead of ``hessian`` (0, or fewer sequences than that: none); ``held``, a mask of
-    sequences per batch as :func:`held_out` makes it, overrides that. ``activations``: where the
-    hidden states of all batches live: "ram", "device" or "disk". ``prepare(block, run)``: may
-    change a block before it is observed; it gets the block with statistics of its first ``PREPARE``
-    tokens, and what gives the hidden states that it returns for ``TRIAL`` tokens. The output head
-    is not prepared. ``route_all``: statistics of experts are those of all tokens, instead of the
-    tokens that the router sends to them. ``head``: the output head follows as a last block of one
-    layer, which reads what the model makes of the last hidden states (final norm and whatever
-    else).
+    Args:
+        batches: token ids (sequences, length), int64, all of the same length.
+        skip: of a block's name: yield it without statistics.
+        held: a mask of sequences for each batch, as :func:`held_out` makes it: those go into
+            ``holdout`` instead of ``hessian``. None holds out every eighth sequence.
+        activations: where the hidden states of all batches live: "ram", "device" or "disk".
+        finished: called at the end with a batch's index and its hidden states (sequences, length,
+            hidden), for every batch. Without it, and without a head, the last block is not run
+            again.
+        prepare: may change a block before it is observed; it gets the block with statistics of its
+            first ``PREPARE`` tokens, and a function that gives the hidden states that it returns for
+            ``TRIAL`` tokens. The output head is not prepared.
 
-    Raises ValueError for unusable batches, NaN or infinity in activations (naming the layer), and
-    architectures that cannot be run block by block.
+    Raises:
+        ValueError: unusable batches, NaN or infinity in activations (naming the layer), and
+            architectures that cannot be run block by block.
     """
     device = torch.device(device)
     blocks = source.blocks()
-    head_name = source.head()[0] if head else ""
-    go_on = finished is not None or (head and not skip(head_name))
+    head_name = source.head()[0] if watch.head else ""
+    go_on = finished is not None or (watch.head and not skip(head_name))
     _check(batches, source.skeleton())
-    held = held_out([len(b) for b in batches], holdout_every) if held is None else held
-    held = [None if mask is None else mask.to(device) for mask in held]
+    masks = held_out([len(batch) for batch in batches]) if held is None else held
     with HiddenStates(activations, device) as states:
-        recorder = Recorder(source.skeleton(), [block for _, block in blocks], torch.device("cpu"))
-        calls: list[list[Call]] = []
-        short: list[Call] = []
-        for i, (name, block) in enumerate(blocks):
+        steps = _Steps(
+            source=source,
+            batches=batches,
+            held=[None if mask is None else mask.to(device) for mask in masks],
+            states=states,
+            recorder=Recorder(source.skeleton(), [b for _, b in blocks], torch.device("cpu")),
+        )
+        for index, (name, module) in enumerate(blocks):
+            block = CalibratedBlock(
+                name=name,
+                prefix=f"{name}.",
+                module=module,
+                groups=[],
+                index=index,
+                count=len(blocks) + watch.head,
+            )
             try:
-                source.fill(block, name, device)
-                if i == 0:  # with its weights: the form of what blocks return is looked at
-                    calls, short = _record(recorder, source, batches, states, device)
-                groups: list[InputGroup] = []
-                made = partial(
-                    CalibratedBlock,
-                    name=name,
-                    prefix=f"{name}.",
-                    module=block,
-                    index=i,
-                    count=len(blocks) + head,
-                )
+                source.fill(module, name, device)
+                if index == 0:  # with its weights: the form of what blocks return is looked at
+                    steps.record()
                 if not skip(name):
-                    run = partial(_run, calls, i, block, states)
-                    observe = partial(
-                        _observed, block, name, run, batches, held, device, ignore, route_all
-                    )
                     if prepare is not None:
-                        start = states[0][:1, :TRIAL].clone()
-                        # in the call only: afterwards nobody holds these statistics, nor layers
-                        # that were replaced
-                        prepare(
-                            made(groups=observe(_few(batches), probes={}, feed=None)),
-                            partial(_tried, short[i], block, start),
-                        )
-                    groups = observe(len(batches), probes=probes, feed=feed)
-                yield made(groups=groups)
-                if i + 1 < len(blocks) or go_on:
-                    for j in range(len(batches)):
-                        states[j] = _propagated(calls[j][i], block, states[j], name)
+                        few = steps.observe(block, watch.first_look(), _few(batches))
+                        prepare(replace(block, groups=few, _pools={}), steps.trial(block))
+                        del few  # nobody holds its statistics, nor layers that were replaced
+                    block.groups = steps.observe(block, watch, len(batches))
+                yield block
+                if index + 1 < len(blocks) or go_on:
+                    steps.propagate(block)
             finally:
-                source.release(block)
+                source.release(module)
                 _trim()
         if finished is not None:
-            for j in range(len(batches)):
-                finished(j, states[j])
-        if head:
-            observe = partial(
-                Observer, probes=probes, feed=None, device=device, batches=len(batches)
-            )
-            yield from _head(
-                source, recorder, batches, states, observe, skip=skip, ignore=ignore, held=held
-            )
+            for batch in range(len(batches)):
+                finished(batch, states[batch])
+        if watch.head:
+            yield from _head(steps, watch, skip)
 
 
-def _run(
-    calls: list[list[Call]], index: int, block: nn.Module, states: HiddenStates, batch: int
-) -> object:
-    """What a block returns for a batch."""
-    return calls[batch][index](block, states[batch])
+@dataclass(kw_only=True)
+class _Steps:
+    """What can be done with a block, and what does not change from block to block.
+
+    ``calls``: the arguments of every block, by batch; ``short``: for ``TRIAL`` tokens.
+    """
+
+    source: Source
+    batches: Sequence[Tensor]
+    held: Sequence[Tensor | None]
+    states: HiddenStates
+    recorder: Recorder
+    calls: list[list[Call]] = field(default_factory=list)
+    short: list[Call] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.states.device
+
+    def record(self) -> None:
+        """Put the inputs of the first block into ``states``, and note the arguments of all."""
+        recorder = self.recorder
+        with _filled_on_demand(self.source, recorder.blocks, self.device):
+            probe = self.batches[0][:1].to(self.device)
+            hidden, call = recorder.first(probe)
+            recorder.returned = call(recorder.blocks[0], hidden)
+            hidden_states(recorder.returned)
+            recorder.check(probe)
+            for index, batch in enumerate(self.batches):
+                self.states[index], arguments = recorder(batch.to(self.device))
+                self.calls.append(arguments)
+            self.short = recorder(probe[:, :TRIAL])[1]
+
+    def observe(self, block: CalibratedBlock, watch: Watch, count: int) -> list[InputGroup]:
+        """The groups of Linears in a block, and what they read in the first ``count`` batches."""
+        linears = {
+            name: layer
+            for name, layer in block.module.named_modules()
+            if isinstance(layer, nn.Linear) and watch.watches(f"{block.prefix}{name}")
+        }
+        observer = self.observer(block, linears, watch, count)
+        with observer.installed(), routed_everywhere(block.module, watch.route_all):
+            for index, batch in enumerate(self.batches[:count]):
+                observer.expect((batch.shape[0], batch.shape[1]), self.held[index])
+                self.calls[index][block.index](block.module, self.states[index])
+        return observer.groups()
+
+    def observer(
+        self, block: CalibratedBlock, linears: dict[str, nn.Linear], watch: Watch, count: int
+    ) -> Observer:
+        """One that watches ``linears`` of ``block`` over ``count`` batches."""
+        return Observer(
+            block.module,
+            linears,
+            probes=dict(watch.probes),
+            feed=watch.feed,
+            device=self.device,
+            batches=count,
+            prefix=block.prefix,
+        )
+
+    def trial(self, block: CalibratedBlock) -> Callable[[], Tensor]:
+        """What gives the hidden states that the block, as it is then, returns for a few tokens."""
+        start = self.states[0][:1, :TRIAL].clone()
+        call = self.short[block.index]
+        return lambda: hidden_states(call(block.module, start.clone()))
+
+    def propagate(self, block: CalibratedBlock) -> None:
+        """The hidden states of all batches, through the block."""
+        for index in range(len(self.batches)):
+            before = self.states[index]
+            after = hidden_states(self.calls[index][block.index](block.module, before))
+            assert after.dtype == before.dtype and after.shape == before.shape, (  # G28
+                f"{block.name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
+                f"{tuple(after.shape)}"
+            )
+            self.states[index] = after
 
 
 def _few(batches: Sequence[Tensor]) -> int:
@@ -183,76 +278,37 @@ def _few(batches: Sequence[Tensor]) -> int:
     return min(len(batches), max(1, len(range(rank, wanted, ranks))))
 
 
-def _tried(call: Call, block: nn.Module, start: Tensor) -> Tensor:
-    """The hidden states that a block returns."""
-    return hidden_states(call(block, start.clone()))
-
-
-def _observed(
-    block: nn.Module,
-    name: str,
-    run: Callable[[int], object],
-    batches: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    device: torch.device,
-    ignore: Callable[[str], bool],
-    route_all: bool,
-    count: int,
-    *,
-    probes: dict[int, Probe],
-    feed: Callable[[str, Tensor], Tensor] | None,
-) -> list[InputGroup]:
-    """The groups of Linears in a block, and what they read in the first ``count`` batches."""
-    linears = {
-        n: m
-        for n, m in block.named_modules()
-        if isinstance(m, nn.Linear) and not ignore(f"{name}.{n}")
-    }
-    observer = Observer(
-        block, linears, probes=probes, feed=feed, device=device, batches=count, prefix=f"{name}."
-    )
-    with observer.installed(), routed_everywhere(block, route_all):
-        for j, batch in enumerate(batches[:count]):
-            observer.expect((batch.shape[0], batch.shape[1]), held[j])
-            run(j)
-    return observer.groups()
-
-
-def _head(
-    source: Source | MemorySource,
-    recorder: Recorder,
-    batches: Sequence[Tensor],
-    states: HiddenStates,
-    observe: Callable[..., Observer],
-    *,
-    skip: Callable[[str], bool],
-    ignore: Callable[[str], bool],
-    held: Sequence[Tensor | None],
-) -> Iterator[CalibratedBlock]:
-    """The output head as a block of one layer, with statistics of what the model makes of
-    ``states`` for it to read."""
-    (name, linear), device, count = source.head(), states.device, len(recorder.blocks)
+def _head(steps: _Steps, watch: Watch, skip: Callable[[str], bool]) -> Iterator[CalibratedBlock]:
+    """The output head as a block of one layer, with statistics of what the model makes of the last
+    hidden states for it to read."""
+    source, recorder = steps.source, steps.recorder
+    (name, linear), count = source.head(), len(recorder.blocks)
     parent, _, leaf = name.rpartition(".")
-    holder, prefix = nn.ModuleDict({leaf: linear}), f"{parent}." if parent else ""
-    groups: list[InputGroup] = []
+    block = CalibratedBlock(
+        name=name,
+        prefix=f"{parent}." if parent else "",
+        module=nn.ModuleDict({leaf: linear}),
+        groups=[],
+        index=count,
+        count=count + 1,
+    )
     try:
-        source.fill(linear, name, device)
-        if not skip(name) and not ignore(name):
-            observer = observe(holder, {leaf: linear}, prefix=prefix)
-            with (
-                observer.installed(),
-                _filled_on_demand(source, [*recorder.blocks, linear], device),
-            ):
-                for j, batch in enumerate(batches):
-                    observer.expect((batch.shape[0], batch.shape[1]), held[j])
-                    recorder.reach_head(batch.to(device), states[j])
-            groups = observer.groups()
-        yield CalibratedBlock(
-            name=name, prefix=prefix, module=holder, groups=groups, index=count, count=count + 1
-        )
-        source.skeleton().set_submodule(name, holder[leaf])
+        source.fill(linear, name, steps.device)
+        if not skip(name) and watch.watches(name):
+            assert isinstance(linear, nn.Linear)
+            # what it reads stays in 16 bits while it is observed: nothing comes after it
+            unfed = replace(watch, feed=None)
+            observer = steps.observer(block, {leaf: linear}, unfed, len(steps.batches))
+            filled = _filled_on_demand(source, [*recorder.blocks, linear], steps.device)
+            with observer.installed(), filled:
+                for index, batch in enumerate(steps.batches):
+                    observer.expect((batch.shape[0], batch.shape[1]), steps.held[index])
+                    recorder.reach_head(batch.to(steps.device), steps.states[index])
+            block.groups = observer.groups()
+        yield block
+        source.skeleton().set_submodule(name, block.module.get_submodule(leaf))
     finally:
-        source.release(holder)
+        source.release(block.module)
 
 
 def _trim() -> None:
@@ -261,15 +317,6 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _propagated(call: Call, block: nn.Module, before: Tensor, name: str) -> Tensor:
-    after = hidden_states(call(block, before))
-    assert after.dtype == before.dtype and after.shape == before.shape, (  # G28
-        f"{name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
-        f"{tuple(after.shape)}"
-    )
-    return after
 
 
 def _check(batches: Sequence[Tensor], model: nn.Module) -> None:
@@ -303,32 +350,8 @@ def held_out(sizes: Sequence[int], every: int = 8) -> list[Tensor | None]:
     return [part if part.any() else None for part in chosen.split(list(sizes))]
 
 
-def _record(
-    recorder: Recorder,
-    source: Source | MemorySource,
-    batches: Sequence[Tensor],
-    states: HiddenStates,
-    device: torch.device,
-) -> tuple[list[list[Call]], list[Call]]:
-    """Put the inputs of the first block into ``states``; return the arguments of every block, per
-    batch and for a few tokens."""
-    with _filled_on_demand(source, recorder.blocks, device):
-        probe = batches[0][:1].to(device)
-        hidden, call = recorder.first(probe)
-        recorder.returned = call(recorder.blocks[0], hidden)
-        hidden_states(recorder.returned)
-        recorder.check(probe)
-        calls = []
-        for j, batch in enumerate(batches):
-            states[j], arguments = recorder(batch.to(device))
-            calls.append(arguments)
-        return calls, recorder(probe[:, :TRIAL])[1]
-
-
 @contextmanager
-def _filled_on_demand(
-    source: Source | MemorySource, but: list[nn.Module], device: torch.device
-) -> Iterator[None]:
+def _filled_on_demand(source: Source, but: list[nn.Module], device: torch.device) -> Iterator[None]:
     """Fill modules (embeddings, rotary tables) when they are called, release them at the end; not
     those in ``but``."""
     inside = {id(m) for block in but for m in block.modules()}

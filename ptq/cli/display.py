@@ -106,9 +106,7 @@ def quantizing(quiet: bool) -> Iterator[Callable[["Progress"], None]]:
         def on_block(done: "Progress") -> None:
             nonlocal last
             seconds, last = time.monotonic() - last, time.monotonic()
-            errors = [
-                error for report in done.reports if isinstance(error := report.get("error"), float)
-            ]
+            errors = [report.error for report in done.reports]
             told = (
                 "finished before"
                 if done.resumed

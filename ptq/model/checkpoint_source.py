@@ -325,3 +325,6 @@ def _select(origin: Origin, made: dict[str, Tensor], name: str) -> Tensor:
 
 def _weight_of(name: str) -> str:
     return f"{name.rpartition('.')[0]}.weight"
+
+
+CheckpointSource = Source

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -25,9 +24,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
-
-from ptq.model.experts import unfuse
-from ptq.model.parameter_names import NameMap
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -175,6 +171,16 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for i in range(len(lists[name]))]
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model is made for, in tokens, if its configuration says."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
 def is_cache(value: object) -> bool:
     """Whether a model has handed its blocks a cache of keys and values."""
     return isinstance(value, Cache)
@@ -214,24 +220,6 @@ def linearize(model: nn.Module, only: Collection[str] | None = None) -> set[str]
             model.set_submodule(name, new.train(old.training))
             weights.add(f"{name}.weight")
     return weights
-
-
-def blueprint(path: str | Path) -> tuple[PretrainedConfig, nn.Module, list[str]]:
-    """(configuration, model on meta, names of its decoder blocks) of a directory that needs no more
-    than a config.json.
-
-    Raises FileNotFoundError or ValueError as :class:`ptq.model.checkpoint_source.Source` does.
-    """
-    directory = resolve(path)
-    config = load_config(directory)
-    dtype = getattr(config, "dtype", None)
-    with init_empty_weights(include_buffers=False):
-        model = build_model(
-            config, directory, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        )
-    linearize(model)
-    unfuse(model, NameMap(model).expert_names)
-    return config, model, find_blocks(model)
 
 
 def is_router(model: nn.Module, name: str) -> bool:

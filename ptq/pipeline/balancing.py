@@ -7,27 +7,27 @@ from torch import Tensor
 from ptq.calib.balance import balance
 from ptq.calib.foldable_sites import find_sites
 from ptq.calib.walk import CalibratedBlock
-from ptq.pipeline.ranks import from_first, together, world
-from ptq.pipeline.recipe import Recipe, layer_recipe
-
-
-def reduce(block: CalibratedBlock) -> None:
-    """Statistics of all ranks, on every rank."""
-    with together():
-        for group in block.groups:
-            group.reduce()
+from ptq.pipeline.plan import Plan
+from ptq.pipeline.ranks import from_first, world
+from ptq.pipeline.tasks import reduce
 
 
 class Balancing:
-    """Balances blocks before they are observed, and remembers which unquantized values of the last
-    one changed."""
+    """Balances blocks before they are observed; knows what that did to the last one.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    Attributes:
+        strengths: by the full names of the layers whose inputs could be balanced.
+        changes: new values of parameters that are not quantized, by full name.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.strengths: dict[str, float] = {}
         self.changes: dict[str, Tensor] = {}
-        self.strengths: dict[str, float] = {}  # of the layers whose inputs could be balanced
 
     def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+        """Balance ``block``, which has statistics of some tokens; ``run`` gives the hidden states
+        that it returns."""
         reduce(block)
         groups = [list(group.layers) for group in block.groups]
         sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
@@ -35,13 +35,11 @@ class Balancing:
         self.strengths = {}
         for site in sites:
             readers = [layers[name] for name in site.readers if name in layers]
-            self.strengths |= dict.fromkeys(
-                readers, min(layer_recipe(self.recipe, name).balance for name in readers)
-            )
+            strength = min(self.plan[name].recipe.balance for name in readers)
+            self.strengths |= dict.fromkeys(readers, strength)
         self.changes = balance(block, sites, self.strengths)
 
-    def of(self, block: CalibratedBlock) -> dict[str, Tensor]:
-        """New values of unquantized parameters, by full name."""
-        return {
-            name: value for name, value in self.changes.items() if name.startswith(f"{block.name}.")
-        }
+    def changes_of(self, block: CalibratedBlock) -> dict[str, Tensor]:
+        """``changes`` if they are those of ``block``: the output head is not balanced."""
+        prefix = f"{block.name}."
+        return {name: value for name, value in self.changes.items() if name.startswith(prefix)}

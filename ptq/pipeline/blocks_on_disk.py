@@ -1,83 +1,132 @@
-"""Finished blocks: to disk as checkpoints have them, and back into the model when a run
-continues."""
+"""Finished blocks: to disk as checkpoints have them, and back into the model when a run goes on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ptq.calib.walk import CalibratedBlock
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.reader import from_disk, to_disk
 from ptq.checkpoint.writer import CheckpointWriter
-from ptq.model.checkpoint_source import Source
-from ptq.model.memory_source import MemorySource
+from ptq.model.source import Source
+from ptq.pipeline.ranks import world
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
 
-def write(
-    block: CalibratedBlock,
-    layers: dict[str, QuantLinear],
-    changes: dict[str, Tensor],
-    source: Source | MemorySource,
-    out: CheckpointWriter,
-    reports: list[dict[str, object]],
-) -> None:
-    """Quantized layers as they are; everything else of the block as the source stores it, not as it
-    was computed with, but for what balancing changed."""
-    names = {name: _stored_name(source, name) for name in layers}
-    infos = {names[name]: layer.info for name, layer in layers.items()}
-    tensors = {
-        f"{names[name]}.{key}": value
-        for name, layer in layers.items()
-        for key, value in layer.state_dict().items()
-        if key != "bias"
-    }
-    kept = dict(source.kept(block.name, {f"{name}.weight" for name in layers}))
-    for name, value in changes.items():
-        stored = source.checkpoint_name(name)
-        kept[stored] = value.to("cpu", kept[stored].dtype)  # exact: see ptq.calib.fold
-    tensors = to_disk(tensors, infos) | kept
-    out.add(
-        block.name,
-        tensors,
-        infos,
-        [report | {"layer": names[str(report["layer"])]} for report in reports],
-    )
+class Blocks(Protocol):
+    """Where finished blocks go."""
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run finished the block."""
+        ...
+
+    def reinstall(self, block: CalibratedBlock) -> None:
+        """Make of a block what that run made of it."""
+        ...
+
+    def add(
+        self,
+        block: CalibratedBlock,
+        layers: Mapping[str, QuantLinear],
+        reports: Sequence[LayerReport],
+        changes: Mapping[str, Tensor],
+    ) -> None:
+        """Keep a finished block.
+
+        Args:
+            layers, reports: of its quantized layers, by full name.
+            changes: new values of parameters that are not quantized, by full name.
+        """
+        ...
 
 
-def _stored_name(source: Source | MemorySource, name: str) -> str:
-    """What a checkpoint calls a layer of the model."""
-    return source.checkpoint_name(f"{name}.weight_packed").removesuffix(".weight_packed")
+class BlocksInMemory:
+    """The model itself is the result: there is nothing to keep."""
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def reinstall(self, block: CalibratedBlock) -> None:
+        raise AssertionError("no block is finished before it is solved")
+
+    def add(self, block: CalibratedBlock, layers: object, reports: object, changes: object) -> None:
+        pass
 
 
-def reinstall(
-    block: CalibratedBlock,
-    source: Source | MemorySource,
-    out: CheckpointWriter,
-    device: torch.device | str,
-) -> None:
-    """Replace the layers of a block that an earlier run finished."""
-    infos = out.layers(block.name)
-    tensors = from_disk(out.read(block.name), infos)
-    known = set(source.names())
-    for (
-        name,
-        parameter,
-    ) in block.module.named_parameters():  # norms, biases, routers: balancing may have changed them
-        stored = source.checkpoint_name(f"{block.prefix}{name}")
-        if stored in tensors and not (
-            stored in known and torch.equal(tensors[stored], source.tensor(stored))
-        ):
+@dataclass(frozen=True, kw_only=True)
+class BlocksOnDisk:
+    """Blocks in a :class:`CheckpointWriter`, under the names that the source's checkpoint has.
+
+    Rank 0 writes; the others read what it found finished.
+    """
+
+    source: Source
+    writer: CheckpointWriter
+    device: torch.device
+
+    def has(self, name: str) -> bool:
+        return self.writer.has(name)
+
+    def add(
+        self,
+        block: CalibratedBlock,
+        layers: Mapping[str, QuantLinear],
+        reports: Sequence[LayerReport],
+        changes: Mapping[str, Tensor],
+    ) -> None:
+        """Quantized layers as they are; everything else of the block as the source stores it, not
+        as it was computed with, but for what balancing changed."""
+        if world()[0] != 0:
+            return
+        stored = {name: self._stored_name(name) for name in layers}
+        infos = {stored[name]: layer.info for name, layer in layers.items()}
+        packed = {
+            f"{stored[name]}.{key}": value
+            for name, layer in layers.items()
+            for key, value in layer.state_dict().items()
+            if key != "bias"
+        }
+        kept = dict(self.source.kept(block.name, {f"{name}.weight" for name in layers}))
+        for parameter, value in changes.items():
+            name = self.source.checkpoint_name(parameter)
+            kept[name] = value.to("cpu", kept[name].dtype)  # exact: see ptq.calib.fold
+        renamed = [replace(report, name=stored[report.name]).to_dict() for report in reports]
+        self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed)
+
+    def reinstall(self, block: CalibratedBlock) -> None:
+        """Its quantized layers, and the values of norms, biases and routers that balancing changed."""
+        infos = self.writer.layers(block.name)
+        tensors = from_disk(self.writer.read(block.name), infos)
+        self._restore(block, tensors)
+        for stored, info in infos.items():
+            name = self.source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
+            inner = name.removeprefix(block.prefix)
+            old = block.module.get_submodule(inner)
+            buffers = {
+                key.removeprefix(f"{stored}."): tensor
+                for key, tensor in tensors.items()
+                if key.rpartition(".")[0] == stored
+            }
+            layer = stored_layer(old, info, buffers, stored).to(self.device)
+            layer.bias = getattr(old, "bias", None)  # in the dtype of the computation
+            layer.cache = True  # the block runs over all batches
+            block.module.set_submodule(inner, layer)
+
+    def _restore(self, block: CalibratedBlock, tensors: Mapping[str, Tensor]) -> None:
+        """Take over stored parameters that are not those of the source."""
+        known = set(self.source.names())
+        for name, parameter in block.module.named_parameters():
+            stored = self.source.checkpoint_name(f"{block.prefix}{name}")
+            if stored not in tensors:
+                continue
+            if stored in known and torch.equal(tensors[stored], self.source.tensor(stored)):
+                continue
             assert tensors[stored].shape == parameter.shape, stored
             parameter.data = tensors[stored].to(parameter)
-    for stored, info in infos.items():
-        name = source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
-        inner = name.removeprefix(block.prefix)
-        old = block.module.get_submodule(inner)
-        own = {
-            key.removeprefix(f"{stored}."): t
-            for key, t in tensors.items()
-            if key.rpartition(".")[0] == stored
-        }
-        layer = stored_layer(old, info, own, stored).to(device)
-        layer.bias = getattr(old, "bias", None)  # in the dtype of the computation
-        layer.cache = True
-        block.module.set_submodule(inner, layer)
+
+    def _stored_name(self, name: str) -> str:
+        """What a checkpoint calls a layer of the model."""
+        return self.source.checkpoint_name(f"{name}.weight_packed").removesuffix(".weight_packed")

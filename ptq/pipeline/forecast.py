@@ -18,7 +18,6 @@ its Hessian.
 import math
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,9 +25,10 @@ import torch
 from torch import nn
 
 from ptq.calib.hessian import WIDE
-from ptq.model.structure import blueprint, find_head
+from ptq.model.blueprint import Blueprint
 from ptq.model.weight_files import Shards
-from ptq.pipeline.recipe import Recipe, chosen_layers
+from ptq.pipeline.plan import LayerPlan, Plan
+from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
 
 PROGRAM = (
@@ -37,20 +37,6 @@ PROGRAM = (
 # Copies of the rows that are solved at a time (float32) and of the Hessian (float64) that are alive
 # together: solve.py.
 WEIGHT_COPIES, HESSIAN_COPIES = 11, 2
-# Layers that read what no neighbour reads. Others of one module with the same number of inputs
-# count as one group.
-ALONE = (
-    "o_proj",
-    "down_proj",
-    "out_proj",
-    "dense",
-    "c_proj",
-    "dense_4h_to_h",
-    "w2",
-    "fc2",
-    "fc_out",
-    "wo",
-)
 # of the measured rate of a large product; the rest are passes over memory and the steps of the
 # sweep
 EFFICIENCY = 0.35
@@ -98,57 +84,33 @@ def forecast(
     Raises:
         ValueError, FileNotFoundError: what the run itself would refuse before reading weights.
     """
-    config, skeleton, names = blueprint(model)
-    device = torch.device(device)
+    blueprint, device = Blueprint.of(model), torch.device(device)
+    plan = Plan.of(blueprint, recipe)
+    skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)
-    blocks = [(name, skeleton.get_submodule(name)) for name in names]
-    head = find_head(skeleton) if recipe.lm_head else None
-    chosen = chosen_layers(blocks, recipe, (head, skeleton.get_submodule(head)) if head else None)
-
-    tied = getattr(skeleton, "all_tied_weights_keys", {})
-    everything = {
-        n: p.numel() for n, p in skeleton.named_parameters(remove_duplicate=False) if n not in tied
-    }
-    quantized = sum(layer.weight.numel() for layer in chosen.values())
-    packed, balanced = 0.0, False
-    for name, layer in chosen.items():
-        own = recipe.for_module(name)
-        assert own is not None
-        balanced |= own.balance > 0
-        packed += layer.weight.numel() * own.fmt.bits_per_weight / 8 + 4 * own.fmt.has_global_scale
-    total = sum(everything.values())
-    source_bytes = _stored_bytes(Path(model)) or total * stored.itemsize
+    total = _parameters(skeleton)
+    quantized = sum(layer.weights for layer in plan.layers.values())
+    packed = sum(_packed_bytes(layer) for layer in plan.layers.values())
+    source_bytes = _stored_bytes(blueprint.path) or total * stored.itemsize
     output_bytes = round((total - quantized) * stored.itemsize + packed)
-
-    hidden = _hidden(config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = min(recipe.seq_len, positions or recipe.seq_len)
-    tokens = recipe.samples * length // ranks
-    widest = max((layer.in_features for layer in chosen.values()), default=hidden)
-    batch = recipe.batch_size * length * (6 * hidden + 3 * widest) * max(computed.itemsize, 4)
-    held = 0 if activations == "disk" else tokens * hidden * computed.itemsize
-    sizes = [sum(p.numel() for p in block.parameters()) for _, block in blocks]
-    embedding = max(
-        (m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Embedding)), default=0
-    )
-    width = 4 if balanced else computed.itemsize  # balanced weights are float32
-    block = max(
-        max(sizes) * (width + stored.itemsize), embedding * (computed.itemsize + stored.itemsize)
-    )
-    groups = [list(_groups(name, module, chosen)) for name, module in blocks]
-    groups += [[(chosen[head].in_features, chosen[head].out_features)]] if head in chosen else []
-    hessians = max(sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)
-    work = [(n, rows) for block in groups for n, rows in block]
-    solver = max((_solver(n, rows, device) for n, rows in work), default=0)
+    tokens = recipe.samples * plan.seq_len // ranks
+    groups = _groups(blueprint, plan)
+    work = [group for block in groups for group in block]
+    sizes = [sum(p.numel() for p in block.parameters()) for _, block in blueprint.blocks()]
+    hessians = (sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)
     parts = {
-        "program": round(PROGRAM), "activations": held + batch, "block": block, "hessians": hessians, "solver": solver,
-    }  # fmt: skip
+        "program": round(PROGRAM),
+        "activations": _activations(blueprint, plan, computed, activations, tokens),
+        "block": _block(skeleton, max(sizes), plan, computed, stored),
+        "hessians": max(hessians, default=0),
+        "solver": max((_solver(n, rows, device) for n, rows in work), default=0),
+    }
     return Forecast(
         parameters=total,
         quantized=quantized,
-        layers=len(chosen),
-        blocks=len(blocks),
+        layers=len(plan.layers),
+        blocks=len(sizes),
         source_bytes=source_bytes,
         output_bytes=output_bytes,
         bits_per_quantized_weight=8 * packed / quantized,
@@ -161,15 +123,50 @@ def forecast(
     )
 
 
-def _groups(name: str, block: nn.Module, chosen: dict[str, nn.Linear]) -> Iterable[tuple[int, int]]:
-    """(inputs, rows) of the input groups of a block, guessed from names."""
-    rows: dict[tuple[str, int], int] = {}
-    for inner, module in block.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen:
-            parent, _, leaf = inner.rpartition(".")
-            key = (inner if leaf in ALONE else parent, module.in_features)
-            rows[key] = rows.get(key, 0) + module.out_features
-    return [(features, count) for (_, features), count in rows.items()]
+def _parameters(model: nn.Module) -> int:
+    """How many numbers a checkpoint of the model holds; tied ones once."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    parameters = model.named_parameters(remove_duplicate=False)
+    return sum({name: p.numel() for name, p in parameters if name not in tied}.values())
+
+
+def _packed_bytes(layer: LayerPlan) -> float:
+    fmt = layer.recipe.fmt
+    return layer.weights * fmt.bits_per_weight / 8 + 4 * fmt.has_global_scale
+
+
+def _activations(
+    blueprint: Blueprint, plan: Plan, computed: torch.dtype, where: str, tokens: int
+) -> int:
+    """Hidden states of all tokens, unless they lie on disk, and what one batch needs in a block."""
+    hidden = _hidden(blueprint.config)
+    widest = max((layer.in_features for layer in plan.layers.values()), default=hidden)
+    per_token = (6 * hidden + 3 * widest) * max(computed.itemsize, 4)
+    held = 0 if where == "disk" else tokens * hidden * computed.itemsize
+    return held + plan.recipe.batch_size * plan.seq_len * per_token
+
+
+def _block(
+    model: nn.Module, largest: int, plan: Plan, computed: torch.dtype, stored: torch.dtype
+) -> int:
+    """The largest block of so many parameters, or the embedding, in memory and as it is read."""
+    embeddings = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    width = 4 if plan.balances else computed.itemsize  # balanced weights are float32
+    embedding = max(embeddings, default=0) * (computed.itemsize + stored.itemsize)
+    return max(largest * (width + stored.itemsize), embedding)
+
+
+def _groups(blueprint: Blueprint, plan: Plan) -> list[list[tuple[int, int]]]:
+    """(inputs, rows) of the input groups of every block, the output head being one."""
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    homes = [f"{name}." for name in blueprint.block_names]
+    for names in blueprint.input_groups:
+        layers = [plan[name] for name in names if name in plan.layers]
+        if layers:
+            home = next((h for h in homes if layers[0].name.startswith(h)), layers[0].name)
+            rows = sum(layer.out_features for layer in layers)
+            blocks.setdefault(home, []).append((layers[0].in_features, rows))
+    return list(blocks.values())
 
 
 def _solver(features: int, rows: int, device: torch.device) -> int:

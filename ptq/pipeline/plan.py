@@ -1,32 +1,212 @@
-"""What a run will do, before it does."""
+"""Plan: what a run will do to every layer, decided once, before any weight is read.
+
+Everything that asks "which layers, and how" asks the plan: the walk what to look at, the solver
+which recipe, balancing how strong, the forecast how much, the choice of a dialect what will be
+written.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
 
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ptq.calib.walk import Watch
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.pipeline.recipe import Recipe
+from ptq.model.structure import is_router, positions
+from ptq.numerics.rotation import Rotation
+from ptq.pipeline.emulated_inputs import emulated
+from ptq.pipeline.recipe import Recipe, check_patterns, matches
 
 
-def plan(recipe: Recipe, biased: Mapping[str, bool]) -> dict[str, LayerInfo]:
-    """Descriptions of the layers that ``recipe`` will quantize, before it does.
+class Described(Protocol):
+    """What a plan is made from: the modules of a model, with or without weights."""
 
-    A rotation that is chosen by measurement counts as one of the format's group size: what cannot
-    be written shows now.
+    @property
+    def config(self) -> PretrainedConfig: ...
 
-    Args:
-        biased: of every linear layer, by full name, whether it has a bias.
+    def blocks(self) -> list[tuple[str, nn.Module]]: ...
+
+    def head(self) -> tuple[str, nn.Module]: ...
+
+    def foreign(self) -> str | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """A linear layer that will be quantized, by its full name in the model, and its own recipe."""
+
+    name: str
+    recipe: Recipe
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return self.in_features * self.out_features
+
+    @property
+    def rotations(self) -> list[int]:
+        """The block sizes to choose from."""
+        return self.recipe.rotations(self.in_features)
+
+    @property
+    def info(self) -> LayerInfo:
+        """What a checkpoint will say about it. A rotation that is chosen by measurement counts as
+        one of the format's group size: what cannot be written shows now."""
+        recipe = self.recipe
+        static = recipe.input_scale == "static" and recipe.fmt.has_global_scale
+        return LayerInfo(
+            format=recipe.format,
+            rotation=recipe.fmt.group_size if recipe.rotation == "auto" else int(recipe.rotation),
+            quantize_inputs=recipe.quantize_inputs,
+            static_inputs=recipe.quantize_inputs and static,
+            input_rule=recipe.input_rule or "default",
+            bias=self.bias,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All layers that will be quantized, in the order of the model, and what holds for the run.
+
+    Attributes:
+        layers: by full name.
+        recipe: of the run; single layers have their own.
+        head: name of the output head if that is one of them.
+        seq_len: tokens in a calibration sequence: the recipe's, but no more than the model's
+            positions.
+        foreign: why other engines would not find the layers of the result under their names, or
+            None.
     """
-    layers = {}
-    for name, bias in biased.items():
-        own = recipe.for_module(name)
-        if own is not None:
-            layers[name] = LayerInfo(
-                format=own.format,
-                rotation=own.fmt.group_size if own.rotation == "auto" else int(own.rotation),
-                quantize_inputs=own.quantize_inputs,
-                static_inputs=own.quantize_inputs
-                and own.input_scale == "static"
-                and own.fmt.has_global_scale,
-                input_rule=own.input_rule or "default",
-                bias=bias,
+
+    layers: Mapping[str, LayerPlan]
+    recipe: Recipe
+    head: str | None
+    seq_len: int
+    foreign: str | None
+
+    @classmethod
+    def of(cls, source: Described, recipe: Recipe) -> "Plan":
+        """What ``recipe`` means for the model of ``source``.
+
+        Raises:
+            ValueError: a pattern that matches nothing, inputs that do not form groups or rotation
+                blocks (all such layers are named), a recipe that leaves nothing to quantize, or an
+                output head that cannot be quantized.
+        """
+        blocks = source.blocks()
+        head = source.head() if recipe.lm_head else None
+        limit = positions(source.config)
+        return cls(
+            layers=_layers(blocks, head, recipe),
+            recipe=recipe,
+            head=head[0] if head else None,
+            seq_len=min(recipe.seq_len, limit or recipe.seq_len),
+            foreign="engines do not look for a quantized output head" if head else source.foreign(),
+        )
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self.layers[name]
+
+    @cached_property
+    def balances(self) -> bool:
+        """Whether the inputs of any layer are to be balanced against its weights."""
+        return any(layer.recipe.balance > 0 for layer in self.layers.values())
+
+    @cached_property
+    def rotations(self) -> list[int]:
+        """The block sizes that any layer may be rotated by, ascending."""
+        return sorted({size for layer in self.layers.values() for size in layer.rotations})
+
+    @property
+    def infos(self) -> dict[str, LayerInfo]:
+        """What a checkpoint will say about every layer."""
+        return {name: layer.info for name, layer in self.layers.items()}
+
+    def watch(self) -> Watch:
+        """What calibration has to look at: the largest rotated inputs for static scales, and what
+        layers get that read quantized inputs."""
+        quantized = any(layer.recipe.quantize_inputs for layer in self.layers.values())
+        return Watch(
+            layers=self.layers,
+            probes={size: Rotation(size).exact for size in self.rotations},
+            feed=partial(_feed, self.layers) if quantized else None,
+            route_all=self.recipe.route_all_experts,
+            head=self.head is not None,
+        )
+
+
+def _feed(layers: Mapping[str, LayerPlan], name: str, x: Tensor) -> Tensor:
+    return emulated(x, layers[name].recipe)
+
+
+def _layers(
+    blocks: list[tuple[str, nn.Module]], head: tuple[str, nn.Module] | None, recipe: Recipe
+) -> dict[str, LayerPlan]:
+    linears = {
+        f"{name}.{inner}": module
+        for name, block in blocks
+        for inner, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    routers = {
+        f"{name}.{inner}"
+        for name, block in blocks
+        for inner, _ in block.named_modules()
+        if is_router(block, inner)
+    }
+    if head is not None and isinstance(head[1], nn.Linear):
+        linears[head[0]] = head[1]
+    check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], linears)
+    for_routers = [
+        pattern
+        for pattern, _ in recipe.rules
+        if all(name in routers for name in linears if matches(pattern, name))
+    ]
+    layers: dict[str, LayerPlan] = {}
+    for name, linear in linears.items():
+        layer_recipe = recipe.for_module(name)
+        spared = name in routers and not any(matches(pattern, name) for pattern in for_routers)
+        if layer_recipe is not None and not spared:
+            layers[name] = LayerPlan(
+                name=name,
+                recipe=layer_recipe,
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+                bias=linear.bias is not None,
             )
+    _refuse_ragged(layers)
+    if not layers:
+        raise ValueError(
+            "the recipe ignores every linear layer of the model; nothing would be quantized"
+        )
     return layers
+
+
+def _refuse_ragged(layers: Mapping[str, LayerPlan]) -> None:
+    """Raise ValueError for layers whose inputs do not form groups or rotation blocks."""
+    ragged: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        fmt = layer.recipe.fmt
+        if layer.in_features % fmt.group_size:
+            size = f"the group size {fmt.group_size} of {fmt.name}"
+            reason = f"{layer.in_features} input features are not divisible by {size}"
+            ragged.setdefault(reason, []).append(name)
+            continue
+        try:
+            _ = layer.rotations
+        except ValueError as error:
+            ragged.setdefault(str(error), []).append(name)
+    for reason, names in ragged.items():
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remedy = " ".join(f"--ignore {leaf}" for leaf in leaves)
+        raise ValueError(
+            f"{names[0]}{more}: {reason}; leave them out with {remedy}, or change the format or "
+            "rotation"
+        )

@@ -8,13 +8,10 @@ the module unquantized.
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from torch import nn
-
-from ptq.model.structure import is_router
 from ptq.numerics.algorithms import ALGORITHMS
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
@@ -244,79 +241,6 @@ class Recipe:
             for pattern, change in self.rules
         ]
         return values
-
-
-def layer_recipe(recipe: Recipe, name: str) -> Recipe:
-    own = recipe.for_module(name)
-    assert own is not None, name
-    return own
-
-
-def chosen_layers(
-    blocks: Sequence[tuple[str, nn.Module]],
-    recipe: Recipe,
-    head: tuple[str, nn.Module] | None = None,
-) -> dict[str, nn.Linear]:
-    """The layers that the recipe will quantize, by full name; refuses before any weight is read
-    what cannot work.
-
-    Args:
-        blocks: names and modules of the decoder blocks; their Linear layers are what can be
-            quantized.
-        head: name and module of the output head, if it is to be quantized.
-
-    Raises:
-        ValueError: a pattern that matches nothing, inputs that do not form groups or rotation
-            blocks (all such layers are named), or a recipe that leaves nothing to quantize.
-    """
-    layers = {
-        f"{name}.{inner}": module
-        for name, block in blocks
-        for inner, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    routers = {
-        f"{name}.{n}"
-        for name, block in blocks
-        for n, _ in block.named_modules()
-        if is_router(block, n)
-    }
-    if head is not None and isinstance(head[1], nn.Linear):
-        layers[head[0]] = head[1]
-    check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], layers)
-    asked = [
-        p for p, _ in recipe.rules if all(name in routers for name in layers if matches(p, name))
-    ]
-    chosen, ragged = {}, {}
-    for name, layer in layers.items():
-        own = recipe.for_module(name)
-        if own is None or (
-            name in routers and not any(matches(pattern, name) for pattern in asked)
-        ):
-            continue
-        chosen[name] = layer
-        if layer.in_features % own.fmt.group_size:
-            size = f"the group size {own.fmt.group_size} of {own.format}"
-            reason = f"{layer.in_features} input features are not divisible by {size}"
-            ragged.setdefault(reason, []).append(name)
-            continue
-        try:
-            own.rotations(layer.in_features)
-        except ValueError as error:
-            ragged.setdefault(str(error), []).append(name)
-    for reason, names in ragged.items():
-        leaves = sorted({name.rpartition(".")[2] for name in names})
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        remedy = " ".join(f"--ignore {leaf}" for leaf in leaves)
-        raise ValueError(
-            f"{names[0]}{more}: {reason}; leave them out with {remedy}, or change the format or "
-            "rotation"
-        )
-    if not chosen:
-        raise ValueError(
-            "the recipe ignores every linear layer of the model; nothing would be quantized"
-        )
-    return chosen
 
 
 def _defaults(format: str, scheme: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.descent import coordinate_descent
 from ptq.numerics.errors import quadratic_form, relative
@@ -67,7 +68,7 @@ class Solved:
     weight: QuantizedTensor
     rotation: Rotation
     input_scale: Tensor | None
-    report: dict[str, object] = field(compare=False)
+    report: LayerReport = field(compare=False)
 
     def to(self, device: torch.device | str) -> "Solved":
         """The same on another device."""
@@ -125,22 +126,22 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     solved = []
     for name, layer in zip(job.names, layers, strict=True):
         rows, features = layer.weight.codes.shape
-        report = {
-            "layer": name,
-            "out": rows,
-            "in": features,
-            "format": fmt.name,
-            "rotation": size,
-            "algorithm": layer.algorithm,
-            "damping": solver.damping,
-            "error": layer.errors[0],
-            "held_out_error": layer.errors[1] if len(layer.errors) > 1 else None,
-            "rtn_error": layer.rtn_error,
-            "input_error": input_error if recipe.quantize_inputs else None,
-            "tokens": job.tokens,
-            "topped_up": job.topped_up,
-            "seconds": seconds,
-        }
+        report = LayerReport(
+            name=name,
+            out_features=rows,
+            in_features=features,
+            format=fmt.name,
+            rotation=size,
+            algorithm=layer.algorithm,
+            damping=solver.damping,
+            error=layer.errors[0],
+            held_out_error=layer.errors[1] if len(layer.errors) > 1 else None,
+            rtn_error=layer.rtn_error,
+            input_error=input_error if recipe.quantize_inputs else None,
+            tokens=job.tokens,
+            topped_up=job.topped_up,
+            seconds=seconds,
+        )
         solved.append(Solved(name, layer.weight, rotation, input_scale, report))
     return sum(layer.errors[-1] for layer in layers) / len(layers) + input_error, solved
 

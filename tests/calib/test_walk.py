@@ -4,6 +4,7 @@ memory."""
 import gc
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from torch import nn
 from ptq.calib import walk as walk_module
 from ptq.calib.block_arguments import Recorder
 from ptq.calib.rare_experts import top_up
-from ptq.calib.walk import CalibratedBlock, walk
-from ptq.model.checkpoint_source import Source
+from ptq.calib.walk import CalibratedBlock, Watch, held_out, walk
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
+from ptq.model.source import Source
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -36,17 +38,16 @@ FAMILIES = [
 ]
 
 
-def run(
-    source: Source | MemorySource, batches: Batches, **changes: object
-) -> Iterator[CalibratedBlock]:
-    settings = {
-        "probes": {1: lambda x: x},
-        "skip": lambda _: False,
-        "feed": None,
-        "ignore": lambda _: False,
-        "device": "cpu",
-    }
-    return walk(source, batches, **(settings | changes))  # pyright: ignore[reportArgumentType, reportCallIssue]
+def run(source: Source, batches: Batches, **changes: object) -> Iterator[CalibratedBlock]:
+    """A walk; ``changes`` are fields of its Watch, or options of the walk itself."""
+    names = {field.name for field in fields(Watch)}
+    watched = {"probes": {1: lambda x: x}} | {k: v for k, v in changes.items() if k in names}
+    options = {k: v for k, v in changes.items() if k not in names}
+    return walk(source, batches, Watch(**watched), device="cpu", **options)  # pyright: ignore[reportArgumentType]
+
+
+def hold_out(batches: Batches, every: int) -> dict[str, object]:
+    return {"held": held_out([len(batch) for batch in batches], every)}
 
 
 def finish(blocks: Iterator[CalibratedBlock]) -> list[CalibratedBlock]:
@@ -77,7 +78,7 @@ def seen_by(
 def test_an_unchanged_walk_is_the_model(
     family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
 ):
-    model, source = tiny_model(family), Source(tiny_checkpoint(family))
+    model, source = tiny_model(family), CheckpointSource(tiny_checkpoint(family))
     last = source.blocks()[-1][0]
     finals: dict[int, torch.Tensor] = {}
     blocks = finish(run(source, batches, finished=lambda j, x: finals.update({j: x})))
@@ -94,7 +95,7 @@ def test_hessians_are_the_second_moments_of_what_layers_read(
     family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
 ):
     model = tiny_model(family)
-    for block in run(Source(tiny_checkpoint(family)), batches):
+    for block in run(CheckpointSource(tiny_checkpoint(family)), batches):
         for group in block.groups:
             for layer in group.layers:
                 x = torch.cat(
@@ -109,7 +110,7 @@ def test_hessians_are_the_second_moments_of_what_layers_read(
 
 
 def test_layers_that_read_the_same_share_one_hessian(tiny_checkpoint: Save, batches: Batches):
-    for block in run(Source(tiny_checkpoint("llama")), batches):
+    for block in run(CheckpointSource(tiny_checkpoint("llama")), batches):
         assert [list(g.layers) for g in block.groups] == [
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"],
@@ -125,7 +126,7 @@ def test_layers_that_read_the_same_share_one_hessian(tiny_checkpoint: Save, batc
 def test_layers_that_read_the_same_with_others_between_share_one_hessian(
     tiny_checkpoint: Save, batches: Batches
 ):
-    first = next(run(Source(tiny_checkpoint("deepseek_v3")), batches))
+    first = next(run(CheckpointSource(tiny_checkpoint("deepseek_v3")), batches))
     assert ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"] in [
         list(g.layers) for g in first.groups
     ]
@@ -152,7 +153,7 @@ def test_the_order_of_samples_does_not_change_amax(tiny_checkpoint: Save, batche
     def amax(data: Batches) -> list[dict[int, torch.Tensor]]:
         return [
             g.amax
-            for b in run(Source(tiny_checkpoint("llama")), data, probes=probes)
+            for b in run(CheckpointSource(tiny_checkpoint("llama")), data, probes=probes)
             for g in b.groups
         ]
 
@@ -165,7 +166,7 @@ def test_probes_apply_where_their_size_divides_the_features(
     tiny_checkpoint: Save, batches: Batches
 ):
     sizes = {k: (lambda x: x) for k in (1, 32, 64)}
-    first = next(run(Source(tiny_checkpoint("llama")), batches, probes=sizes))
+    first = next(run(CheckpointSource(tiny_checkpoint("llama")), batches, probes=sizes))
     assert [set(g.amax) for g in first.groups] == [
         {1, 32, 64},
         {1, 32, 64},
@@ -189,7 +190,7 @@ def test_what_the_caller_puts_in_place_feeds_the_next_block(
         damage(changed.get_submodule(f"model.layers.{i}"))
     finals: list[torch.Tensor] = []
     for block in run(
-        Source(tiny_checkpoint("llama")), batches, finished=lambda _, x: finals.append(x)
+        CheckpointSource(tiny_checkpoint("llama")), batches, finished=lambda _, x: finals.append(x)
     ):
         damage(block.module)
     expected = seen_by(changed, "model.layers.1", batches, outputs=True)
@@ -200,7 +201,7 @@ def test_what_the_caller_puts_in_place_feeds_the_next_block(
 
 def test_only_one_block_is_in_memory_at_a_time(tiny_model: Build, tmp_path: Path, batches: Batches):
     tiny_model("llama", num_hidden_layers=4).save_pretrained(tmp_path)
-    source = Source(tmp_path)
+    source = CheckpointSource(tmp_path)
 
     def filled() -> list[str]:
         return [n for n, m in source.blocks() if any(not p.is_meta for p in m.parameters())]
@@ -224,7 +225,7 @@ def test_an_abandoned_walk_leaves_nothing_behind(
     tiny_checkpoint: Save, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    source = Source(tiny_checkpoint("llama"))
+    source = CheckpointSource(tiny_checkpoint("llama"))
     blocks = run(source, batches, activations="disk")
     next(blocks)
     assert len(list(tmp_path.iterdir())) == 1
@@ -242,7 +243,7 @@ def test_a_model_that_is_refused_leaves_nothing_behind(
         raise ValueError("refused")
 
     monkeypatch.setattr(Recorder, "check", refuse)
-    source = Source(tiny_checkpoint("llama"))
+    source = CheckpointSource(tiny_checkpoint("llama"))
     with pytest.raises(ValueError, match="refused"):
         next(run(source, batches))
     assert all(p.is_meta for p in source.skeleton().parameters())
@@ -259,7 +260,7 @@ def test_where_activations_live_changes_nothing(
         made: list[torch.Tensor] = []
         blocks = finish(
             run(
-                Source(tiny_checkpoint("gemma3")),
+                CheckpointSource(tiny_checkpoint("gemma3")),
                 batches,
                 activations=storage,
                 finished=lambda _, x: made.append(x),
@@ -272,14 +273,14 @@ def test_where_activations_live_changes_nothing(
 
 def test_unknown_storage_is_refused(tiny_checkpoint: Save, batches: Batches):
     with pytest.raises(ValueError, match="'ram', 'device' or 'disk'"):
-        next(run(Source(tiny_checkpoint("llama")), batches, activations="tape"))
+        next(run(CheckpointSource(tiny_checkpoint("llama")), batches, activations="tape"))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_disk_and_memory_measure_the_same(
     family: str, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
 ):
-    on_disk = finish(run(Source(tiny_checkpoint(family)), batches))
+    on_disk = finish(run(CheckpointSource(tiny_checkpoint(family)), batches))
     in_memory = finish(run(MemorySource(tiny_model(family)), batches))
     for a, b in zip(on_disk, in_memory, strict=True):
         assert a.name == b.name
@@ -292,9 +293,9 @@ def test_disk_and_memory_measure_the_same(
 def test_skipped_blocks_are_filled_and_run_but_not_measured(
     tiny_checkpoint: Save, batches: Batches
 ):
-    measured = finish(run(Source(tiny_checkpoint("llama")), batches))
+    measured = finish(run(CheckpointSource(tiny_checkpoint("llama")), batches))
     for block in run(
-        Source(tiny_checkpoint("llama")), batches, skip=lambda name: name.endswith(".0")
+        CheckpointSource(tiny_checkpoint("llama")), batches, skip=lambda name: name.endswith(".0")
     ):
         assert not any(p.is_meta for p in block.module.parameters())
         if block.index == 0:
@@ -312,9 +313,14 @@ def test_ignored_layers_are_neither_measured_nor_fed(tiny_checkpoint: Save, batc
         return x
 
     ignored = {"model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"}
-    first = next(
-        run(Source(tiny_checkpoint("llama")), batches, ignore=ignored.__contains__, feed=feed)
-    )
+    source = CheckpointSource(tiny_checkpoint("llama"))
+    linears = {
+        f"{name}.{inner}"
+        for name, block in source.blocks()
+        for inner, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    first = next(run(source, batches, layers=linears - ignored, feed=feed))
     measured = {f"model.layers.0.{n}" for g in first.groups for n in g.layers}
     assert measured == fed and not measured & ignored and len(measured) == 5
 
@@ -322,10 +328,10 @@ def test_ignored_layers_are_neither_measured_nor_fed(tiny_checkpoint: Save, batc
 def test_feed_changes_what_layers_get_but_not_what_is_measured(
     tiny_checkpoint: Save, batches: Batches
 ):
-    plain = next(run(Source(tiny_checkpoint("llama")), batches)).groups
+    plain = next(run(CheckpointSource(tiny_checkpoint("llama")), batches)).groups
     fed = next(
         run(
-            Source(tiny_checkpoint("llama")),
+            CheckpointSource(tiny_checkpoint("llama")),
             batches,
             feed=lambda name, x: x * 0 if "v_proj" in name else x,
         )
@@ -337,8 +343,8 @@ def test_feed_changes_what_layers_get_but_not_what_is_measured(
 
 
 def test_feed_does_not_touch_what_the_next_block_reads(tiny_checkpoint: Save, batches: Batches):
-    plain = finish(run(Source(tiny_checkpoint("llama")), batches))
-    fed = finish(run(Source(tiny_checkpoint("llama")), batches, feed=lambda _, x: x * 0))
+    plain = finish(run(CheckpointSource(tiny_checkpoint("llama")), batches))
+    fed = finish(run(CheckpointSource(tiny_checkpoint("llama")), batches, feed=lambda _, x: x * 0))
     assert torch.equal(plain[1].groups[0].hessian.total(), fed[1].groups[0].hessian.total())
 
 
@@ -348,7 +354,7 @@ def test_every_eighth_sequence_is_held_out(
 ):
     data = list(torch.randint(3, 100, (sequences, 12)).split(3))
     for family in ("llama", "mixtral"):
-        first = next(run(Source(tiny_checkpoint(family)), data, holdout_every=every))
+        first = next(run(CheckpointSource(tiny_checkpoint(family)), data, **hold_out(data, every)))
         routed = [
             g
             for g in first.groups
@@ -362,9 +368,13 @@ def test_every_eighth_sequence_is_held_out(
 def test_experts_hold_out_the_tokens_of_the_same_sequences(
     tiny_model: Build, tiny_checkpoint: Save, batches: Batches
 ):
-    together = next(run(Source(tiny_checkpoint("mixtral")), batches))
+    together = next(run(CheckpointSource(tiny_checkpoint("mixtral")), batches))
     alone = next(
-        run(Source(tiny_checkpoint("mixtral")), [batches[1][3:]], holdout_every=0)
+        run(
+            CheckpointSource(tiny_checkpoint("mixtral")),
+            [batches[1][3:]],
+            **hold_out([batches[1][3:]], 0),
+        )
     )  # the eighth sequence
     for a, b in zip(together.groups, alone.groups, strict=True):
         assert a.holdout.tokens == b.hessian.tokens
@@ -373,7 +383,7 @@ def test_experts_hold_out_the_tokens_of_the_same_sequences(
 
 def test_samples_are_real_tokens_from_all_batches(tiny_model: Build, tiny_checkpoint: Save):
     data = list(torch.randint(3, 100, (60, 48)).split(20))  # 2880 tokens
-    first = next(run(Source(tiny_checkpoint("llama")), data, holdout_every=0))
+    first = next(run(CheckpointSource(tiny_checkpoint("llama")), data, **hold_out(data, 0)))
     assert [len(g.sample) for g in first.groups] == [2048] * 4
     x = torch.cat(
         [
@@ -469,7 +479,7 @@ def test_blocks_that_change_the_type_are_caught(tiny_model: Build, batches: Batc
 )
 def test_unusable_batches_are_refused(data: Batches, message: str, tiny_checkpoint: Save):
     with pytest.raises(ValueError, match=message):
-        next(run(Source(tiny_checkpoint("llama")), data))
+        next(run(CheckpointSource(tiny_checkpoint("llama")), data))
 
 
 def test_the_decoder_of_a_vision_language_model_is_walked(tmp_path: Path, batches: Batches):
@@ -495,7 +505,7 @@ def test_the_decoder_of_a_vision_language_model_is_walked(tmp_path: Path, batche
     )
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
-    source, finals = Source(tmp_path), []
+    source, finals = CheckpointSource(tmp_path), []
     assert (
         source.checkpoint_name("model.language_model.layers.0.mlp.up_proj.weight") in source.names()
     )
@@ -524,7 +534,7 @@ def test_real_models(name: str, shared_data: Path):
     path = shared_data / "models" / name
     data = list(torch.randint(3, 512, (4, 64), generator=torch.Generator().manual_seed(0)).split(2))
     finals: list[torch.Tensor] = []
-    blocks = finish(run(Source(path), data, finished=lambda _, x: finals.append(x)))
+    blocks = finish(run(CheckpointSource(path), data, finished=lambda _, x: finals.append(x)))
     model = transformers.AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     expected = seen_by(model, blocks[-1].name, data, outputs=True)
     assert all(torch.equal(a, b) for a, b in zip(finals, expected, strict=True))
@@ -539,7 +549,9 @@ HEADS = ["llama", "qwen3_moe", "phi3"]
 def test_the_output_head_is_a_last_block_that_reads_what_it_reads_in_the_model(
     family: str, from_disk: bool, tiny_model: Build, tiny_checkpoint: Save, batches: Batches
 ):
-    source = Source(tiny_checkpoint(family)) if from_disk else MemorySource(tiny_model(family))
+    source = (
+        CheckpointSource(tiny_checkpoint(family)) if from_disk else MemorySource(tiny_model(family))
+    )
     count = len(source.blocks())
     *_, last = run(source, batches, head=True)
     assert (last.name, last.prefix, last.index, last.count) == ("lm_head", "", count, count + 1)
@@ -592,7 +604,7 @@ def test_the_output_head_reads_what_changed_blocks_make(tiny_model: Build, batch
 def test_a_head_that_is_skipped_or_ignored_has_no_statistics(tiny_model: Build, batches: Batches):
     for change in (
         {"skip": lambda name: name == "lm_head"},
-        {"ignore": lambda name: name == "lm_head"},
+        {"layers": ["model.layers.0.self_attn.q_proj"]},
     ):
         *_, last = run(MemorySource(tiny_model("llama")), batches, head=True, **change)
         assert last.name == "lm_head" and last.groups == []

@@ -4,7 +4,7 @@ refuses."""
 import gc
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ptq.calib.walk import walk
-from ptq.model.checkpoint_source import Source
+from ptq.calib.walk import Watch, walk
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
-from ptq.pipeline.recipe import Recipe, chosen_layers
-from ptq.pipeline.run import quantize, quantize_model
+from ptq.model.source import Source
+from ptq.pipeline.blocks_on_disk import BlocksInMemory
+from ptq.pipeline.plan import Plan
+from ptq.pipeline.recipe import Recipe
+from ptq.pipeline.run import Progress, quantize, quantize_model
 from ptq.runtime.load import load
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import load_calibration, load_tokenizer
@@ -47,6 +50,10 @@ def batches(path: Path, recipe: Recipe) -> list[Tensor]:
     ).batches
 
 
+def in_memory(source: Source, data: list[Tensor], recipe: Recipe, **options) -> Iterator[Progress]:
+    return quantize(source, data, Plan.of(source, recipe), BlocksInMemory(), **options)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "nvint4"])
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
@@ -55,7 +62,7 @@ def test_a_loaded_checkpoint_is_the_model_that_was_quantized(
 ) -> None:
     path, recipe = make_tiny_model(kind), quick(fmt, scheme=scheme, rotation=16)
     source = MemorySource(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    for _ in quantize(source, batches(path, recipe), recipe, None):
+    for _ in in_memory(source, batches(path, recipe), recipe):
         pass
     quantize_model(path, tmp_path / "out", recipe=recipe, device="cpu")
     loaded, tokens = (
@@ -76,7 +83,7 @@ def test_the_walk_ends_in_the_hidden_states_of_the_loaded_model(
     recipe = quick("mxfp4", scheme="w4a4")
     data, last = batches(tiny_llama, recipe), {}
     source = MemorySource(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
-    for _ in quantize(source, data, recipe, None, finished=last.__setitem__):
+    for _ in in_memory(source, data, recipe, finished=last.__setitem__):
         pass
     quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
     model, seen = load(tmp_path / "out", dtype=torch.float32, inputs="quantized"), []
@@ -115,7 +122,7 @@ def test_later_blocks_see_what_the_quantized_ones_produce(tiny_llama: Path, quic
     for scheme in ("w4a16", "w4a4"):
         source = MemorySource(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
         chosen = Recipe.default("mxfp4", scheme=scheme, rotation=1)
-        for _ in quantize(source, data, chosen, None):
+        for _ in in_memory(source, data, chosen):
             pass
         seen: list[Tensor] = []
         second = source.blocks()[1][1]
@@ -134,36 +141,26 @@ def test_later_blocks_see_what_the_quantized_ones_produce(tiny_llama: Path, quic
 
 
 def _statistics(model: nn.Module, data: list[Tensor]):
-    return walk(
-        MemorySource(model),
-        data,
-        probes={},
-        skip=lambda _: False,
-        feed=None,
-        ignore=lambda _: False,
-        device="cpu",
-        holdout_every=0,
-    )
+    return walk(MemorySource(model), data, Watch(), device="cpu", held=[None] * len(data))
 
 
 def test_held_out_errors_agree_with_the_prediction_of_the_hessian(demo_model: Path) -> None:
     """‖(W-Ŵ)X‖²/‖WX‖² on sequences that calibration never used, layer by layer, on the bundled
     model."""
     recipe = Recipe.default("nvfp4", samples=32, seq_len=256, batch_size=8)
-    source = Source(demo_model, dtype=torch.float32)
+    source = CheckpointSource(demo_model, dtype=torch.float32)
     reports = []
-    for progress in quantize(
+    for progress in in_memory(
         MemorySource(AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)),
         batches(source.path, recipe),
         recipe,
-        None,
     ):
         reports += progress.reports
     assert len(reports) == 28
-    ratios = torch.tensor([r["held_out_error"] / r["error"] for r in reports])
+    ratios = torch.tensor([r.held_out_error / r.error for r in reports])
     assert 0.8 < float(ratios.median()) < 1.3
     assert float(ratios.max()) < 2
-    assert all(r["error"] < r["rtn_error"] for r in reports)
+    assert all(r.error < r.rtn_error for r in reports)
 
 
 def test_ignored_layers_stay_as_they_are(tiny_llama: Path, quick, tmp_path: Path) -> None:
@@ -240,37 +237,6 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert not (tmp_path / "parts.partial").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"ignore": ("donw_proj",)}, r"'donw_proj' matches no linear layer .* down_proj"),
-        ({"ignore": ("*",)}, "ignores every linear layer"),
-        (
-            {"rotation": 128},
-            r"layers.0.self_attn.q_proj and \d+ more: a rotation of 128 does not divide 64 .* is "
-            r"64; .*--ignore",
-        ),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_weight_is_read(
-    tiny_llama: Path, quick, given: dict, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        chosen_layers(Source(tiny_llama).blocks(), quick(**given))
-
-
-def test_ragged_groups_name_the_layers_and_the_remedy(make_tiny_model: Make, quick) -> None:
-    source = Source(make_tiny_model("llama", intermediate_size=72))
-    with pytest.raises(
-        ValueError,
-        match=r"mlp.down_proj and 1 more: 72 input features are not divisible .* 16 of nvfp4; .*--ignore down_proj",
-    ):
-        chosen_layers(source.blocks(), quick())
-    assert not any(
-        "down_proj" in name for name in chosen_layers(source.blocks(), quick(ignore=("down_proj",)))
-    )
-
-
 def test_a_poisoned_weight_is_named_and_nothing_stays(
     tiny_llama: Path, quick, tmp_path: Path
 ) -> None:
@@ -311,10 +277,10 @@ def test_finished_blocks_leave_nothing_in_memory(
 def test_replaced_layers_are_freed(tiny_llama: Path, quick) -> None:
     """A reference to the original layers would keep the whole model in memory, block after
     block."""
-    recipe, source = quick(), Source(tiny_llama, dtype=torch.float32)
+    recipe, source = quick(), CheckpointSource(tiny_llama, dtype=torch.float32)
     first = [weakref.ref(m) for m in source.blocks()[0][1].modules() if isinstance(m, nn.Linear)]
     assert len(first) == 7
-    steps = quantize(source, batches(tiny_llama, recipe), recipe, None)
+    steps = in_memory(source, batches(tiny_llama, recipe), recipe)
     next(steps)
     next(steps)
     gc.collect()

@@ -1,0 +1,139 @@
+"""A model from its configuration alone: every module on the meta device, no weights needed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ptq.model.checkpoint_source import CONV1D, STACKED
+from ptq.model.experts import Experts, unfuse
+from ptq.model.parameter_names import NameMap
+from ptq.model.structure import (
+    build_model,
+    find_blocks,
+    find_head,
+    linearize,
+    load_config,
+    resolve,
+)
+
+TOKENS = 8  # of the sequence that a model without weights is run on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A model whose directory needs no more than a config.json.
+
+    Attributes:
+        path: the directory.
+        model: experts split into Linears, Conv1D made linear, all on the meta device.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    model: PreTrainedModel
+    block_names: tuple[str, ...]
+    foreign_reason: str | None
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Blueprint":
+        """The blueprint of a directory or of a model of the hub.
+
+        Raises:
+            FileNotFoundError, ValueError: as for reading the model itself.
+        """
+        directory = resolve(path)
+        config = load_config(directory)
+        dtype = getattr(config, "dtype", None)
+        with init_empty_weights(include_buffers=False):
+            wanted = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+            model = build_model(config, directory, wanted)
+        names = NameMap(model)
+        transposed = linearize(model)
+        stacked = [path for path in unfuse(model, names.expert_names) if names.stacked(path)]
+        return cls(
+            path=directory,
+            config=config,
+            model=model.eval(),
+            block_names=tuple(find_blocks(model)),
+            foreign_reason=CONV1D if transposed else STACKED if stacked else None,
+        )
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The decoder's blocks in order, with their full names."""
+        return [(name, self.model.get_submodule(name)) for name in self.block_names]
+
+    def head(self) -> tuple[str, nn.Module]:
+        """The output head and its full name; ValueError when it is tied or no linear layer."""
+        name = find_head(self.model)
+        return name, self.model.get_submodule(name)
+
+    def foreign(self) -> str | None:
+        """Why other programs would not find the layers of this model in a checkpoint, or None."""
+        return self.foreign_reason
+
+    @cached_property
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """The Linears that read the same activation, by full name, in the order in which they run.
+
+        Found by running the model on the meta device, where nothing is computed. Where that is not
+        possible (control flow that depends on values), every Linear counts as a group of its own.
+        """
+        linears = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+        self.model.to("meta")
+        for arguments in ({"attention_mask": mask}, {}):  # most models look at values without one
+            groups = _groups(self.model, arguments)
+            if groups:
+                grouped = {name for group in groups for name in group}
+                return [*groups, *((name,) for name in linears if name not in grouped)]
+        return [(name,) for name in linears]
+
+
+def _groups(model: nn.Module, arguments: dict[str, Tensor]) -> list[tuple[str, ...]]:
+    """The Linears of ``model`` by what they read; none if it cannot run on the meta device."""
+    readers: dict[int, list[str]] = {}
+    inputs: list[Tensor] = []  # kept, so that an id stays that of one tensor
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0])
+            readers.setdefault(id(args[0]), []).append(name)
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(note(name)))
+        elif isinstance(module, Experts):
+            module.__dict__["forward"] = _every_expert(module)
+    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False, **arguments)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return []  # values are asked for, or another form of mask is wanted
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in model.modules():
+            if isinstance(module, Experts):
+                del module.__dict__["forward"]
+    return [tuple(names) for names in readers.values()]
+
+
+def _every_expert(experts: Experts) -> Callable[..., Tensor]:
+    """A forward in which each expert reads tokens of its own, as routing would have it."""
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for index in range(experts.num_experts):
+            experts.get_submodule(str(index))(hidden_states.clone(), experts.gating)
+        return torch.empty_like(hidden_states)
+
+    return forward

@@ -1,0 +1,79 @@
+"""What is to be solved in a block: one task per input group and recipe, on one of the ranks."""
+
+from dataclasses import dataclass
+
+from ptq.calib.observer import InputGroup
+from ptq.calib.rare_experts import pool_key
+from ptq.calib.walk import CalibratedBlock
+from ptq.pipeline.plan import Plan
+from ptq.pipeline.ranks import together, world
+from ptq.pipeline.recipe import Recipe
+from ptq.pipeline.solve import Job, Solved, solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A job before its Hessian is made, which happens on the rank that solves it, one group's at a
+    time.
+
+    Attributes:
+        layers: of ``group``, by their names within the block, all with the same ``recipe``.
+    """
+
+    block: CalibratedBlock
+    group: InputGroup
+    layers: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def cost(self) -> int:
+        """Work in multiply-adds: the sweep over all rows and the factorisation."""
+        features = self.group.hessian.features
+        rows = sum(self.group.layers[name].out_features for name in self.layers)
+        return features * features * (rows + features)
+
+    def solve(self) -> list[Solved]:
+        """The quantized layers; with several ranks in host memory, through which they travel."""
+        block, group = self.block, self.group
+        rare = group.hessian.tokens < group.hessian.features
+        topped_up = rare and pool_key(block.module, next(iter(group.layers))) is not None
+        job = Job(
+            names=tuple(f"{block.prefix}{name}" for name in self.layers),
+            weights=tuple(group.layers[name].weight for name in self.layers),
+            hessian=block.hessian(group),
+            holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
+            amax=group.amax,
+            sample=group.sample,
+            tokens=group.hessian.tokens,
+            topped_up=topped_up,
+            recipe=self.recipe,
+        )
+        results = solve(job)
+        return results if world()[1] == 1 else [result.to("cpu") for result in results]
+
+
+def reduce(block: CalibratedBlock) -> None:
+    """Statistics of all ranks, on every rank."""
+    with together():
+        for group in block.groups:
+            group.reduce()
+
+
+def tasks(block: CalibratedBlock, plan: Plan) -> list[Task]:
+    """The layers of every input group, split where their recipes differ. Reduces the block first."""
+    reduce(block)
+    result = []
+    for group in block.groups:
+        by_recipe: list[tuple[Recipe, list[str]]] = []  # recipes are no keys: rules hold mappings
+        for name in group.layers:
+            recipe = plan[f"{block.prefix}{name}"].recipe
+            alike = next((names for known, names in by_recipe if known == recipe), None)
+            if alike is None:
+                by_recipe.append((recipe, [name]))
+            else:
+                alike.append(name)
+        result += [
+            Task(block=block, group=group, layers=tuple(names), recipe=recipe)
+            for recipe, names in by_recipe
+        ]
+    return result
