@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ptq import __version__
 from ptq.calib.walk import CalibratedBlock, held_out, walk
+from ptq.checkpoint.destination import check_destination
 from ptq.checkpoint.dialect_choice import Choice, choose
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.writer import CheckpointWriter, companion_files, config_dtype
@@ -200,6 +201,8 @@ def quantize_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
+    if out is not None:
+        out = check_destination(out, source.path, overwrite=overwrite)
     plan = Plan.of(source, recipe)
     if out is not None and dialect != "auto":
         stored = config_dtype(_config(source)) or "float32"

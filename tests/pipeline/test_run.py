@@ -285,3 +285,15 @@ def test_replaced_layers_are_freed(tiny_llama: Path, quick) -> None:
     next(steps)
     gc.collect()
     assert [ref() for ref in first] == [None] * 7
+
+
+@pytest.mark.parametrize("out", ["model", "model/../model", "model/out", ".", ""])
+def test_a_run_never_takes_the_place_of_its_source(
+    tiny_llama: Path, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--out .*"):
+        quantize_model("model", out, recipe=quick(), device="cpu", overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
