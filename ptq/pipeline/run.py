@@ -156,8 +156,12 @@ def tell(block: CalibratedBlock, reports: Sequence[LayerReport], plan: Plan) -> 
                 recipe.damping,
                 report.damping,
             )
-        if recipe.algorithm == "gptq" and report.algorithm == "rtn":
-            logger.warning("%s: GPTQ did not beat round to nearest, which was kept", report.name)
+        if recipe.algorithm != "rtn" and report.algorithm == "rtn":
+            if report.error == 0 == report.rtn_error:
+                reason = "reads nothing but zeros during calibration; rounded to nearest"
+            else:
+                reason = f"{recipe.algorithm.upper()} did not beat round to nearest, which was kept"
+            logger.warning("%s: %s", report.name, reason)
     if rare := [report.tokens for report in reports if report.topped_up]:
         logger.warning(
             "%s: %d expert layers saw fewer tokens than they have inputs (the least %d) and "

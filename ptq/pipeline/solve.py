@@ -97,11 +97,20 @@ def solve(job: Job) -> list[Solved]:
                     f"the weight of {name} has entries that are NaN or infinite; the source "
                     "checkpoint is damaged"
                 )
+        if job.tokens and not job.hessian.any():
+            job = replace(job, recipe=_nearest(job.recipe))
         sizes = job.recipe.rotations(job.weights[0].shape[1])
         attempts = [_attempt(job, size) for size in sizes]
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from error
     return min(attempts, key=lambda attempt: attempt[0])[1]
+
+
+def _nearest(recipe: Recipe) -> Recipe:
+    """Round to nearest: all that is left where every input is zero, as behind a zeroed layer or a
+    norm whose gain is zero. No code is better than another for such inputs."""
+    scales = "mse" if recipe.in_loop else recipe.scales
+    return replace(recipe, algorithm="rtn", scales=scales, descent=0, weighted=False)
 
 
 def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:

@@ -297,3 +297,29 @@ def test_a_run_never_takes_the_place_of_its_source(
     with pytest.raises(ValueError, match=r"--out .*"):
         quantize_model("model", out, recipe=quick(), device="cpu", overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("silenced", ["self_attn.v_proj", "mlp.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_a_layer_that_reads_zeros_is_rounded_to_nearest_and_told(
+    tiny_llama: Path, quick, scheme: str, silenced: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.get_parameter(f"model.layers.1.{silenced}.weight").data.zero_()
+    source, recipe = MemorySource(model), quick(scheme=scheme)
+    reports = {
+        report.name: report
+        for progress in in_memory(source, batches(tiny_llama, recipe), recipe)
+        for report in progress.reports
+    }
+    readers = {
+        "self_attn.v_proj": ["self_attn.o_proj"],
+        "mlp.up_proj": ["mlp.down_proj"],
+        "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    }[silenced]
+    for name in readers:
+        report = reports[f"model.layers.1.{name}"]
+        assert (report.algorithm, report.error, report.rtn_error) == ("rtn", 0, 0)
+        assert report.tokens > 0
+        assert f"model.layers.1.{name}: reads nothing but zeros" in caplog.text
+    assert reports["model.layers.0.mlp.up_proj"].algorithm == "gptq"
