@@ -31,7 +31,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.reader import Checkpoint
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.structure import build_model, is_router
 from ptq.pipeline.forecast import forecast
@@ -194,7 +194,7 @@ def generic(layer: str) -> str:
 def outcome(model: Path, out: Path) -> Outcome:
     """What of a checkpoint is quantized, and why the rest is not; an assertion fails where there is
     no reason."""
-    source, checkpoint = Source(model), Checkpoint(out)
+    source, checkpoint = CheckpointSource(model), Checkpoint(out)
     skeleton, blocks = source.skeleton(), tuple(f"{name}." for name, _ in source.blocks())
     modules, alone = dict(skeleton.named_modules()), {}
     assert isinstance(skeleton, PreTrainedModel)
@@ -231,7 +231,7 @@ def test_a_family_goes_the_whole_way(name: str, quantized, tokens: Tensor, tiny_
     original = random_model(family)
     with torch.no_grad():
         expected = original(tokens).logits
-        source = Source(model, dtype=torch.float32)
+        source = CheckpointSource(model, dtype=torch.float32)
         source.fill(source.skeleton(), "", "cpu")
         torch.testing.assert_close(source.skeleton()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         in_memory = quantize_model(
@@ -256,7 +256,7 @@ def test_names_on_disk_are_those_of_the_source(name: str, quantized) -> None:
     layer."""
     family = FAMILIES[name]
     model, out, _ = quantized(name)
-    source, checkpoint = Source(model), Checkpoint(out)
+    source, checkpoint = CheckpointSource(model), Checkpoint(out)
     layers = set(checkpoint.layer_names())
     why = outcome(model, out).alone
     for stored in source.names():
@@ -465,7 +465,7 @@ def test_a_regrouped_model_is_written_in_our_dialect_only(
 
 
 def test_a_rule_for_routers_alone_quantizes_them(quantized, tiny_text: Path) -> None:
-    source = Source(quantized("Qwen2-MoE")[0])
+    source = CheckpointSource(quantized("Qwen2-MoE")[0])
     gate = "model.layers.0.mlp.shared_expert_gate"
 
     def chosen(**given: Any) -> dict[str, nn.Linear]:
@@ -497,7 +497,7 @@ def test_the_output_head_is_quantized_on_request(
     )
     assert isinstance(in_memory.get_output_embeddings(), QuantLinear)
     checkpoint = Checkpoint(tmp_path / "out")
-    head = Source(model).checkpoint_name("lm_head.weight").removesuffix(".weight")
+    head = CheckpointSource(model).checkpoint_name("lm_head.weight").removesuffix(".weight")
     assert head in checkpoint.layer_names() and f"{head}.weight" not in checkpoint.names()
     assert [r["tokens"] for r in checkpoint.reports if r["layer"] == head] == [4 * 32]
     assert forecast(model, recipe).layers == len(checkpoint.layer_names())

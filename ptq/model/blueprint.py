@@ -86,7 +86,7 @@ class Blueprint:
         """
         linears = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
-        self.model.to("meta")
+        nn.Module.to(self.model, "meta")  # buffers too
         for arguments in ({"attention_mask": mask}, {}):  # most models look at values without one
             groups = _groups(self.model, arguments)
             if groups:

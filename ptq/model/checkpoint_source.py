@@ -1,10 +1,4 @@
-"""Where a model's weights come from: a checkpoint on disk, filled in block by block, or a model in
-memory.
-
-A checkpoint becomes a *skeleton*, the model's own module tree with parameters on the meta device;
-modules are filled when they are needed and released afterwards, so memory holds one block at a
-time.
-"""
+"""A checkpoint on disk as the source of a run, a block at a time in memory."""
 
 import hashlib
 import re
@@ -17,7 +11,7 @@ from typing import cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
@@ -29,84 +23,88 @@ CONV1D = "its Conv1D layers are linear layers here, which other programs do not 
 STACKED = "its experts are stored in one tensor, and other programs do not look for single ones"
 
 
-class Source:
-    """A Hugging Face checkpoint: a directory, or a hub id that is downloaded (or found in the
-    cache) first.
+class CheckpointSource:
+    """A checkpoint as the :class:`~ptq.model.source.Source` of a run: a directory, or a hub id that
+    is downloaded (or found in the cache) first.
 
-    ``dtype`` is the type to compute in; None means the checkpoint's own. Raises FileNotFoundError
-    or ValueError, with what to do, for anything that is not a readable causal language model in
-    safetensors files.
+    Its model is a *skeleton*: parameters on the meta device, buffers real, experts split into
+    Linears. Modules are filled when they are needed and released afterwards.
     """
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None):
+        """Read the configuration and the headers of all files, and build the skeleton.
+
+        Args:
+            dtype: to compute in; None is the checkpoint's own.
+
+        Raises:
+            FileNotFoundError, ValueError: with what to do, for anything that is not a readable
+                causal language model in safetensors files.
+        """
         self.path = resolve(path)
         self.config: PretrainedConfig = load_config(self.path)
         self._shards = Shards(self.path)
         self.dtype = self._shards.common_dtype()
         self.compute_dtype = dtype or self.dtype
         self.total_bytes = self._shards.total_bytes
+        with init_empty_weights(include_buffers=False):
+            self._model = build_model(self.config, self.path, self.compute_dtype)
+        self._model.requires_grad_(False).eval()
+        self._names = NameMap(self._model)
+        self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
+        self._transposed = linearize(self._model)
+        self._origins = self._find_origins()
+        self._dtypes = dtype_plan(self._model, self.compute_dtype)
+        self._module_paths = {name for name, _ in self._model.named_modules()}
+        self._module_names: dict[str, str] = {}  # of tensors that were asked for
+        self._blocks = find_blocks(self._model)
 
-    @cached_property
+    def _find_origins(self) -> dict[str, Origin]:
+        """Where every parameter comes from; splits fused experts of the skeleton into Linears."""
+        stored = self._shards.names()
+        origins = self._names.origins(stored)
+        for name in self._transposed & origins.keys():
+            origins[name] = replace(origins[name], part=Part(transposed=True))
+        experts = unfuse(self._model, self._names.expert_names)
+        origins = split_experts(origins, experts)
+        if experts:
+            parameters = {name for name, _ in self._model.named_parameters()}
+            apart(origins, stored, parameters, self._names)
+        return origins
+
+    @property
     def fingerprint(self) -> str:
         """A sha256 over config.json and name, size and header of every weight file."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         config = (self.path / "config.json").read_bytes()
         return hashlib.sha256(config + self._shards.digest().encode()).hexdigest()
 
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        with init_empty_weights(include_buffers=False):
-            model = build_model(self.config, self.path, self.compute_dtype)
-        model.requires_grad_(False).eval()
-        self._names = NameMap(model)
-        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        origins = self._names.origins(self._shards.names())
-        self._head, self._linearized = "", linearize(model)
-        for name in self._linearized:
-            if name in origins:
-                origins[name] = replace(origins[name], part=Part(transposed=True))
-        experts = unfuse(model, self._names.expert_names)
-        self._origins = split_experts(origins, experts)
-        if experts:
-            apart(
-                self._origins,
-                self._shards.names(),
-                {n for n, _ in model.named_parameters()},
-                self._names,
-            )
-        self._dtypes = dtype_plan(model, self.compute_dtype)
-        self._module_paths = {name for name, _ in model.named_modules()}
-        self._module_names: dict[str, str] = {}
-        self._blocks = find_blocks(model)
-        return model
-
     def skeleton(self) -> nn.Module:
-        """The model with its parameters on the meta device, real buffers, and experts split into
-        Linears; cached."""
+        """The model with its parameters on the meta device."""
         return self._model
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The decoder's blocks in order, with their full names; ValueError when they are quantized
-        already."""
+        """The decoder's blocks in order; ValueError when the checkpoint is quantized already."""
         self._refuse_quantized()
-        model = self._model
-        return [(name, model.get_submodule(name)) for name in self._blocks]
+        return [(name, self._model.get_submodule(name)) for name in self._blocks]
 
     def head(self) -> tuple[str, nn.Module]:
-        """The output head and its full name; ValueError when it is tied to the embedding, or no
-        linear layer."""
-        model = self._model
-        self._head = self._head or find_head(model)
-        return self._head, model.get_submodule(self._head)
+        """The output head and its full name."""
+        return self._head, self._model.get_submodule(self._head)
+
+    @cached_property
+    def _head(self) -> str:
+        return find_head(self._model)  # once: later it may have been replaced by a quantized layer
 
     def foreign(self) -> str | None:
-        """Why other programs would not find the layers of this model in a checkpoint that has them
-        as here, or None."""
-        assert self._model is not None
-        if self._linearized:
+        """Why other programs would not find the layers of a checkpoint that has them as here."""
+        if self._transposed:
             return CONV1D
-        if any(origin.part is not None for origin in self._origins.values()):
-            return STACKED
-        return None
+        stacked = any(origin.part is not None for origin in self._origins.values())
+        return STACKED if stacked else None
 
     def names(self) -> list[str]:
         """The names of all tensors of the checkpoint."""
@@ -124,7 +122,6 @@ class Source:
         In Mixtral ``layers.0.mlp.experts.1.w2.weight`` →
         ``layers.0.block_sparse_moe.experts.1.w2.weight``.
         """
-        assert self._model is not None
         module, _, leaf = name.rpartition(".")
         for own in (name, f"{module}.weight"):
             if (origin := self._origins.get(own)) and (direct := origin.direct):
@@ -134,7 +131,6 @@ class Source:
 
     def module_name(self, name: str) -> str:
         """What the model calls a tensor of a checkpoint: the inverse of :meth:`checkpoint_name`."""
-        assert self._model is not None
         if name not in self._module_names:
             candidates = self._names.candidates(name)
             known = (c for c in candidates if c.rpartition(".")[0] in self._module_paths)
@@ -144,7 +140,6 @@ class Source:
     def rest(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the checkpoint that belong to no block, nor to modules in ``without``, one
         at a time, as stored."""
-        assert self._model is not None
         prefixes = tuple(f"{name}." for name in (*self._blocks, *without))
         inside = {
             source
@@ -164,7 +159,6 @@ class Source:
         that are not replaced, and the biases if any weight is, come one by one under the model's
         names.
         """
-        assert self._model is not None
         users: dict[Origin, list[str]] = {}
         for name, origin in self._origins.items():
             if name.startswith(f"{block}."):
@@ -325,6 +319,3 @@ def _select(origin: Origin, made: dict[str, Tensor], name: str) -> Tensor:
 
 def _weight_of(name: str) -> str:
     return f"{name.rpartition('.')[0]}.weight"
-
-
-CheckpointSource = Source

@@ -18,17 +18,16 @@ from ptq.model.structure import find_blocks, find_head, linearize
 
 
 class MemorySource:
-    """The interface of :class:`Source` around a model that is already in memory; fill and release
-    do nothing.
+    """A model in memory as the :class:`~ptq.model.source.Source` of a run.
 
-    The model is changed in place: fused experts are split, and a walk replaces its layers.
+    It is changed in place: fused experts are split, and a run replaces its layers.
     """
 
     def __init__(self, model: nn.Module):
         names = NameMap(model) if isinstance(model, PreTrainedModel) else None
         experts = unfuse(model, names.expert_names if names else _refuse)
         self._stacked = names is not None and any(names.stacked(path) for path in experts)
-        self._head, self._transposed = "", linearize(model)
+        self._transposed = linearize(model)
         self._model = model.requires_grad_(False).eval()
         self.path = Path(getattr(model, "name_or_path", "") or "memory")
         self.config = copy.deepcopy(cast(PretrainedConfig, model.config))
@@ -39,9 +38,13 @@ class MemorySource:
         self._start = dict(model.state_dict())
         self.total_bytes = sum(t.nbytes for t in self._start.values())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A sha256 over the configuration and all values."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.config.to_json_string().encode())
         for name, value in self._start.items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -61,8 +64,11 @@ class MemorySource:
     def head(self) -> tuple[str, nn.Module]:
         """The output head and its full name; ValueError when it is tied to the embedding, or no
         linear layer."""
-        self._head = self._head or find_head(self._model)
         return self._head, self._model.get_submodule(self._head)
+
+    @cached_property
+    def _head(self) -> str:
+        return find_head(self._model)  # once: later it may have been replaced by a quantized layer
 
     def foreign(self) -> str | None:
         """Why other programs would not find the layers of this model in a checkpoint, or None."""

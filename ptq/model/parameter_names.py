@@ -229,7 +229,7 @@ def apart(
     origins: dict[str, Origin], names: Iterable[str], parameters: Collection[str], names_of: NameMap
 ) -> None:
     """Add the origins of parameters that a checkpoint has under the model's own names although
-    others have them fused: what :meth:`ptq.model.checkpoint_source.Source.kept` makes of partly
+    others have them fused: what :meth:`ptq.model.source.Source.kept` makes of partly
     quantized experts."""
     used = {name for origin in origins.values() for name in origin.names}
     for name in (n for n in names if n not in used):

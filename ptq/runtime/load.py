@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptq.checkpoint.reader import Checkpoint, config_dtype
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -61,7 +61,7 @@ def load(
         raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
     checkpoint = Checkpoint(path)
     named = config_dtype(checkpoint.config)
-    source = Source(path, dtype=dtype or (getattr(torch, named) if named else None))
+    source = CheckpointSource(path, dtype=dtype or (getattr(torch, named) if named else None))
     source.config.__dict__.pop("quantization_config", None)  # ours to interpret, not transformers'
     model = source.skeleton()
     assert isinstance(model, PreTrainedModel)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ptq.checkpoint.reader import Checkpoint, read_config
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import resolve
 from ptq.runtime.load import load
 from ptq.text.windows import load_text, load_tokenizer
@@ -118,9 +118,9 @@ def load_model(
 
 
 def _load_original(path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A model of transformers as it is. ``Source`` looks first, because its errors name the file
+    """A model of transformers as it is. ``CheckpointSource`` looks first, because its errors name the file
     and the remedy."""
-    source = Source(path)
+    source = CheckpointSource(path)
     source.skeleton()
     loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype or source.dtype, local_files_only=True, output_loading_info=True

@@ -18,7 +18,6 @@ from ptq.calib.rare_experts import top_up
 from ptq.calib.walk import CalibratedBlock, Watch, held_out, walk
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
-from ptq.model.source import Source
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -38,7 +37,7 @@ FAMILIES = [
 ]
 
 
-def run(source: Source, batches: Batches, **changes: object) -> Iterator[CalibratedBlock]:
+def run(source: CheckpointSource, batches: Batches, **changes: object) -> Iterator[CalibratedBlock]:
     """A walk; ``changes`` are fields of its Watch, or options of the walk itself."""
     names = {field.name for field in fields(Watch)}
     watched = {"probes": {1: lambda x: x}} | {k: v for k, v in changes.items() if k in names}

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.structure import find_blocks
 
@@ -19,7 +19,7 @@ Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
 
 
-def filled(source: Source) -> nn.Module:
+def filled(source: CheckpointSource) -> nn.Module:
     source.fill(source.skeleton(), "", "cpu")
     return source.skeleton()
 
@@ -36,7 +36,7 @@ def edited(
 
 
 def test_the_skeleton_holds_no_weights_but_real_buffers(tiny_checkpoint: Save):
-    model = Source(tiny_checkpoint("llama")).skeleton()
+    model = CheckpointSource(tiny_checkpoint("llama")).skeleton()
     assert all(p.is_meta for p in model.parameters())
     assert {name: b.device.type for name, b in model.named_buffers()} and not any(
         b.is_meta for b in model.buffers()
@@ -48,14 +48,14 @@ def test_the_skeleton_holds_no_weights_but_real_buffers(tiny_checkpoint: Save):
 def test_filling_everything_gives_the_model_that_was_saved(
     family: str, tiny_model: Build, tiny_checkpoint: Save, batches: list[torch.Tensor]
 ):
-    source, original = Source(tiny_checkpoint(family)), tiny_model(family)
+    source, original = CheckpointSource(tiny_checkpoint(family)), tiny_model(family)
     with torch.no_grad():
         assert torch.equal(filled(source)(batches[0]).logits, original(batches[0]).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
 def test_one_block_is_filled_and_released(family: str, tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint(family))
+    source = CheckpointSource(tiny_checkpoint(family))
     names = [name for name, _ in source.blocks()]
     assert names == ["model.layers.0", "model.layers.1"]
     name, block = source.blocks()[0]
@@ -69,7 +69,7 @@ def test_one_block_is_filled_and_released(family: str, tiny_checkpoint: Save):
 
 
 def test_release_keeps_the_tables_that_no_checkpoint_has(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("llama"))
+    source = CheckpointSource(tiny_checkpoint("llama"))
     model = filled(source)
     before = {name: b.clone() for name, b in model.named_buffers()}
     source.release(model)
@@ -77,7 +77,7 @@ def test_release_keeps_the_tables_that_no_checkpoint_has(tiny_checkpoint: Save):
 
 
 def test_release_drops_what_layers_were_replaced_by(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("llama"))
+    source = CheckpointSource(tiny_checkpoint("llama"))
     name, block = source.blocks()[0]
     source.fill(block, name, "cpu")
     packed = nn.Module()
@@ -88,7 +88,7 @@ def test_release_drops_what_layers_were_replaced_by(tiny_checkpoint: Save):
 
 
 def test_a_filled_parameter_is_left_alone(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("llama"))
+    source = CheckpointSource(tiny_checkpoint("llama"))
     name, block = source.blocks()[0]
     source.fill(block, name, "cpu")
     weight = block.get_parameter("mlp.down_proj.weight")
@@ -97,7 +97,7 @@ def test_a_filled_parameter_is_left_alone(tiny_checkpoint: Save):
 
 
 def test_weights_are_cast_to_the_type_to_compute_in(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("llama"), dtype=torch.bfloat16)
+    source = CheckpointSource(tiny_checkpoint("llama"), dtype=torch.bfloat16)
     assert source.dtype == torch.float32
     assert {p.dtype for p in filled(source).parameters()} == {torch.bfloat16}
     assert source.tensor("model.norm.weight").dtype == torch.float32
@@ -111,7 +111,7 @@ def test_a_16_bit_model_is_what_transformers_loads(
     auto = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, experts_implementation="eager"
     )
-    model = filled(Source(path, dtype=dtype))
+    model = filled(CheckpointSource(path, dtype=dtype))
     kept = {
         n: t.dtype
         for n, t in [*auto.named_parameters(), *auto.named_buffers()]
@@ -125,7 +125,7 @@ def test_a_16_bit_model_is_what_transformers_loads(
 
 def test_a_tied_output_layer_is_filled_from_the_embedding(tiny_model: Build, tmp_path: Path):
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
-    source = Source(tmp_path)
+    source = CheckpointSource(tmp_path)
     assert "lm_head.weight" not in source.names()
     model = filled(source)
     assert torch.equal(
@@ -135,7 +135,7 @@ def test_a_tied_output_layer_is_filled_from_the_embedding(tiny_model: Build, tmp
 
 def test_shards_equal_one_file(tiny_model: Build, tiny_checkpoint: Save, tmp_path: Path):
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="100KB")
-    sharded, single = Source(tmp_path), Source(tiny_checkpoint("llama"))
+    sharded, single = CheckpointSource(tmp_path), CheckpointSource(tiny_checkpoint("llama"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert sharded.names() == single.names()
     assert all(torch.equal(sharded.tensor(n), single.tensor(n)) for n in single.names())
@@ -148,7 +148,7 @@ def test_a_base_model_without_prefix_fills_a_causal_one(tiny_model: Build, tmp_p
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "a")
-    source = Source(edited(tmp_path / "a", tmp_path / "b", unprefix))
+    source = CheckpointSource(edited(tmp_path / "a", tmp_path / "b", unprefix))
     assert "layers.0.mlp.down_proj.weight" in source.names()
     assert not any(p.is_meta for p in filled(source).parameters())
     assert (
@@ -166,7 +166,7 @@ def test_a_base_model_without_prefix_fills_a_causal_one(tiny_model: Build, tmp_p
     "family", ["llama", "gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 )
 def test_names_of_model_and_checkpoint_map_one_to_one(family: str, tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint(family))
+    source = CheckpointSource(tiny_checkpoint(family))
     mine = [
         name
         for name in source.skeleton().state_dict()
@@ -177,14 +177,14 @@ def test_names_of_model_and_checkpoint_map_one_to_one(family: str, tiny_checkpoi
 
 
 def test_mixtral_keeps_the_names_of_the_hub(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("mixtral"))
+    source = CheckpointSource(tiny_checkpoint("mixtral"))
     name = source.checkpoint_name("model.layers.1.mlp.experts.3.w2.weight_scale")
     assert name == "model.layers.1.block_sparse_moe.experts.3.w2.weight_scale"
     assert source.module_name(name) == "model.layers.1.mlp.experts.3.w2.weight_scale"
 
 
 def test_rest_and_blocks_are_the_whole_checkpoint(tiny_checkpoint: Save):
-    source = Source(tiny_checkpoint("mixtral"))
+    source = CheckpointSource(tiny_checkpoint("mixtral"))
     rest = dict(source.rest())
     blocks = [
         source.checkpoint_name(f"{b}.{n}") for b, m in source.blocks() for n in m.state_dict()
@@ -196,18 +196,18 @@ def test_rest_and_blocks_are_the_whole_checkpoint(tiny_checkpoint: Save):
 def test_the_fingerprint_follows_headers_and_config_but_not_the_place(
     tiny_checkpoint: Save, tmp_path: Path
 ):
-    first = Source(tiny_checkpoint("llama"))
+    first = CheckpointSource(tiny_checkpoint("llama"))
     shutil.copytree(first.path, tmp_path / "copy")
-    assert Source(tmp_path / "copy").fingerprint == first.fingerprint
+    assert CheckpointSource(tmp_path / "copy").fingerprint == first.fingerprint
     other = edited(
         first.path,
         tmp_path / "half",
         lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}),
     )
-    assert Source(other).fingerprint != first.fingerprint
+    assert CheckpointSource(other).fingerprint != first.fingerprint
     config = tmp_path / "copy" / "config.json"
     config.write_text(config.read_text().replace('"use_cache": true', '"use_cache": false'))
-    assert Source(tmp_path / "copy").fingerprint != first.fingerprint
+    assert CheckpointSource(tmp_path / "copy").fingerprint != first.fingerprint
 
 
 def test_blocks_are_the_decoder_of_a_vision_language_model():
@@ -232,7 +232,7 @@ def test_blocks_are_the_decoder_of_a_vision_language_model():
 
 
 def test_a_model_in_memory_has_the_same_interface(tiny_model: Build, tiny_checkpoint: Save):
-    memory, disk = MemorySource(tiny_model("llama")), Source(tiny_checkpoint("llama"))
+    memory, disk = MemorySource(tiny_model("llama")), CheckpointSource(tiny_checkpoint("llama"))
     assert memory.names() == disk.names()
     assert all(torch.equal(memory.tensor(n), disk.tensor(n)) for n in disk.names())
     assert [n for n, _ in memory.blocks()] == [n for n, _ in disk.blocks()]
@@ -322,12 +322,12 @@ def test_unusable_directories_are_named_in_one_line(
 ):
     error, message = DAMAGES[kind]
     with pytest.raises(error, match=message) as caught:
-        filled(Source(damaged(kind, tiny_checkpoint("llama"), tmp_path / "model")))
+        filled(CheckpointSource(damaged(kind, tiny_checkpoint("llama"), tmp_path / "model")))
     assert "\n" not in str(caught.value)
 
 
 def test_a_quantized_model_is_refused_before_any_work(tiny_checkpoint: Save, tmp_path: Path):
-    source = Source(damaged("quantized", tiny_checkpoint("llama"), tmp_path / "model"))
+    source = CheckpointSource(damaged("quantized", tiny_checkpoint("llama"), tmp_path / "model"))
     source.skeleton()  # may be looked at
     with pytest.raises(ValueError, match=r"already quantized \(fp8\); start from the original"):
         source.blocks()
@@ -342,7 +342,7 @@ def test_a_name_that_is_neither_directory_nor_hub_model(monkeypatch: pytest.Monk
         FileNotFoundError,
         match=r"no directory nobody/nothing.*Hugging Face hub \(no route to the hub\)$",
     ):
-        Source("nobody/nothing")
+        CheckpointSource("nobody/nothing")
 
 
 def test_a_hub_name_is_looked_up_in_the_cache_first(
@@ -355,7 +355,7 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(
         return str(tiny_checkpoint("llama"))
 
     monkeypatch.setattr("ptq.model.structure.snapshot_download", snapshot)
-    assert Source("owner/model").path == tiny_checkpoint("llama")
+    assert CheckpointSource("owner/model").path == tiny_checkpoint("llama")
     assert asked == [("owner/model", True)]
 
 
@@ -371,7 +371,7 @@ def test_damaged_tensors_are_named(bad: str, tiny_checkpoint: Save, tmp_path: Pa
         else:
             tensors[name][3, 5] = float(bad)
 
-    source = Source(edited(tiny_checkpoint("llama"), tmp_path / "bad", damage))
+    source = CheckpointSource(edited(tiny_checkpoint("llama"), tmp_path / "bad", damage))
     first, second = source.blocks()
     source.fill(first[1], first[0], "cpu")
     with pytest.raises(ValueError, match=name) as caught:
@@ -383,7 +383,7 @@ def test_damaged_tensors_are_named(bad: str, tiny_checkpoint: Save, tmp_path: Pa
 
 def test_a_missing_expert_is_named(tiny_checkpoint: Save, tmp_path: Path):
     gone = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
-    source = Source(
+    source = CheckpointSource(
         edited(
             tiny_checkpoint("mixtral"), tmp_path / "bad", lambda tensors: tensors.__delitem__(gone)
         )
@@ -406,8 +406,8 @@ def test_experts_stored_fused_are_split_on_filling(
             tensors[f"{at}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
             tensors[f"{at}.down_proj"] = parts["down"]
 
-    plain = filled(Source(tiny_checkpoint("qwen3_moe"))).state_dict()
-    source = Source(edited(tiny_checkpoint("qwen3_moe"), tmp_path / "fused", fuse))
+    plain = filled(CheckpointSource(tiny_checkpoint("qwen3_moe"))).state_dict()
+    source = CheckpointSource(edited(tiny_checkpoint("qwen3_moe"), tmp_path / "fused", fuse))
     fused = filled(source).state_dict()
     assert plain.keys() == fused.keys()
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
@@ -431,7 +431,11 @@ def test_experts_stored_fused_are_split_on_filling(
 def test_what_is_kept_of_a_block_is_what_was_not_replaced(
     in_memory: bool, tiny_model: Build, tiny_checkpoint: Save
 ):
-    source = MemorySource(tiny_model("llama")) if in_memory else Source(tiny_checkpoint("llama"))
+    source = (
+        MemorySource(tiny_model("llama"))
+        if in_memory
+        else CheckpointSource(tiny_checkpoint("llama"))
+    )
     replaced = {"model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"}
     kept = dict(source.kept("model.layers.1", replaced))
     assert {f"model.layers.1.{n}" for n in source.blocks()[1][1].state_dict()} - replaced == set(
@@ -467,7 +471,7 @@ def test_experts_whose_checkpoint_is_transposed_are_filled(
         for name in [n for n in tensors if ".experts." in n]:
             tensors[name] = tensors[name].transpose(1, 2).contiguous()
 
-    source = Source(edited(tmp_path / "plain", tmp_path / "as on the hub", transpose))
+    source = CheckpointSource(edited(tmp_path / "plain", tmp_path / "as on the hub", transpose))
     assert source.tensor("model.language_model.layers.0.mlp.experts.down_proj").shape == (
         4,
         24,

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from ptq.calib.rare_experts import pool_key
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.expert_layouts import ExpertNames, Layout, fused_layout, unpack_mxfp4
 from ptq.model.experts import Experts, fused_experts, routed_everywhere, unfuse
 from ptq.model.memory_source import MemorySource
@@ -31,7 +31,9 @@ def test_outputs_are_those_of_the_fused_experts(
 ):
     with torch.no_grad():
         expected = tiny_model(family)(batches[0]).logits
-    source = Source(tiny_checkpoint(family)) if from_disk else MemorySource(tiny_model(family))
+    source = (
+        CheckpointSource(tiny_checkpoint(family)) if from_disk else MemorySource(tiny_model(family))
+    )
     model = source.skeleton()
     source.fill(model, "", "cpu")
     assert any(isinstance(m, Experts) for m in model.modules()) and not fused_experts(model)
@@ -52,7 +54,7 @@ def test_the_default_implementation_differs_by_rounding_only(
 
 @pytest.mark.parametrize("family", MOE)
 def test_names_are_those_of_checkpoints(family: str, tiny_checkpoint: Callable[[str], Path]):
-    source = Source(tiny_checkpoint(family))
+    source = CheckpointSource(tiny_checkpoint(family))
     experts = [n for n in source.skeleton().state_dict() if ".experts." in n]
     assert experts and all(source.checkpoint_name(n) in source.names() for n in experts)
     leaf = "w1" if family == "mixtral" else "gate_proj"

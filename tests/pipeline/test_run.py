@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from ptq.calib.walk import Watch, walk
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
-from ptq.model.source import Source
 from ptq.pipeline.blocks_on_disk import BlocksInMemory
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
@@ -50,7 +49,9 @@ def batches(path: Path, recipe: Recipe) -> list[Tensor]:
     ).batches
 
 
-def in_memory(source: Source, data: list[Tensor], recipe: Recipe, **options) -> Iterator[Progress]:
+def in_memory(
+    source: CheckpointSource, data: list[Tensor], recipe: Recipe, **options
+) -> Iterator[Progress]:
     return quantize(source, data, Plan.of(source, recipe), BlocksInMemory(), **options)
 
 

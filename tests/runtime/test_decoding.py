@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import StaticLayer
 
-from ptq.model.checkpoint_source import Source
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import Scales
@@ -50,7 +50,7 @@ def family(make_tiny_model: Callable[..., Path]) -> Callable[[str], nn.Module]:
 
     def load(name: str) -> nn.Module:
         kind, settings = FAMILIES[name]
-        source = Source(make_tiny_model(kind, **settings))
+        source = CheckpointSource(make_tiny_model(kind, **settings))
         model = source.skeleton()
         source.fill(model, "", "cpu")
         model.tie_weights()  # pyright: ignore[reportCallIssue]
