@@ -1,20 +1,141 @@
-"""Weight, Hessian and grid in; codes and scales out. Pure functions: nothing is modified, nothing
-is logged."""
+"""The algorithms that choose codes and scales, by name: a new one is a row of ``ALGORITHMS``.
+
+Rows of a weight are independent given the Hessian of their inputs (G25). So an algorithm is
+prepared once for all layers that read the same input, and then given rows, some at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
 
 from ptq.numerics.descent import coordinate_descent
 from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
 from ptq.numerics.gptq import gptq
 from ptq.numerics.rtn import rtn
+from ptq.numerics.scales import Grid
+from ptq.numerics.tensor import QuantizedTensor
 
-__all__ = [
-    "ALGORITHMS",
-    "Factor",
-    "IndefiniteHessian",
-    "coordinate_descent",
-    "damped",
-    "factorize",
-    "gptq",
-    "rtn",
-]
+MAX_DAMPING = 1.0
 
-ALGORITHMS = {"rtn": rtn, "gptq": gptq}
+Rows = Float[Tensor, "out in"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What all rows with one input have in common.
+
+    Attributes:
+        hessian: E[x xᵀ] (in, in) of that input, in the basis of the rows.
+        grid: what weights may be rounded to.
+        order, in_loop, weighted, damping: see :func:`ptq.numerics.gptq.gptq`; an algorithm that has
+            no use for one does not look at it.
+        descent: sweeps of coordinate descent on the codes afterwards.
+    """
+
+    hessian: Float[Tensor, "in in"]
+    grid: Grid
+    order: str = "group"
+    in_loop: str | None = None
+    weighted: bool = False
+    damping: float = 0.01
+    descent: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An algorithm that has seen the problem and waits for rows.
+
+    Attributes:
+        name: for reports; ``rtn`` is round to nearest and nothing else.
+        solve: (out, in) rows of any float dtype → their codes and scales; modifies nothing.
+        damping: share of the Hessian's mean diagonal that was really added to it; 0 for none.
+    """
+
+    name: str
+    solve: Callable[[Rows], QuantizedTensor]
+    damping: float = 0.0
+
+
+class Algorithm(Protocol):
+    """Makes of the problem what rows share.
+
+    Raises:
+        ValueError: a Hessian without activity or not finite, or options that exclude each other.
+    """
+
+    def __call__(self, problem: Problem) -> Prepared: ...
+
+
+def prepare_rtn(problem: Problem) -> Prepared:
+    """Round to nearest."""
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        return rtn(rows, problem.hessian, problem.grid, weighted=problem.weighted)
+
+    return Prepared(name="rtn", solve=solve)
+
+
+def prepare_gptq(problem: Problem) -> Prepared:
+    """GPTQ. The damping is raised tenfold until the Hessian has a factor (G13), up to 1."""
+    factor, damping = _factor(problem)
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        return gptq(
+            rows,
+            problem.hessian,
+            problem.grid,
+            order=problem.order,
+            in_loop=problem.in_loop,
+            weighted=problem.weighted,
+            factor=factor,
+        )
+
+    return Prepared(name="gptq", solve=solve, damping=damping)
+
+
+def _factor(problem: Problem) -> tuple[Factor, float]:
+    damping, group_size = problem.damping, problem.grid.format.group_size
+    while True:
+        try:
+            factor = factorize(problem.hessian, group_size, order=problem.order, damping=damping)
+            return factor, damping
+        except IndefiniteHessian:
+            if damping >= MAX_DAMPING:
+                raise
+            damping = min(10 * damping, MAX_DAMPING)
+
+
+ALGORITHMS: dict[str, Algorithm] = {"rtn": prepare_rtn, "gptq": prepare_gptq}
+
+
+def prepare(name: str, problem: Problem) -> Prepared:
+    """The algorithm of that name, with the refinement that the problem asks for.
+
+    Raises:
+        ValueError: an unknown name, or what the algorithm raises.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}; choose from {', '.join(ALGORITHMS)}")
+    prepared = ALGORITHMS[name](problem)
+    return _refined(prepared, problem) if problem.descent else prepared
+
+
+def _refined(prepared: Prepared, problem: Problem) -> Prepared:
+    hessian = damped(problem.hessian, prepared.damping or problem.damping).float()
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        return coordinate_descent(
+            rows,
+            problem.hessian,
+            prepared.solve(rows),
+            sweeps=problem.descent,
+            damped_hessian=hessian,
+        )
+
+    # refined codes are not those of round to nearest any more; GPTQ keeps its name, as in reports
+    # written before
+    name = "rtn+descent" if prepared.name == "rtn" else prepared.name
+    return replace(prepared, name=name, solve=solve)

@@ -64,21 +64,7 @@ def factorize(
     backwards = perm.flip(0)
     lower = _cholesky(h[backwards.unsqueeze(1), backwards])
     del h
-    return Factor(perm, _inverse(lower, torch.float32).flip(0, 1))
-
-
-def inverse_factor(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
-    """Upper triangular U with ``Uᵀ U = A⁻¹``: one Cholesky factorisation and one triangular
-    inverse.
-
-    With V the upper triangular factor of ``A = V Vᵀ`` (Cholesky of A with both axes reversed), ``U
-    = V⁻¹``. Half the work of the usual Cholesky, inverse, Cholesky, and the same U. In float64
-    because cond(A) may reach 1 + in/damping (G12).
-
-    Raises:
-        IndefiniteHessian: the matrix is not positive definite.
-    """
-    return _inverse(_cholesky(matrix.flip(0, 1)), torch.float64).flip(0, 1)
+    return Factor(perm, _inverse(lower).flip(0, 1))
 
 
 def _cholesky(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
@@ -93,13 +79,11 @@ def _cholesky(matrix: Float64[Tensor, "in in"]) -> Float64[Tensor, "in in"]:
     return matrix
 
 
-def _inverse(
-    lower: Float64[Tensor, "in in"], dtype: torch.dtype, block: int = 1024
-) -> Float[Tensor, "in in"]:
-    """``L⁻¹``, some columns at a time: what lies above the diagonal is neither computed nor held in
-    float64."""
+def _inverse(lower: Float64[Tensor, "in in"], block: int = 1024) -> Float32[Tensor, "in in"]:
+    """``L⁻¹`` rounded to float32, some columns at a time: what lies above the diagonal is neither
+    computed nor held in float64."""
     size = len(lower)
-    inverse = torch.zeros(size, size, dtype=dtype, device=lower.device)
+    inverse = torch.zeros(size, size, dtype=torch.float32, device=lower.device)
     for start in range(0, size, block):
         stop = min(start + block, size)
         columns = torch.zeros(size - start, stop - start, dtype=lower.dtype, device=lower.device)

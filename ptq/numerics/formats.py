@@ -153,6 +153,7 @@ class Format:
         power_of_two_global: restrict the global scale to powers of two, so that scale * global
             scale is exact in bf16; for NVINT4, whose only exact route into other engines is int4
             with bf16 scales. Costs at most 0.02 dB.
+        rotation: inputs to a block of the rotation that is best for it; None is the group size.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Format:
     group_size: int
     scale_dtype: torch.dtype
     power_of_two_global: bool = False
+    rotation: int | None = None
 
     @property
     def has_global_scale(self) -> bool:
@@ -171,6 +173,11 @@ class Format:
     def scale_name(self) -> str:
         """What kernels call the type of the scales: ``e4m3`` or ``e8m0``."""
         return "e4m3" if self.has_global_scale else "e8m0"
+
+    @property
+    def default_rotation(self) -> int:
+        """Inputs to a block of the Hadamard rotation that measured best, 1 for none."""
+        return self.group_size if self.rotation is None else self.rotation
 
     @property
     def packed(self) -> bool:
@@ -227,12 +234,12 @@ class Format:
 
 
 MXFP4 = Format("mxfp4", E2M1, 32, torch.float8_e8m0fnu)
-NVFP4 = Format("nvfp4", E2M1, 16, torch.float8_e4m3fn)
+NVFP4 = Format("nvfp4", E2M1, 16, torch.float8_e4m3fn, rotation=1)
 NVINT4 = Format("nvint4", INT4, 16, torch.float8_e4m3fn, power_of_two_global=True)
 MXINT4 = Format("mxint4", INT4, 32, torch.float8_e8m0fnu)
 MXINT6 = Format("mxint6", INT6, 32, torch.float8_e8m0fnu)
 MXFP6 = Format("mxfp6", E2M3, 32, torch.float8_e8m0fnu)
 MXINT8 = Format("mxint8", INT8, 32, torch.float8_e8m0fnu)
-MXFP8 = Format("mxfp8", E4M3, 32, torch.float8_e8m0fnu)
+MXFP8 = Format("mxfp8", E4M3, 32, torch.float8_e8m0fnu, rotation=1)
 
 FORMATS = {f.name: f for f in (MXFP4, NVFP4, NVINT4, MXINT4, MXINT6, MXFP6, MXINT8, MXFP8)}

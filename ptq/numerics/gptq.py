@@ -54,7 +54,7 @@ def gptq(
         factor: of this Hessian, order and damping, if it was made before: rows may come in slices.
 
     Raises:
-        IndefiniteHessian: see :func:`ptq.numerics.factor.inverse_factor`.
+        IndefiniteHessian: see :func:`ptq.numerics.factor.factorize`.
         ValueError: a Hessian without activity or not finite, an unknown option, or ``in_loop`` with
             an order that tears groups apart.
     """

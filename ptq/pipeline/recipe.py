@@ -247,18 +247,16 @@ def _defaults(format: str, scheme: str) -> dict[str, Any]:
     """The best known recipe (README states the measurements behind it)."""
     _choice("format", format, FORMATS)
     fmt = FORMATS[format]
-    rotation = {"mxfp4": 32, "nvfp4": 1, "mxfp8": 1}.get(format, fmt.group_size)
-    searched = fmt.element.bits < 8
-    chosen: dict[str, Any] = {
+    best: dict[str, Any] = {
         "format": format,
         "scheme": scheme,
         "algorithm": "gptq",
-        "rotation": rotation,
+        "rotation": fmt.default_rotation,
+        "balance": 0.5 if scheme == "w4a4" else 0.25,
     }
-    chosen["balance"] = 0.5 if scheme == "w4a4" else 0.25
-    if searched:
-        return {**chosen, "scales": "trial", "order": "group", "descent": 4, "damping": 0.05}
-    return {**chosen, "scales": "absmax", "order": "act"}
+    if fmt.element.bits < 8:
+        return {**best, "scales": "trial", "order": "group", "descent": 4, "damping": 0.05}
+    return {**best, "scales": "absmax", "order": "act"}
 
 
 def _choice(field: str, value: str, known: Iterable[str]) -> None:

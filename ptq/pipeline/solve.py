@@ -14,12 +14,9 @@ from torch import Tensor
 
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.numerics.activations import quantize_inputs
-from ptq.numerics.descent import coordinate_descent
+from ptq.numerics.algorithms import Prepared, Problem, prepare, prepare_rtn
 from ptq.numerics.errors import quadratic_form, relative
-from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
-from ptq.numerics.gptq import gptq
 from ptq.numerics.rotation import Rotation
-from ptq.numerics.rtn import rtn
 from ptq.numerics.scales import Grid, alternate
 from ptq.numerics.tensor import QuantizedTensor, Scales
 from ptq.pipeline.recipe import Recipe
@@ -30,7 +27,6 @@ IN_LOOP_MARGIN = 1.5
 # A static global scale of activations leaves room for tokens larger than any seen in calibration
 # (G32).
 INPUT_MARGIN = 2.0
-MAX_DAMPING = 1.0
 # Elements of a weight that are solved at a time: 64 MB in float32, of which about ten copies exist.
 PART_ELEMENTS = 1 << 24
 
@@ -119,11 +115,11 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     recipe, fmt, rotation = job.recipe, job.recipe.fmt, Rotation(size)
     hessian = rotation.rotate_hessian(job.hessian)
     grid = _grid(job, rotation, hessian)
-    solver = _Solver(recipe, grid, hessian)
+    solvers = _Solvers.of(recipe, grid, hessian)
     measured = [hessian.float()] + (
         [] if job.holdout is None else [rotation.rotate_hessian(job.holdout).float()]
     )
-    layers = [_layer(layer, rotation, solver, measured) for layer in job.weights]
+    layers = [_layer(layer, rotation, solvers, measured) for layer in job.weights]
 
     input_scale, input_error = None, 0.0
     if recipe.quantize_inputs:
@@ -142,7 +138,7 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
             format=fmt.name,
             rotation=size,
             algorithm=layer.algorithm,
-            damping=solver.damping,
+            damping=solvers.chosen.damping,
             error=layer.errors[0],
             held_out_error=layer.errors[1] if len(layer.errors) > 1 else None,
             rtn_error=layer.rtn_error,
@@ -182,55 +178,30 @@ def _parts(layer: Tensor, rotation: Rotation) -> Iterator[Tensor]:
         yield rotation.exact(layer[start : start + step]).float()
 
 
-class _Solver:
-    """The algorithm of a recipe for rows with one Hessian; what rows share is made once.
+@dataclass(frozen=True)
+class _Solvers:
+    """The algorithm of a recipe, and round to nearest, which it has to beat."""
 
-    The damping is raised tenfold until the Hessian has a factor (G13), logged, and reported as
-    ``damping``.
-    """
+    chosen: Prepared
+    nearest: Prepared
 
-    def __init__(self, recipe: Recipe, grid: Grid, hessian: Tensor) -> None:
-        self.recipe, self.grid, self.hessian, self.damping = recipe, grid, hessian, 0.0
-        self.factor = self._factorize() if recipe.algorithm == "gptq" else None
-        self.damped = None
-        if recipe.descent:
-            self.damped = damped(hessian, self.damping or recipe.damping).float()
+    @classmethod
+    def of(cls, recipe: Recipe, grid: Grid, hessian: Tensor) -> "_Solvers":
+        problem = Problem(
+            hessian=hessian,
+            grid=grid,
+            order=recipe.order,
+            in_loop=recipe.in_loop,
+            weighted=recipe.weighted,
+            damping=recipe.damping,
+            descent=recipe.descent,
+        )
+        return cls(prepare(recipe.algorithm, problem), prepare_rtn(problem))
 
-    def _factorize(self) -> Factor:
-        self.damping = self.recipe.damping
-        while True:
-            try:
-                return factorize(
-                    self.hessian,
-                    self.grid.format.group_size,
-                    order=self.recipe.order,
-                    damping=self.damping,
-                )
-            except IndefiniteHessian:
-                if self.damping >= MAX_DAMPING:
-                    raise
-                self.damping = min(10 * self.damping, MAX_DAMPING)
-
-    def nearest(self, weight: Tensor) -> QuantizedTensor:
-        return rtn(weight, self.hessian, self.grid, weighted=self.recipe.weighted)
-
-    def solve(self, weight: Tensor) -> QuantizedTensor | None:
-        """None when the recipe asks for round to nearest and nothing else."""
-        quantized, recipe = None, self.recipe
-        if self.factor is not None:
-            quantized = gptq(
-                weight, self.hessian, self.grid, in_loop=recipe.in_loop, weighted=recipe.weighted, factor=self.factor,
-                order=recipe.order,
-            )  # fmt: skip
-        if self.damped is not None:
-            quantized = coordinate_descent(
-                weight,
-                self.hessian,
-                quantized or self.nearest(weight),
-                sweeps=recipe.descent,
-                damped_hessian=self.damped,
-            )
-        return quantized
+    @property
+    def alike(self) -> bool:
+        """Whether the recipe asks for round to nearest and nothing else."""
+        return self.chosen.name == self.nearest.name
 
 
 @dataclass(frozen=True)
@@ -244,28 +215,28 @@ class _Layer:
     rtn_error: float
 
 
-def _layer(layer: Tensor, rotation: Rotation, solver: _Solver, hessians: list[Tensor]) -> _Layer:
+def _layer(layer: Tensor, rotation: Rotation, solvers: _Solvers, hessians: list[Tensor]) -> _Layer:
     """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens
     (G23)."""
     nearest, solved = [], []
     signal, rounded, result = (torch.zeros(len(hessians), dtype=torch.float64) for _ in range(3))
     for part in _parts(layer, rotation):
-        nearest.append(solver.nearest(part))
-        solved.append(solver.solve(part) or nearest[-1])
+        nearest.append(solvers.nearest.solve(part))
+        solved.append(nearest[-1] if solvers.alike else solvers.chosen.solve(part))
         signal += _forms(part, hessians)
         result += _forms(part - solved[-1].dequantize(), hessians)
-        if solved[-1] is nearest[-1]:
+        if solvers.alike:
             rounded = result
         else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
             rounded[0] += _forms(part - nearest[-1].dequantize(), hessians[:1])[0]
     keep = bool(result[0] < rounded[0])
-    if not keep and rounded is not result:
+    if not keep and not solvers.alike:
         parts = zip(_parts(layer, rotation), nearest, strict=True)
         rounded[1:] = sum(_forms(part - q.dequantize(), hessians[1:]) for part, q in parts)
     errors = relative(result if keep else rounded, signal).tolist()
-    weight = _joined(solved if keep else nearest)
     rtn_error = relative(rounded, signal).tolist()[0]
-    return _Layer(weight, solver.recipe.algorithm if keep else "rtn", errors, rtn_error)
+    kept = solvers.chosen if keep else solvers.nearest
+    return _Layer(_joined(solved if keep else nearest), kept.name, errors, rtn_error)
 
 
 def _forms(delta: Tensor, hessians: list[Tensor]) -> Tensor:

@@ -6,6 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq.numerics.algorithms import (
+    ALGORITHMS,
+    Prepared,
+    Problem,
+    prepare_gptq,
+    prepare_rtn,
+)
 from ptq.numerics.errors import output_error
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.recipe import Recipe
@@ -42,15 +49,15 @@ def test_reports_are_the_errors_of_what_is_returned(fmt: str, rotation: int) -> 
     given = job(Recipe.default(fmt, rotation=rotation))
     for index, result in enumerate(solve(given)):
         approximation = Rotation(rotation).rotate(result.weight.dequantize())  # R undoes itself
-        assert result.report["error"] == pytest.approx(
+        assert result.report.error == pytest.approx(
             error_of(given, index, approximation, given.hessian), rel=1e-4
         )
         assert given.holdout is not None
-        assert result.report["held_out_error"] == pytest.approx(
+        assert result.report.held_out_error == pytest.approx(
             error_of(given, index, approximation, given.holdout), rel=1e-4
         )
-        assert result.report["error"] < result.report["rtn_error"]
-        assert 0.5 < result.report["held_out_error"] / result.report["error"] < 2
+        assert result.report.error < result.report.rtn_error
+        assert 0.5 < result.report.held_out_error / result.report.error < 2
 
 
 def test_layers_of_a_group_share_global_scale_and_rotation() -> None:
@@ -77,8 +84,8 @@ def test_auto_takes_the_rotation_of_least_held_out_loss(fmt: str, outliers: bool
 
     def loss(results) -> float:
         return (
-            sum(r.report["held_out_error"] for r in results) / len(results)
-            + results[0].report["input_error"]
+            sum(r.report.held_out_error for r in results) / len(results)
+            + results[0].report.input_error
         )
 
     fixed = {
@@ -94,7 +101,7 @@ def test_damping_escalates_and_is_reported() -> None:
     shift = 0.05 * given.hessian.diagonal().mean()
     indefinite = given.hessian - shift * torch.eye(128, dtype=torch.float64)
     results = solve(replace(given, hessian=indefinite, holdout=None))
-    assert results[0].report["damping"] == pytest.approx(0.1)
+    assert results[0].report.damping == pytest.approx(0.1)
     hopeless = given.hessian - 3 * given.hessian.diagonal().mean() * torch.eye(
         128, dtype=torch.float64
     )
@@ -122,8 +129,8 @@ def test_a_result_worse_than_rounding_to_nearest_is_not_kept() -> None:
         1.0  # one live input: its column alone matters, and RTN rounds it as well as anything can
     )
     for result in solve(replace(given, hessian=exact, holdout=None)):
-        assert result.report["error"] <= result.report["rtn_error"]
-        assert result.report["algorithm"] == "rtn"
+        assert result.report.error <= result.report.rtn_error
+        assert result.report.algorithm == "rtn"
 
 
 def test_static_input_scales_leave_room() -> None:
@@ -140,5 +147,35 @@ def test_static_input_scales_leave_room() -> None:
 
 def test_rtn_is_the_same_pipeline() -> None:
     for result in solve(job(Recipe.default("nvfp4", algorithm="rtn"))):
-        assert result.report["error"] == result.report["rtn_error"]
-        assert result.report["damping"] == 0
+        assert result.report.error == result.report.rtn_error
+        assert result.report.damping == 0
+
+
+def test_a_new_row_of_the_table_is_really_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table was once a list of names: a new one was accepted, and GPTQ or nothing was run."""
+    problems: list[Problem] = []
+
+    def toward_zero(problem: Problem) -> Prepared:
+        problems.append(problem)
+        return Prepared(name="toward_zero", solve=lambda rows: prepare_rtn(problem).solve(rows * 0))
+
+    monkeypatch.setitem(ALGORITHMS, "toward_zero", toward_zero)
+    results = solve(job(Recipe(format="nvfp4", algorithm="toward_zero", scales="mse")))
+    assert len(problems) == 1  # once for all layers of the group
+    for result in results:  # worse than rounding to nearest, and therefore not kept
+        assert result.report.algorithm == "rtn" and result.report.error == result.report.rtn_error
+
+    def better(problem: Problem) -> Prepared:
+        return replace(prepare_gptq(problem), name="better")
+
+    monkeypatch.setitem(ALGORITHMS, "toward_zero", better)
+    results = solve(job(Recipe(format="nvfp4", algorithm="toward_zero", scales="mse")))
+    assert {result.report.algorithm for result in results} == {"better"}
+
+
+def test_refined_rounding_is_not_called_rounding_to_nearest() -> None:
+    plain = solve(job(Recipe(format="nvfp4", algorithm="rtn")))
+    refined = solve(job(Recipe(format="nvfp4", algorithm="rtn", descent=4)))
+    for before, after in zip(plain, refined, strict=True):
+        assert (before.report.algorithm, after.report.algorithm) == ("rtn", "rtn+descent")
+        assert after.report.error < before.report.error == after.report.rtn_error
