@@ -38,6 +38,7 @@ class Blueprint:
     config: PretrainedConfig
     model: PreTrainedModel
     block_names: tuple[str, ...]
+    names: NameMap
     foreign_reason: str | None
 
     @classmethod
@@ -61,8 +62,17 @@ class Blueprint:
             config=config,
             model=model.eval(),
             block_names=tuple(find_blocks(model)),
+            names=names,
             foreign_reason=CONV1D if transposed else STACKED if stacked else None,
         )
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model."""
+        return self.model
+
+    def checkpoint_name(self, name: str) -> str:
+        """What checkpoints of this model call one of its tensors."""
+        return self.names.stored_name(name)
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The decoder's blocks in order, with their full names."""

@@ -159,6 +159,13 @@ class NameMap:
             return rename_source_key(name, [], [], self._prefix, self._state)
         return renamed, pattern
 
+    def stored_name(self, name: str) -> str:
+        """What checkpoints of this model call a parameter of the model or of split experts, by
+        renaming alone."""
+        renamings = [r.reverse_transform() for r in self._renamings]
+        renamed, _ = rename_source_key(name, renamings, [])
+        return renamed
+
     def candidates(self, name: str) -> tuple[str, ...]:
         """What the model may call a tensor of a checkpoint, also one that only quantized layers
         have."""

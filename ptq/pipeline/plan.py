@@ -27,6 +27,10 @@ class Described(Protocol):
     @property
     def config(self) -> PretrainedConfig: ...
 
+    def skeleton(self) -> nn.Module: ...
+
+    def checkpoint_name(self, name: str) -> str: ...
+
     def blocks(self) -> list[tuple[str, nn.Module]]: ...
 
     def head(self) -> tuple[str, nn.Module]: ...
@@ -103,7 +107,7 @@ class Plan:
         head = source.head() if recipe.lm_head else None
         limit = positions(source.config)
         return cls(
-            layers=_layers(blocks, head, recipe),
+            layers=_layers(source, blocks, head, recipe),
             recipe=recipe,
             head=head[0] if head else None,
             seq_len=min(recipe.seq_len, limit or recipe.seq_len),
@@ -146,7 +150,10 @@ def _feed(layers: Mapping[str, LayerPlan], name: str, x: Tensor) -> Tensor:
 
 
 def _layers(
-    blocks: list[tuple[str, nn.Module]], head: tuple[str, nn.Module] | None, recipe: Recipe
+    source: Described,
+    blocks: list[tuple[str, nn.Module]],
+    head: tuple[str, nn.Module] | None,
+    recipe: Recipe,
 ) -> dict[str, LayerPlan]:
     linears = {
         f"{name}.{inner}": module
@@ -162,16 +169,22 @@ def _layers(
     }
     if head is not None and isinstance(head[1], nn.Linear):
         linears[head[0]] = head[1]
-    check_patterns([*recipe.ignore, *(pattern for pattern, _ in recipe.rules)], linears)
+    # patterns may use the names of the model or those of its checkpoints (block_sparse_moe)
+    aliases = {name: _aliases(source, name) for name in linears}
+    modules = [n for name, _ in source.skeleton().named_modules() for n in _aliases(source, name)]
+    check_patterns(recipe.ignore, modules, "module")
+    by_rule = [pattern for pattern, _ in recipe.rules]
+    check_patterns(by_rule, [n for names in aliases.values() for n in names], "linear layer")
     for_routers = [
         pattern
-        for pattern, _ in recipe.rules
-        if all(name in routers for name in linears if matches(pattern, name))
+        for pattern in by_rule
+        if all(name in routers for name in linears if matches(pattern, *aliases[name]))
     ]
     layers: dict[str, LayerPlan] = {}
     for name, linear in linears.items():
-        layer_recipe = recipe.for_module(name)
-        spared = name in routers and not any(matches(pattern, name) for pattern in for_routers)
+        layer_recipe = recipe.for_module(*aliases[name])
+        asked = any(matches(pattern, *aliases[name]) for pattern in for_routers)
+        spared = name in routers and not asked
         if layer_recipe is not None and not spared:
             layers[name] = LayerPlan(
                 name=name,
@@ -186,6 +199,12 @@ def _layers(
             "the recipe ignores every linear layer of the model; nothing would be quantized"
         )
     return layers
+
+
+def _aliases(source: Described, module: str) -> tuple[str, ...]:
+    """The name of a module in the model and, if that is another one, in its checkpoints."""
+    stored = source.checkpoint_name(f"{module}.weight").removesuffix(".weight")
+    return (module,) if stored == module else (module, stored)
 
 
 def _refuse_ragged(layers: Mapping[str, LayerPlan]) -> None:

@@ -28,28 +28,27 @@ PER_MODULE = (
 )  # fmt: skip
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a module: ``re:`` and a regular expression matched from the start,
-    a shell-style wildcard pattern, or a name; a pattern without wildcard also selects by the last
-    parts of the name (``down_proj``, ``mlp.gate``)."""
+def matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern selects a module that has these names: ``re:`` and a regular expression
+    matched from the start, a shell-style wildcard pattern, or a name; a pattern without wildcard
+    also selects by the last parts of the name (``down_proj``, ``mlp.gate``)."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+        return any(re.match(pattern[3:], name) for name in names)
+    tail = f"*.{pattern}"
+    return any(fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, tail) for n in names)
 
 
-def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Raise ValueError for a pattern that selects none of ``names``, with the names that look like
-    it."""
+def check_patterns(patterns: Iterable[str], names: Iterable[str], what: str) -> None:
+    """Raise ValueError for a pattern that selects none of ``names``, with those that look like it;
+    ``what`` they are names of."""
     names = list(names)
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if not matches(pattern, *names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
-            near = (
-                difflib.get_close_matches(pattern, [*leaves, *names], n=4, cutoff=0.4) or leaves[:8]
-            )
+            near = difflib.get_close_matches(pattern, [*leaves, *names], n=4, cutoff=0.4)
             raise ValueError(
-                f"pattern {pattern!r} matches no linear layer of the model; near names: "
-                f"{', '.join(near)}"
+                f"pattern {pattern!r} matches no {what} of the model; near names: "
+                f"{', '.join(near or leaves[:8])}"
             )
 
 
@@ -168,12 +167,13 @@ class Recipe:
             return [int(self.rotation)]
         return [size for size in (1, self.fmt.group_size, 128) if features % size == 0]
 
-    def for_module(self, name: str) -> "Recipe | None":
-        """The recipe of one module, or None if it stays as it is."""
-        if any(matches(pattern, name) for pattern in self.ignore):
+    def for_module(self, *names: str) -> "Recipe | None":
+        """The recipe of the module that has these names (one in the model, perhaps another in its
+        checkpoints), or None if it stays as it is."""
+        if any(matches(pattern, *names) for pattern in self.ignore):
             return None
         for pattern, change in self.rules:
-            if matches(pattern, name):
+            if matches(pattern, *names):
                 return self._apply(pattern, change)
         return self
 

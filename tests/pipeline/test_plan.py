@@ -33,9 +33,9 @@ def test_the_recipe_of_a_layer_is_resolved_once_in_a_run(
     asked: list[str] = []
     original = Recipe.for_module
 
-    def count(recipe: Recipe, name: str) -> Recipe | None:
-        asked.append(name)
-        return original(recipe, name)
+    def count(recipe: Recipe, *names: str) -> Recipe | None:
+        asked.append(names[0])
+        return original(recipe, *names)
 
     monkeypatch.setattr(Recipe, "for_module", count)
     recipe = quick("mxfp4", scheme="w4a4", rules=(("o_proj", "nvfp4"), ("k_proj", "skip")))
@@ -83,7 +83,7 @@ def test_a_quantized_head_is_planned_and_foreign(tiny_llama: Path, quick) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ignore": ("donw_proj",)}, r"'donw_proj' matches no linear layer .* down_proj"),
+        ({"ignore": ("donw_proj",)}, r"'donw_proj' matches no module .* down_proj"),
         ({"ignore": ("*",)}, "ignores every linear layer"),
         (
             {"rotation": 128},
@@ -109,3 +109,43 @@ def test_ragged_groups_name_the_layers_and_the_remedy(make_tiny_model: Make, qui
         Plan.of(source, quick())
     plan = Plan.of(source, quick(ignore=("down_proj",)))
     assert not any("down_proj" in name for name in plan.layers)
+
+
+# As they stand in recipes that are published for other quantizers.
+PUBLISHED = (
+    "lm_head",
+    "re:.*lm_head",
+    "re:.*mlp.gate$",
+    "re:.*block_sparse_moe.gate",
+    "model.layers.0.block_sparse_moe.gate",
+    "re:.*input_layernorm",
+    "model.embed_tokens",
+)
+
+
+@pytest.mark.parametrize("from_weights", [True, False])
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_published_patterns_that_select_what_stays_anyway_are_fine(
+    make_tiny_model: Make, quick, from_weights: bool, pattern: str
+) -> None:
+    model = make_tiny_model("mixtral")
+    source = CheckpointSource(model) if from_weights else Blueprint.of(model)
+    assert len(Plan.of(source, quick(ignore=(pattern,))).layers) == 2 * (4 + 3 * 4)
+
+
+@pytest.mark.parametrize("from_weights", [True, False])
+def test_patterns_may_use_the_names_of_the_checkpoint(
+    make_tiny_model: Make, quick, from_weights: bool
+) -> None:
+    model = make_tiny_model("mixtral")
+    source = CheckpointSource(model) if from_weights else Blueprint.of(model)
+    plan = Plan.of(source, quick(ignore=("re:.*block_sparse_moe.experts.0.*",)))
+    assert len(plan.layers) == 2 * (4 + 3 * 3)
+    rules = (("re:.*block_sparse_moe.*w2", "mxfp8"),)
+    plan = Plan.of(source, quick(rules=rules))
+    assert sum(layer.recipe.format == "mxfp8" for layer in plan.layers.values()) == 2 * 4
+
+
+def test_a_rule_for_what_is_no_linear_layer_is_a_mistake(tiny_llama: Path, quick) -> None:
+    with pytest.raises(ValueError, match="'input_layernorm' matches no linear layer"):
+        Plan.of(CheckpointSource(tiny_llama), quick(rules=(("input_layernorm", "mxfp8"),)))

@@ -84,11 +84,11 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]
-    check_patterns(["down_proj"], names)
+    check_patterns(["down_proj"], names, "linear layer")
     with pytest.raises(
         ValueError, match=r"'donw_proj' matches no linear layer of the model; near names: down_proj"
     ):
-        check_patterns(["donw_proj"], names)
+        check_patterns(["donw_proj"], names, "linear layer")
 
 
 def test_rotations_of_a_layer() -> None:
