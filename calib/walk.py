@@ -37,8 +37,8 @@ class Watch:
         layers: full names of the Linears to watch; None for all of them.
         probes: functions by a number that must divide a layer's features for ``max |probe(x)|`` to
             be recorded, as ``amax`` under that number.
-        feed: ``feed(layer, x)``, what a watched layer gets instead of ``x`` (*s, in) while its block
-            is observed; statistics are those of ``x``. None changes nothing.
+        feed: ``feed(layer, x)``, what a watched layer gets instead of ``x`` (*s, in) while its
+            block is observed; statistics are those of ``x``. None changes nothing.
         route_all: statistics of experts are those of all tokens, not only of those that the router
             sends to them.
         head: the output head follows as a last block of one layer, which reads what the model makes
@@ -138,8 +138,8 @@ def walk(
             hidden), for every batch. Without it, and without a head, the last block is not run
             again.
         prepare: may change a block before it is observed; it gets the block with statistics of its
-            first ``PREPARE`` tokens, and a function that gives the hidden states that it returns for
-            ``TRIAL`` tokens. The output head is not prepared.
+            first ``PREPARE`` tokens, and a function that gives the hidden states that it returns
+            for ``TRIAL`` tokens. The output head is not prepared.
 
     Raises:
         ValueError: unusable batches, NaN or infinity in activations (naming the layer), and

@@ -97,7 +97,8 @@ class BlocksOnDisk:
         self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed)
 
     def reinstall(self, block: CalibratedBlock) -> None:
-        """Its quantized layers, and the values of norms, biases and routers that balancing changed."""
+        """Its quantized layers, and the values of norms, biases and routers that balancing
+        changed."""
         infos = self.writer.layers(block.name)
         tensors = from_disk(self.writer.read(block.name), infos)
         self._restore(block, tensors)

@@ -10,7 +10,8 @@ from ptq.pipeline.solve import INPUT_MARGIN
 
 
 def emulated(x: Tensor, recipe: Recipe) -> Tensor:
-    """``x`` (*s, in) rotated, quantized as ``recipe`` says, and rotated back; in the dtype of ``x``.
+    """``x`` (*s, in) rotated, quantized as ``recipe`` says, and rotated back; in the dtype of
+    ``x``.
 
     The global scale is not known yet: every sequence takes its own, with the margin of a static
     one (G33). A rotation that is still to be chosen counts as the format's default.

@@ -23,9 +23,20 @@ SCHEMES = ("w4a16", "w4a4")
 IN_LOOP = {"in_loop_mse": "mse", "trial": "trial"}
 # Fields that a rule for single modules may replace.
 PER_MODULE = (
-    "format", "scheme", "algorithm", "rotation", "scales", "weighted", "order", "damping", "descent", "global_scale",
-    "input_scale", "input_rule", "balance",
-)  # fmt: skip
+    "format",
+    "scheme",
+    "algorithm",
+    "rotation",
+    "scales",
+    "weighted",
+    "order",
+    "damping",
+    "descent",
+    "global_scale",
+    "input_scale",
+    "input_rule",
+    "balance",
+)
 
 
 def matches(pattern: str, *names: str) -> bool:

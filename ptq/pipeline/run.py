@@ -67,7 +67,8 @@ def quantize(
     held: Sequence[Tensor | None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Progress]:
-    """Quantize the blocks of ``source`` one after the other, keeping each as soon as it is finished.
+    """Quantize the blocks of ``source`` one after the other, keeping each as soon as it is
+    finished.
 
     Args:
         batches: token ids, each (sequences, length).
@@ -306,7 +307,8 @@ def _owned(writer: CheckpointWriter) -> Iterator[None]:
 
 
 def _config(source: Source) -> dict[str, object]:
-    """config.json as it is beside the weights; of a model in memory as transformers would write it."""
+    """config.json as it is beside the weights; of a model in memory as transformers would write
+    it."""
     if isinstance(source, MemorySource):
         return source.config.to_dict()
     return json.loads((source.path / "config.json").read_text(encoding="utf-8"))

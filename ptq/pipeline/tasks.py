@@ -60,7 +60,8 @@ def reduce(block: CalibratedBlock) -> None:
 
 
 def tasks(block: CalibratedBlock, plan: Plan) -> list[Task]:
-    """The layers of every input group, split where their recipes differ. Reduces the block first."""
+    """The layers of every input group, split where their recipes differ. Reduces the block
+    first."""
     reduce(block)
     result = []
     for group in block.groups:

@@ -111,9 +111,11 @@ def test_hessians_are_the_second_moments_of_what_layers_read(
 def test_layers_that_read_the_same_share_one_hessian(tiny_checkpoint: Save, batches: Batches):
     for block in run(CheckpointSource(tiny_checkpoint("llama")), batches):
         assert [list(g.layers) for g in block.groups] == [
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-            ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"],
-        ]  # fmt: skip
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ]
         assert len({id(g.hessian) for g in block.groups}) == 4
         assert all(
             layer is block.module.get_submodule(n)
@@ -517,11 +519,20 @@ def test_the_decoder_of_a_vision_language_model_is_walked(tmp_path: Path, batche
 
 def test_what_blocks_share_through_a_dictionary_follows_the_walk(batches: Batches):
     config = transformers.Gemma4TextConfig(
-        vocab_size=128, vocab_size_per_layer_input=128, hidden_size=32, hidden_size_per_layer_input=8, head_dim=8,
-        intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8, num_kv_shared_layers=2,
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        head_dim=8,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        num_kv_shared_layers=2,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     model, finals = transformers.Gemma4ForCausalLM(config).eval(), []
     finish(run(MemorySource(model), batches, finished=lambda _, x: finals.append(x)))
     expected = seen_by(model, "model.layers.3", batches, outputs=True)  # reads the keys of layer 1

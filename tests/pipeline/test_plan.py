@@ -1,4 +1,5 @@
-"""The plan of a run: which layers, with which recipe, and what is refused before any weight is read."""
+"""The plan of a run: which layers, with which recipe, and what is refused before any weight is
+read."""
 
 import json
 from collections.abc import Callable

@@ -25,10 +25,28 @@ def model(make_tiny_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def command(model: Path, tiny_text: Path) -> list[str]:
     return [
-        sys.executable, "-m", "ptq", "quantize", "--model", str(model), "--format", "mxfp4", "--scheme", "w4a4",
-        "--calibration", str(tiny_text), "--samples", "16", "--seq-len", "64", "--batch-size", "4", "--device", "cpu",
+        sys.executable,
+        "-m",
+        "ptq",
+        "quantize",
+        "--model",
+        str(model),
+        "--format",
+        "mxfp4",
+        "--scheme",
+        "w4a4",
+        "--calibration",
+        str(tiny_text),
+        "--samples",
+        "16",
+        "--seq-len",
+        "64",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
         "--quiet",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
