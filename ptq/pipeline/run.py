@@ -38,6 +38,8 @@ from ptq.text.windows import Calibration, load_calibration, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+LOST = 0.5  # of a layer's output: no format is that coarse by itself
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -163,6 +165,13 @@ def tell(block: CalibratedBlock, reports: Sequence[LayerReport], plan: Plan) -> 
             else:
                 reason = f"{recipe.algorithm.upper()} did not beat round to nearest, which was kept"
             logger.warning("%s: %s", report.name, reason)
+        if report.error > LOST:
+            logger.warning(
+                "%s: %.0f %% of its output is lost: it is so much smaller than layers that engines "
+                "fuse it with that one global scale cannot serve both; leave it out with --ignore",
+                report.name,
+                100 * min(report.error, 1),
+            )
     if rare := [report.tokens for report in reports if report.topped_up]:
         logger.warning(
             "%s: %d expert layers saw fewer tokens than they have inputs (the least %d) and "

@@ -6,12 +6,13 @@ once, and rows are solved some at a time.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.dialect_choice import fused_groups
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.algorithms import Prepared, Problem, prepare, prepare_rtn
@@ -27,6 +28,8 @@ IN_LOOP_MARGIN = 1.5
 # A static global scale of activations leaves room for tokens larger than any seen in calibration
 # (G32).
 INPUT_MARGIN = 2.0
+# Layers smaller than this part of their siblings get a global scale of their own.
+APART = 64
 # Elements of a weight that are solved at a time: 64 MB in float32, of which about ten copies exist.
 PART_ELEMENTS = 1 << 24
 
@@ -95,10 +98,42 @@ def solve(job: Job) -> list[Solved]:
                 )
         if job.tokens and not job.hessian.any():
             job = replace(job, recipe=_nearest(job.recipe))
-        sizes = job.recipe.rotations(job.weights[0].shape[1])
-        attempts = [_attempt(job, size) for size in sizes]
+        solved = [result for part in _by_size(job) for result in _best(part)]
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from error
+    order = {name: index for index, name in enumerate(job.names)}
+    return sorted(solved, key=lambda result: order[result.name])
+
+
+def _by_size(job: Job) -> list[Job]:
+    """The job in parts that can share a global scale.
+
+    Layers that an engine fuses have to. Others may be so small beside those that read the same
+    input that the scales of their groups would be subnormal, or the smallest there is: below 1/64
+    of the largest they get a global scale of their own (E4M3 has a normal range of 2^14.8).
+    """
+    if len(job.names) == 1 or not job.recipe.fmt.has_global_scale:
+        return [job]
+    fused = fused_groups(job.names)
+    together = {name for names in fused for name in names}
+    families = [*fused, *([name] for name in job.names if name not in together)]
+    largest = dict(zip(job.names, (float(w.abs().amax()) for w in job.weights), strict=True))
+    limit = max(largest.values()) / APART
+    small = [family for family in families if 0 < max(largest[name] for name in family) < limit]
+    alone = {name for family in small for name in family}
+    rest = [name for name in job.names if name not in alone]
+    return [_part(job, names) for names in ([rest] if rest else []) + small]
+
+
+def _part(job: Job, names: Sequence[str]) -> Job:
+    weights = dict(zip(job.names, job.weights, strict=True))
+    return replace(job, names=tuple(names), weights=tuple(weights[name] for name in names))
+
+
+def _best(job: Job) -> list[Solved]:
+    """The results with the rotation of least measured loss."""
+    sizes = job.recipe.rotations(job.weights[0].shape[1])
+    attempts = [_attempt(job, size) for size in sizes]
     return min(attempts, key=lambda attempt: attempt[0])[1]
 
 

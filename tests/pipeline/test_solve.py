@@ -179,3 +179,28 @@ def test_refined_rounding_is_not_called_rounding_to_nearest() -> None:
     for before, after in zip(plain, refined, strict=True):
         assert (before.report.algorithm, after.report.algorithm) == ("rtn", "rtn+descent")
         assert after.report.error < before.report.error == after.report.rtn_error
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "nvint4", "mxfp4"])
+def test_a_tiny_layer_does_not_drown_beside_its_siblings(fmt: str) -> None:
+    """One global scale for a layer and one 1e-8 of its size left nothing of the latter."""
+    whole = job(Recipe.default(fmt, rotation=1))
+    tiny = replace(
+        whole,
+        names=("m.q_proj", "m.router_like"),
+        weights=(whole.weights[0], whole.weights[1] * 1e-8),
+    )
+    large, small = solve(tiny)
+    assert (large.name, small.name) == tiny.names
+    assert small.report.error == pytest.approx(solve(whole)[1].report.error, rel=0.2)
+
+
+def test_layers_that_engines_fuse_share_a_global_scale_whatever_their_size() -> None:
+    whole = job(Recipe.default("nvfp4"))
+    fused = replace(
+        whole,
+        names=("m.gate_proj", "m.up_proj"),
+        weights=(whole.weights[0], whole.weights[1] * 1e-3),
+    )
+    gate, up = solve(fused)
+    assert torch.equal(gate.weight.scales.global_scale, up.weight.scales.global_scale)
