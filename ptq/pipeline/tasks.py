@@ -1,5 +1,6 @@
 """What is to be solved in a block: one task per input group and recipe, on one of the ranks."""
 
+import logging
 from dataclasses import dataclass
 
 from ptq.calib.observer import InputGroup
@@ -9,6 +10,9 @@ from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import together, world
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Job, Solved, solve
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,26 @@ def reduce(block: CalibratedBlock) -> None:
             group.reduce()
 
 
+def _unused(block: CalibratedBlock, group: InputGroup) -> bool:
+    """Whether the layers of a group are never called. An expert that no token chose is not meant:
+    its kind is called, and others lend it their statistics."""
+    seen = group.hessian.tokens + group.holdout.tokens
+    return not seen and pool_key(block.module, next(iter(group.layers))) is None
+
+
 def tasks(block: CalibratedBlock, plan: Plan) -> list[Task]:
     """The layers of every input group, split where their recipes differ. Reduces the block
     first."""
     reduce(block)
     result = []
     for group in block.groups:
+        if _unused(block, group):
+            logger.warning(
+                "%s: never called during calibration (its weight may be used directly); it stays "
+                "in high precision",
+                ", ".join(f"{block.prefix}{name}" for name in group.layers),
+            )
+            continue
         by_recipe: list[tuple[Recipe, list[str]]] = []  # recipes are no keys: rules hold mappings
         for name in group.layers:
             recipe = plan[f"{block.prefix}{name}"].recipe

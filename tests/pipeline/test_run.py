@@ -324,3 +324,22 @@ def test_a_layer_that_reads_zeros_is_rounded_to_nearest_and_told(
         assert report.tokens > 0
         assert f"model.layers.1.{name}: reads nothing but zeros" in caplog.text
     assert reports["model.layers.0.mlp.up_proj"].algorithm == "gptq"
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_a_layer_that_is_never_called_stays_and_is_told(
+    tiny_llama: Path, quick, balance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jamba multiplies by the weight of its dt_proj directly."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.dt_proj = nn.Linear(64, 64)
+    source, recipe = MemorySource(model), quick(balance=balance)
+    names = [
+        report.name
+        for progress in in_memory(source, batches(tiny_llama, recipe), recipe)
+        for report in progress.reports
+    ]
+    assert len(names) == 14 and not any("dt_proj" in name for name in names)
+    assert type(model.model.layers[1].mlp.dt_proj) is nn.Linear
+    assert "model.layers.1.mlp.dt_proj: never called during calibration" in caplog.text
