@@ -11,7 +11,6 @@ from ptq.pipeline.ranks import together, world
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Job, Solved, solve
 
-
 logger = logging.getLogger(__name__)
 
 
