@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.compressed_tensors import is_rotation_tensor, parse_ct, unfold_int4
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, parse_ptq
 from ptq.checkpoint.safetensors_files import Entry, read_header, read_tensor
 from ptq.numerics.formats import FORMATS
@@ -186,10 +187,23 @@ class Checkpoint:
         return self.parsed.recipe
 
     @cached_property
-    def reports(self) -> list[JsonDict]:
-        """The reports of all layers, in order; empty if the file is missing."""
+    def reports(self) -> list[LayerReport]:
+        """The reports of all layers, in order; empty if the file is missing.
+
+        Raises:
+            ValueError: naming the file and what it lacks: it is damaged, or of another program.
+        """
         path = self.path / REPORT
-        return json.loads(path.read_text())["layers"] if path.is_file() else []
+        if not path.is_file():
+            return []
+        try:
+            return [
+                LayerReport.from_dict(report) for report in json.loads(path.read_text())["layers"]
+            ]
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error.args[0]!r}: it is no report of ptq") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove the file, nothing else needs it") from error
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from ptq.checkpoint.compressed_tensors import (
     rotation_tensors,
 )
 from ptq.checkpoint.dialect_choice import Choice, choose
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.model_card import model_card
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, natural, ptq_config, summarize
 from ptq.checkpoint.reader import INDEX, PARTIAL, REPORT, SINGLE, config_dtype
@@ -64,7 +65,7 @@ class Block:
     file: str
     sha256: str
     layers: Mapping[str, LayerInfo]
-    reports: list[JsonDict]
+    reports: tuple[LayerReport, ...]
 
 
 def companion_files(source: Path) -> list[Path]:
@@ -194,7 +195,7 @@ class CheckpointWriter:
         block: str,
         tensors: Mapping[str, Tensor],
         layers: Mapping[str, LayerInfo],
-        reports: list[JsonDict],
+        reports: Sequence[LayerReport],
     ) -> None:
         """Write a finished block; when this returns it survives a loss of power.
 
@@ -202,7 +203,7 @@ class CheckpointWriter:
             tensors: all tensors of the block by full name, as :func:`ptq.checkpoint.reader.to_disk`
                 returns them.
             layers: its quantized layers by full name, in the order of the model.
-            reports: plain JSON, one for each layer.
+            reports: one for each layer, under its name in the checkpoint.
 
         Raises:
             OSError: no space left; blocks that were finished before stay finished.
@@ -212,7 +213,7 @@ class CheckpointWriter:
         assert not missing, f"no tensors for {missing}"
         file = f"block-{block}.safetensors"
         digest = write_tensors(self.partial / file, tensors)
-        finished = self.blocks | {block: Block(file, digest, dict(layers), reports)}
+        finished = self.blocks | {block: Block(file, digest, dict(layers), tuple(reports))}
         self._record(finished)
         self.blocks = finished
 
@@ -257,7 +258,7 @@ class CheckpointWriter:
         config = ct_config(quantization, layers, others) if compressed else ptq_config(quantization)
         for file in extra_files:
             write_file(folder / file.name, [file.read_bytes()])
-        write_json(folder / REPORT, {"layers": reports})
+        write_json(folder / REPORT, {"layers": [report.to_dict() for report in reports]})
         card = model_card(
             choice,
             layers,
@@ -299,7 +300,7 @@ class CheckpointWriter:
                 b["file"],
                 b["sha256"],
                 {n: LayerInfo.from_dict(info) for n, info in b["layers"].items()},
-                b["reports"],
+                tuple(LayerReport.from_dict(report) for report in b["reports"]),
             )
             for name, b in progress["blocks"].items()
         }
@@ -310,7 +311,7 @@ class CheckpointWriter:
                 "file": b.file,
                 "sha256": b.sha256,
                 "layers": {n: info.to_dict() for n, info in b.layers.items()},
-                "reports": b.reports,
+                "reports": [report.to_dict() for report in b.reports],
             }
             for name, b in blocks.items()
         }

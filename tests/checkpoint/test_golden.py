@@ -89,7 +89,7 @@ def write(dialect: str, out: Path) -> None:
         dialect=dialect,
     )
     with writer:
-        reports = [report(name, quantized).to_dict() for name, quantized in made.items()]
+        reports = [report(name, quantized) for name, quantized in made.items()]
         writer.add("model.layers.0", to_disk(tensors, infos) | norm, infos, reports)
         writer.finish([("lm_head.weight", torch.ones(2, 4, dtype=torch.bfloat16))])
 
