@@ -14,7 +14,6 @@ from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.checkpoint.safetensors_files import Entry
 from ptq.kernels import dispatch
-from ptq.numerics.formats import FORMATS
 from ptq.runtime.quant_linear import kernel_obstacle
 
 
@@ -112,8 +111,8 @@ def inspect(path: Path) -> Report:
         _layer_row(
             name,
             checkpoint.layers[name],
-            checkpoint.entries[f"{name}.weight_packed"],
-            owned[name],
+            checkpoint.shape(name),
+            sum(entry.bytes for entry in owned[name]),
             reports.get(name),
         )
         for name in sorted(owned, key=natural)
@@ -171,18 +170,16 @@ def _runs(layers: Iterable[LayerRow], checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _layer_row(
-    name: str, info: LayerInfo, packed: Entry, entries: list[Entry], report: LayerReport | None
+    name: str, info: LayerInfo, shape: tuple[int, int], size: int, report: LayerReport | None
 ) -> LayerRow:
-    size = sum(entry.bytes for entry in entries)
-    count = packed.bytes * (2 if FORMATS[info.format].packed else 1)
     return LayerRow(
         layer=name,
-        shape=(packed.shape[0], count // packed.shape[0]),
+        shape=shape,
         format=info.format,
         rotation=info.rotation,
         scheme="w4a4" if info.quantize_inputs else "w4a16",
         bytes=size,
-        bits_per_weight=8 * size / count,
+        bits_per_weight=8 * size / math.prod(shape),
         algorithm=report.algorithm if report else None,
         error=report.error if report else None,
         held_out_error=report.held_out_error if report else None,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.checkpoint.dialect_choice import choose, fused_groups
+from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.pipeline.plan import LayerPlan
 from ptq.pipeline.recipe import Recipe
@@ -89,19 +89,6 @@ def test_global_scales_must_agree_where_engines_fuse():
         choose(layers, "compressed-tensors", dtype="bfloat16", scales={Q: one_scale, K: other})
     with pytest.raises(ValueError, match="besides its E8M0"):
         choose(one(format="mxfp4"), "compressed-tensors", dtype="bfloat16", scales={DOWN: other})
-
-
-def test_fused_groups_are_within_a_module():
-    names = [
-        "a.q_proj",
-        "a.k_proj",
-        "b.v_proj",
-        "m.experts.0.w1",
-        "m.experts.0.w3",
-        "m.experts.1.w1",
-        "x.up_proj",
-    ]
-    assert fused_groups(names) == [["a.q_proj", "a.k_proj"], ["m.experts.0.w1", "m.experts.0.w3"]]
 
 
 def test_an_unknown_dialect_is_refused_with_the_choices():

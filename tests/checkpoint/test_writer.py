@@ -212,21 +212,24 @@ def test_a_process_killed_in_the_middle_of_a_file_is_continued(tmp_path, whole, 
     assert bytes_of(out) == whole
 
 
-@pytest.mark.parametrize("during", ["merge_tensors", "model_card", "write_json"])
+@pytest.mark.parametrize(
+    "during", ["shards.merge_tensors", "writer.model_card", "writer.write_json"]
+)
 def test_a_run_that_dies_while_it_finishes_is_continued(tmp_path, whole, during, monkeypatch):
     out = tmp_path / "out"
 
     def die(*_):
         raise KeyboardInterrupt
 
-    original: Callable = getattr(sys.modules["ptq.checkpoint.writer"], during)
-    # write_json also records progress: die in the last call of finish, config.json
+    module, _, function = during.rpartition(".")
+    original: Callable = getattr(sys.modules[f"ptq.checkpoint.{module}"], function)
+    # write_json also writes the reports: die in the last call of finish, config.json
     dying = (
         die
-        if during != "write_json"
+        if function != "write_json"
         else lambda p, d: die() if p.name == "config.json" else original(p, d)
     )
-    monkeypatch.setattr(f"ptq.checkpoint.writer.{during}", dying)
+    monkeypatch.setattr(f"ptq.checkpoint.{during}", dying)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     assert not out.exists()
