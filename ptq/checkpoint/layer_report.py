@@ -1,8 +1,8 @@
 """What a run found out about a layer, as ``ptq_report.json`` keeps it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Self, cast
 
 # Python has no fields of these names.
 _KEYS = {"name": "layer", "out_features": "out", "in_features": "in"}
@@ -51,14 +51,24 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; what later versions added is left out.
+        """The inverse of :meth:`to_dict`; keys that later versions added are left out.
 
         Raises:
-            ValueError: a field without a default is missing.
+            ValueError: a key is missing (except those that have a default), or its value is of
+                another type; the message names the layer and the key.
         """
-        known = {f.name: _KEYS.get(f.name, f.name) for f in fields(cls)}
-        try:
-            given = {name: data[key] for name, key in known.items() if name != "balance"}
-        except KeyError as error:
-            raise ValueError(f"the report of a layer has no {error.args[0]!r}") from error
-        return cls(**given, balance=data.get("balance", 0.0))
+        where = f"the report of {data.get('layer', 'a layer')}"
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            key = _KEYS.get(field.name, field.name)
+            if key not in data:
+                if field.default is MISSING:
+                    raise ValueError(f"{where} has no {key!r}")
+                continue
+            value, kind = data[key], cast("type", field.type)
+            # JSON may write a whole float without its point
+            whole = isinstance(value, int) and isinstance(0.0, kind)
+            if not (whole or isinstance(value, kind)):
+                raise ValueError(f"{where} has {value!r} as {key!r}")
+            values[field.name] = value
+        return cls(**values)

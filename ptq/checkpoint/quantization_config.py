@@ -1,22 +1,8 @@
-"""What config.json says about quantized layers: per-layer facts, patterns, and our own ``ptq``
-dialect.
+"""What config.json says about quantized layers, whatever the dialect: facts of single layers, and
+patterns that select them.
 
-The ``ptq`` dialect is a ``quantization_config`` of exactly these keys; loaders refuse unknown keys
-and values:
-
-    quant_method "ptq"      version 1
-    format                  name of a format
-    hadamard                block size of the online rotation of a layer's inputs; 0 is no rotation
-    quantize_activations    whether inputs are quantized too, to the same format (W4A4)
-    static_activations      whether there is a calibrated ``input_global_scale`` (else one per token, or none)
-    input_rule              scale rule of the inputs; "default" is the format's own
-    <one of these five>_overrides    {pattern: value} for layers that differ; the first pattern that matches wins
-    ignore                  patterns of linear layers that are not quantized
-    recipe, provenance      how the checkpoint was made; never needed to load it
-
-A pattern is an exact layer name, or "re:" and a regular expression that is matched from the start
-of the name. Only ``format`` and ``ignore`` must be there. The other dialect is compressed.py; which
-tensors lie on disk: checkpoint.py.
+A pattern is an exact layer name, or ``re:`` and a regular expression that is matched from the start
+of the name.
 """
 
 import re
@@ -25,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from ptq.numerics.formats import FORMATS
 
-VERSION = 1
+VERSION = 1  # of what ptq writes into a configuration, in any dialect
 JsonDict = dict[str, object]
 
 
@@ -67,6 +53,21 @@ def is_expert(name: str) -> bool:
     return re.search(r"\.experts\.\d+\.", name) is not None
 
 
+# Engines merge these into one matmul.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """The layers that engines merge with one another, in groups of two or more."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for family in FUSED:
+            if leaf in family:
+                groups.setdefault((parent, family), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` (an exact name, or ``re:`` and an expression matched from the start)
     selects ``name``."""
@@ -80,18 +81,18 @@ def patterns(selected: Iterable[str], everything: Iterable[str]) -> list[str]:
     selected, so that the list does not grow with depth, and survives engines that rename the front
     of a name.
     """
-    chosen = set(selected)
-    known = sorted(chosen | set(everything), key=natural)
+    wanted = set(selected)
+    known = sorted(wanted | set(everything), key=natural)
     suffixes: dict[str, list[str]] = {}
     for name in known:
         suffixes.setdefault(_suffix(name), []).append(name)
     result = []
     for suffix, names in suffixes.items():
-        inside = [name for name in names if name in chosen]
+        inside = [name for name in names if name in wanted]
         if (
             len(inside) == len(names)
             and suffix != names[0]
-            and {n for n in known if matches(suffix, n)} <= chosen
+            and {n for n in known if matches(suffix, n)} <= wanted
         ):
             result.append(suffix)
         else:
@@ -127,7 +128,7 @@ PER_LAYER: dict[str, object] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """A parsed ``quantization_config``, the same for both dialects.
+    """A parsed ``quantization_config``, the same for all dialects.
 
     Attributes:
         values: of every key of ``PER_LAYER``, what holds for layers without an override.
@@ -149,17 +150,16 @@ class Quantization:
 
     def layer(self, name: str, *, bias: bool) -> LayerInfo:
         """What this configuration says about the quantized layer ``name``."""
-        found = {}
+        facts = {}
         for key, value in self.values.items():
-            found[key] = next(
-                (v for p, v in self.overrides.get(key, {}).items() if matches(p, name)), value
-            )
+            overrides = self.overrides.get(key, {}).items()
+            facts[key] = next((v for pattern, v in overrides if matches(pattern, name)), value)
         return LayerInfo(
-            format=found["format"],
-            rotation=max(found["hadamard"], 1),
-            quantize_inputs=found["quantize_activations"],
-            static_inputs=found["static_activations"],
-            input_rule=found["input_rule"],
+            format=facts["format"],
+            rotation=max(facts["hadamard"], 1),
+            quantize_inputs=facts["quantize_activations"],
+            static_inputs=facts["static_activations"],
+            input_rule=facts["input_rule"],
             bias=bias,
         )
 
@@ -237,65 +237,3 @@ def _value(info: LayerInfo, key: str) -> object:
             return info.static_inputs
         case _:
             return getattr(info, key)
-
-
-def ptq_config(quantization: Quantization) -> JsonDict:
-    """The ``quantization_config`` of the ``ptq`` dialect."""
-    config: JsonDict = {"quant_method": "ptq", "version": VERSION}
-    for key, value in quantization.values.items():
-        config[key] = value
-        if key in quantization.overrides:
-            config[f"{key}_overrides"] = dict(quantization.overrides[key])
-    config["ignore"] = list(quantization.ignore)
-    return config | {"recipe": quantization.recipe, "provenance": quantization.provenance}
-
-
-def parse_ptq(config: Mapping[str, object]) -> Quantization:
-    """The inverse of :func:`ptq_config`.
-
-    Raises:
-        ValueError: an unknown version, key or value, or a missing ``format`` or ``ignore``.
-    """
-    if config.get("version") != VERSION:
-        raise ValueError(
-            f"quantization_config has version {config.get('version')!r}, this ptq reads {VERSION}: "
-            "update ptq"
-        )
-    overridden = {f"{key}_overrides": key for key in PER_LAYER}
-    known = {"quant_method", "version", "ignore", "recipe", "provenance", *PER_LAYER, *overridden}
-    if unknown := sorted(config.keys() - known):
-        raise ValueError(
-            f"quantization_config has keys that this ptq does not know: {', '.join(unknown)}; "
-            "update ptq"
-        )
-    for key in ("format", "ignore"):
-        if key not in config:
-            raise ValueError(f"quantization_config has no {key!r}: the checkpoint is damaged")
-    return Quantization(
-        values={key: config.get(key, default) for key, default in PER_LAYER.items()},
-        overrides={
-            key: _mapping(config, name) for name, key in overridden.items() if name in config
-        },
-        ignore=_strings(config["ignore"]),
-        recipe=_mapping(config, "recipe"),
-        provenance=_mapping(config, "provenance"),
-    )
-
-
-def _mapping(config: Mapping[str, object], key: str) -> JsonDict:
-    value = config.get(key, {})
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{key} in quantization_config is {value!r} and should be an object: the checkpoint is "
-            "damaged"
-        )
-    return value
-
-
-def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(
-            f"ignore in quantization_config is {value!r} and should be a list of names: the "
-            "checkpoint is damaged"
-        )
-    return tuple(value)

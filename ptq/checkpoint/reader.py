@@ -1,15 +1,17 @@
 """The reader of quantized checkpoints; the schema is the docstring of :mod:`ptq.checkpoint`."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.compressed_tensors import is_rotation_tensor, parse_ct, unfold_int4
-from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, parse_ptq
+from ptq.checkpoint.dialects import dialect_of, parse
+from ptq.checkpoint.layer_report import LayerReport
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import Entry, read_header, read_tensor
 from ptq.numerics.formats import FORMATS
 
@@ -21,7 +23,7 @@ GLOBALS = ("weight_global_scale", "input_global_scale")
 
 
 def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
-    """A state dict in memory form → the tensors that are stored (ptq dialect).
+    """The tensors of a state dict in memory form as the ``ptq`` dialect stores them.
 
     Args:
         tensors: by full name; what does not belong to ``layers`` is passed on as it is.
@@ -44,7 +46,7 @@ def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> d
 
 
 def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
-    """The inverse of :func:`to_disk`; also reads NVINT4 as compressed-tensors stores it.
+    """The inverse of :func:`to_disk`.
 
     Raises:
         ValueError: a tensor of a layer is missing, has the wrong dtype, or holds scale bytes that
@@ -52,36 +54,26 @@ def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) ->
     """
     result = dict(tensors)
     for name, info in layers.items():
-        own = {
-            key.removeprefix(name + "."): t
-            for key, t in tensors.items()
+        stored = {
+            key.removeprefix(f"{name}."): tensor
+            for key, tensor in tensors.items()
             if key.rpartition(".")[0] == name
         }
-        result |= {f"{name}.{leaf}": t for leaf, t in layer_from_disk(own, info, name).items()}
-        result.pop(f"{name}.weight_shape", None)
+        result |= {f"{name}.{leaf}": t for leaf, t in layer_from_disk(stored, info, name).items()}
     return result
 
 
 def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> dict[str, Tensor]:
     """:func:`from_disk` for the tensors of one layer, whose keys do not repeat its ``name``."""
     fmt = FORMATS[info.format]
-    if info.format == "nvint4" and "weight_shape" in tensors:
-        try:
-            tensors = unfold_int4(tensors)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     expected = {
         "weight_packed": torch.uint8,
         "weight_scale": fmt.scale_dtype if fmt.has_global_scale else torch.uint8,
     }
     expected |= {"weight_global_scale": torch.float32} if fmt.has_global_scale else {}
     expected |= {"input_global_scale": torch.float32} if info.static_inputs else {}
+    _require(expected, tensors, name)
     for leaf, dtype in expected.items():
-        if leaf not in tensors:
-            raise ValueError(
-                f"the tensor {name}.{leaf} is missing: the checkpoint is incomplete, copy or "
-                "quantize it again"
-            )
         if tensors[leaf].dtype != dtype:
             raise ValueError(
                 f"{name}.{leaf} is {tensors[leaf].dtype} and should be {dtype} for {fmt.name}: a "
@@ -99,13 +91,22 @@ def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -
     return result
 
 
+def _require(leaves: Iterable[str], tensors: Mapping[str, Tensor], name: str) -> None:
+    for leaf in leaves:
+        if leaf not in tensors:
+            raise ValueError(
+                f"the tensor {name}.{leaf} is missing: the checkpoint is incomplete, copy or "
+                "quantize it again"
+            )
+
+
 class Checkpoint:
     """A finished checkpoint directory, opened lazily.
 
     Attributes:
         path, config: the directory and its config.json.
         quantization: the ``quantization_config`` as written.
-        parsed: what it says, the same for both dialects.
+        parsed: what it says, the same for all dialects.
         entries: where every tensor lies.
     """
 
@@ -125,6 +126,7 @@ class Checkpoint:
                 f"{self.path} is not quantized: its config.json has no quantization_config"
             )
         self.quantization: JsonDict = quantization
+        self._dialect = dialect_of(quantization, self.path)
         self.parsed = parse(quantization, self.path)
         self.entries = _entries(self.path)
 
@@ -143,11 +145,8 @@ class Checkpoint:
 
     def layer_names(self) -> list[str]:
         """The quantized layers, in the order of the files."""
-        return [
-            name.removesuffix(".weight_packed")
-            for name in self.entries
-            if name.endswith(".weight_packed")
-        ]
+        suffix = f".{self._dialect.packed}"
+        return [name.removesuffix(suffix) for name in self.entries if name.endswith(suffix)]
 
     @cached_property
     def layers(self) -> dict[str, LayerInfo]:
@@ -157,28 +156,44 @@ class Checkpoint:
             for name in self.layer_names()
         }
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a quantized layer."""
+        codes = self.entries[f"{name}.{self._dialect.packed}"]
+        per_byte = 2 if FORMATS[self.layers[name].format].packed else 1
+        return codes.shape[0], codes.bytes * per_byte // codes.shape[0]
+
     def layer(self, name: str) -> dict[str, Tensor]:
         """The tensors of one quantized layer in memory form, keyed like the buffers of
         QuantLinear."""
-        leaves = ("weight_packed", "weight_scale", *GLOBALS, "weight_shape", "bias")
+        info = self.layers[name]
+        conversion = self._dialect.conversion(info)
+        leaves = {"weight_packed", "weight_scale", *GLOBALS, "bias"}
+        if conversion is not None:
+            leaves |= set(conversion.leaves)
         tensors = {
             leaf: self.tensor(f"{name}.{leaf}")
-            for leaf in leaves
+            for leaf in sorted(leaves)
             if f"{name}.{leaf}" in self.entries
         }
-        return layer_from_disk(tensors, self.layers[name], name)
+        if conversion is not None:
+            _require(conversion.leaves, tensors, name)
+            try:
+                tensors = conversion.read(tensors)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return layer_from_disk(tensors, info, name)
 
     def other_names(self) -> list[str]:
-        """Tensors that belong to no quantized layer, sorted, without the rotation matrices, which
-        nobody needs."""
+        """Tensors that belong to no quantized layer, sorted, without those that a dialect adds for
+        other programs."""
         layers = set(self.layers)
         names = (name for name in self.names() if name.rpartition(".")[0] not in layers)
-        return [name for name in names if not is_rotation_tensor(name)]
+        return [name for name in names if not self._dialect.is_extra(name)]
 
     @property
     def dialect(self) -> str:
-        """``"ptq"`` or ``"compressed-tensors"``."""
-        return str(self.quantization["quant_method"])
+        """Its name, a key of :data:`ptq.checkpoint.dialects.DIALECTS`."""
+        return self._dialect.name
 
     @property
     def recipe(self) -> JsonDict:
@@ -186,25 +201,34 @@ class Checkpoint:
         return self.parsed.recipe
 
     @cached_property
-    def reports(self) -> list[JsonDict]:
-        """The reports of all layers, in order; empty if the file is missing."""
+    def reports(self) -> list[LayerReport]:
+        """The reports of all layers, in order; empty if the file is missing.
+
+        Raises:
+            ValueError: naming the file and what it lacks: it is damaged, or of another program.
+        """
         path = self.path / REPORT
-        return json.loads(path.read_text())["layers"] if path.is_file() else []
+        if not path.is_file():
+            return []
+        try:
+            return [
+                LayerReport.from_dict(report) for report in json.loads(path.read_text())["layers"]
+            ]
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error.args[0]!r}: it is no report of ptq") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove the file, nothing else needs it") from error
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of all tensors (``total``) and of quantized layers (``quantized``), and how many
         weights those have (``weights``)."""
         layers = set(self.layers)
-        inside = {name: e for name, e in self.entries.items() if name.rpartition(".")[0] in layers}
+        inside = [e for name, e in self.entries.items() if name.rpartition(".")[0] in layers]
         return {
             "total": sum(e.bytes for e in self.entries.values()),
-            "quantized": sum(e.bytes for e in inside.values()),
-            "weights": sum(
-                e.bytes * (2 if FORMATS[self.layers[name.rpartition(".")[0]].format].packed else 1)
-                for name, e in inside.items()
-                if name.endswith(".weight_packed")
-            ),
+            "quantized": sum(e.bytes for e in inside),
+            "weights": sum(math.prod(self.shape(name)) for name in layers),
         }
 
 
@@ -239,23 +263,6 @@ def config_dtype(config: Mapping[str, object]) -> str | None:
         if value:
             return str(value).removeprefix("torch.")
     return None
-
-
-def parse(quantization: Mapping[str, object], where: object = "config.json") -> Quantization:
-    """A ``quantization_config`` of either dialect.
-
-    Raises:
-        ValueError: another quantization method, or whatever the dialect refuses; the message starts
-            with ``where``.
-    """
-    parsers = {"ptq": parse_ptq, "compressed-tensors": parse_ct}
-    method = quantization.get("quant_method")
-    if method not in parsers:
-        raise ValueError(f"{where} is quantized by {method!r}; ptq reads {' and '.join(parsers)}")
-    try:
-        return parsers[str(method)](quantization)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _entries(path: Path) -> dict[str, Entry]:

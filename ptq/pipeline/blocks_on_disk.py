@@ -93,7 +93,7 @@ class BlocksOnDisk:
         for parameter, value in changes.items():
             name = self.source.checkpoint_name(parameter)
             kept[name] = value.to("cpu", kept[name].dtype)  # exact: see ptq.calib.fold
-        renamed = [replace(report, name=stored[report.name]).to_dict() for report in reports]
+        renamed = [replace(report, name=stored[report.name]) for report in reports]
         self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed)
 
     def reinstall(self, block: CalibratedBlock) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.checkpoint.safetensors_files import Entry
 from ptq.kernels import dispatch
-from ptq.numerics.formats import FORMATS
 from ptq.runtime.quant_linear import kernel_obstacle
 
 
@@ -101,7 +101,7 @@ def inspect(path: Path) -> Report:
         ValueError: not a quantized checkpoint, or a damaged one.
     """
     checkpoint = Checkpoint(path)
-    reports = {str(report["layer"]): report for report in checkpoint.reports}
+    reports = {report.name: report for report in checkpoint.reports}
     owned: dict[str, list[Entry]] = {name: [] for name in checkpoint.layers}
     for name, entry in checkpoint.entries.items():
         owner, _, leaf = name.rpartition(".")
@@ -111,9 +111,9 @@ def inspect(path: Path) -> Report:
         _layer_row(
             name,
             checkpoint.layers[name],
-            checkpoint.entries[f"{name}.weight_packed"],
-            owned[name],
-            reports.get(name, {}),
+            checkpoint.shape(name),
+            sum(entry.bytes for entry in owned[name]),
+            reports.get(name),
         )
         for name in sorted(owned, key=natural)
     )
@@ -170,29 +170,22 @@ def _runs(layers: Iterable[LayerRow], checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _layer_row(
-    name: str, info: LayerInfo, packed: Entry, own: list[Entry], report: dict[str, object]
+    name: str, info: LayerInfo, shape: tuple[int, int], size: int, report: LayerReport | None
 ) -> LayerRow:
-    size = sum(entry.bytes for entry in own)
-    count = packed.bytes * (2 if FORMATS[info.format].packed else 1)
-
-    def figure(key: str) -> float | None:
-        value = report.get(key)
-        return float(value) if isinstance(value, int | float) else None
-
     return LayerRow(
         layer=name,
-        shape=(packed.shape[0], count // packed.shape[0]),
+        shape=shape,
         format=info.format,
         rotation=info.rotation,
         scheme="w4a4" if info.quantize_inputs else "w4a16",
         bytes=size,
-        bits_per_weight=8 * size / count,
-        algorithm=str(report["algorithm"]) if "algorithm" in report else None,
-        error=figure("error"),
-        held_out_error=figure("held_out_error"),
-        rtn_error=figure("rtn_error"),
-        damping=figure("damping"),
-        balance=figure("balance"),
+        bits_per_weight=8 * size / math.prod(shape),
+        algorithm=report.algorithm if report else None,
+        error=report.error if report else None,
+        held_out_error=report.held_out_error if report else None,
+        rtn_error=report.rtn_error if report else None,
+        damping=report.damping if report else None,
+        balance=report.balance if report else None,
     )
 
 

@@ -1,11 +1,11 @@
 """Importing this module teaches transformers (5.16 to 5.23) to load what ptq writes, with
 ``from_pretrained``.
 
-- ``quant_method: ptq``: quantized layers become QuantLinear; fused experts become modules of linear
-  layers, as in ptq.load.
+- ``ptq`` dialect: quantized layers become QuantLinear; fused experts become modules of linear
+  layers, as in :func:`ptq.load`.
 - ``compressed-tensors`` with a rotation: transformers does not read ``transform_config`` (its issue
-  42887). Here the guard that makes a plain loader stop is removed, and the online half of the
-  rotation attached.
+  42887). Here the guard that makes a plain loader stop is removed, and the inputs of rotated layers
+  are rotated at run time.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,9 +22,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from ptq.checkpoint.compressed_tensors import GUARD, is_rotation_tensor, parse_ct
+from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS, GUARD
+from ptq.checkpoint.dialect_ptq import PTQ
+from ptq.checkpoint.dialects import parse
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.checkpoint.reader import parse
 from ptq.checkpoint.safetensors_files import read_header
 from ptq.model.experts import FUSED, unfuse
 from ptq.model.parameter_names import NameMap
@@ -38,8 +39,8 @@ PACKED = ".weight_packed"
 
 
 class StoredLinear(QuantLinear):
-    """A QuantLinear whose tensors are parameters in disk form: what transformers loads, offloads
-    and saves."""
+    """A QuantLinear whose tensors are parameters as they lie on disk, because that is what
+    transformers loads, offloads and saves."""
 
     def __init__(
         self, info: LayerInfo, in_features: int, out_features: int, dtype: torch.dtype
@@ -112,7 +113,7 @@ class PtqConfig(QuantizationConfigMixin):
     ) -> None:
         if inputs not in INPUTS:
             raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
-        self.quant_method = "ptq"  # pyright: ignore[reportAttributeAccessIssue]
+        self.quant_method = PTQ.name  # pyright: ignore[reportAttributeAccessIssue]
         self.inputs, self.cache, self.dequantize = inputs, cache, dequantize
         self.stored = stored
         self.parsed = parse(stored) if stored else None  # None in what a user passes
@@ -147,9 +148,8 @@ class PtqQuantizer(HfQuantizer):
         }
         for weight in linearize(model, packed):
             parent = model.get_submodule(weight.rpartition(".")[0].rpartition(".")[0])
-            parent.__dict__["_is_hf_initialized"] = (
-                True  # GPT-2's initialization would touch the weights of its layers
-            )
+            # or GPT-2's initialization would touch the weights of its layers
+            parent.__dict__["_is_hf_initialized"] = True
         for target, name in _packed_layers(model, names, stored).items():
             old = model.get_submodule(target)
             assert isinstance(old, nn.Linear)
@@ -183,9 +183,8 @@ class PtqQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, StoredLinear):
                 module.cache = config.cache
-        if not any(
-            hasattr(module, "_hf_hook") for module in model.modules()
-        ):  # not spread over devices
+        spread_over_devices = any(hasattr(module, "_hf_hook") for module in model.modules())
+        if not spread_over_devices:
             prepare_kernels(model, model.dtype)
         return model
 
@@ -247,7 +246,7 @@ class RotatedConfig(CompressedTensorsConfig):
         self.guards = {
             n: g.pop(GUARD) for n, g in groups.items() if isinstance(g, dict) and GUARD in g
         }
-        self.given = {"config_groups": groups, **rest, **self.kept}
+        self.stored = {"config_groups": groups, **rest, **self.kept}
         super().__init__(config_groups=groups or None, **rest)
 
     def online(self) -> bool:
@@ -266,9 +265,8 @@ class RotatedConfig(CompressedTensorsConfig):
         return result
 
 
-RotatedConfig.__name__ = (
-    CompressedTensorsConfig.__name__
-)  # transformers compares names with what the user passes
+# transformers compares names with what the user passes
+RotatedConfig.__name__ = CompressedTensorsConfig.__name__
 
 
 class RotatedQuantizer(CompressedTensorsHfQuantizer):
@@ -280,35 +278,25 @@ class RotatedQuantizer(CompressedTensorsHfQuantizer):
             return super()._process_model_before_weight_loading(
                 model, checkpoint_files=checkpoint_files, **rest
             )
-        parsed, stored, names = (
-            parse_ct(config.given),
-            _tensor_names(checkpoint_files),
-            NameMap(model),
-        )
-        layers = _packed_layers(
-            model, names, stored
-        )  # rotated experts, which are fused here, are refused
+        parsed, stored = COMPRESSED_TENSORS.parse(config.stored), _tensor_names(checkpoint_files)
+        # refuses rotated experts, which are fused here
+        layers = _packed_layers(model, NameMap(model), stored)
         super()._process_model_before_weight_loading(
             model, checkpoint_files=checkpoint_files, **rest
         )
         for target, name in layers.items():
-            module, rotation = (
-                model.get_submodule(target),
-                Rotation(parsed.layer(name, bias=False).rotation),
-            )
-            if rotation.size > 1:
-                module.register_forward_pre_hook(_Rotate(rotation))
+            module = model.get_submodule(target)
+            size = parsed.layer(name, bias=False).rotation
+            if size > 1:
+                module.register_forward_pre_hook(_Rotate(Rotation(size)))
             for tensor in stored:
                 parent, _, leaf = tensor.removesuffix(".weight").rpartition(".")
-                if parent == name and is_rotation_tensor(
-                    tensor
-                ):  # so that it is expected, and saved again
-                    holder = nn.Module()
-                    empty = torch.empty(
-                        rotation.size, rotation.size, dtype=torch.float32, device="meta"
-                    )
-                    holder.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-                    module.add_module(leaf, holder)
+                if parent == name and COMPRESSED_TENSORS.is_extra(tensor):
+                    # so that the matrix is expected, and saved again
+                    matrix = nn.Module()
+                    empty = torch.empty(size, size, dtype=torch.float32, device="meta")
+                    matrix.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+                    module.add_module(leaf, matrix)
         return None
 
 
@@ -322,14 +310,21 @@ class _Rotate:
         return (self.rotation.rotate(args[0]), *args[1:])
 
 
+# What reads a dialect in transformers: its configuration and its quantizer. Dialects without a row are
+# read by transformers alone, or not at all.
+HANDLERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {
+    PTQ.name: (PtqConfig, PtqQuantizer),
+    COMPRESSED_TENSORS.name: (RotatedConfig, RotatedQuantizer),
+}
+
+
 def register() -> None:
-    """Enter both dialects into transformers' registries; a second call changes nothing."""
-    if "ptq" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config("ptq")(PtqConfig)
-        auto.register_quantizer("ptq")(PtqQuantizer)
+    """Enter the dialects into transformers' registries; a second call changes nothing."""
+    for name, (config, quantizer) in HANDLERS.items():
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = config
+        auto.AUTO_QUANTIZER_MAPPING[name] = quantizer
+    if PtqConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (PtqConfig,)
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = RotatedConfig
-    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = RotatedQuantizer
 
 
 register()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ptq.checkpoint.dialect_choice import choose, fused_groups
+from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.pipeline.plan import plan
+from ptq.pipeline.plan import LayerPlan
 from ptq.pipeline.recipe import Recipe
 
 Q, K, DOWN = (f"model.layers.0.{x}_proj" for x in ("self_attn.q", "self_attn.k", "mlp.down"))
@@ -91,41 +91,21 @@ def test_global_scales_must_agree_where_engines_fuse():
         choose(one(format="mxfp4"), "compressed-tensors", dtype="bfloat16", scales={DOWN: other})
 
 
-def test_fused_groups_are_within_a_module():
-    names = [
-        "a.q_proj",
-        "a.k_proj",
-        "b.v_proj",
-        "m.experts.0.w1",
-        "m.experts.0.w3",
-        "m.experts.1.w1",
-        "x.up_proj",
-    ]
-    assert fused_groups(names) == [["a.q_proj", "a.k_proj"], ["m.experts.0.w1", "m.experts.0.w3"]]
-
-
 def test_an_unknown_dialect_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="auto, compressed-tensors, ptq"):
         choose(one(), "gguf", dtype="bfloat16")
 
 
-def test_a_plan_is_what_the_recipe_will_do():
-    recipe = Recipe(
-        format="nvfp4",
-        scheme="w4a4",
-        rotation=16,
-        ignore=("lm_head",),
-        rules=(("k_proj", {"rotation": 1, "input_scale": "token"}), ("down_proj", "skip")),
-    )
-    assert plan(recipe, {Q: True, K: False, DOWN: False, "lm_head": False}) == {
-        Q: LayerInfo(
-            format="nvfp4", rotation=16, quantize_inputs=True, static_inputs=True, bias=True
-        ),
-        K: LayerInfo(format="nvfp4", rotation=1, quantize_inputs=True),
-    }
-
-
 def test_a_measured_rotation_counts_as_one():
-    layers = plan(Recipe(format="nvfp4", rotation="auto"), {DOWN: False})
+    recipe = Recipe(format="nvfp4", rotation="auto")
+    layer = LayerPlan(name=DOWN, recipe=recipe, in_features=64, out_features=8, bias=False)
     with pytest.raises(ValueError, match="weight-only NVFP4"):
-        choose(layers, "compressed-tensors", dtype="bfloat16")
+        choose({DOWN: layer.info}, "compressed-tensors", dtype="bfloat16")
+
+
+def test_inputs_that_are_scaled_by_token_have_no_calibrated_scale():
+    recipe = Recipe(format="nvfp4", scheme="w4a4", input_scale="token")
+    layer = LayerPlan(name=DOWN, recipe=recipe, in_features=64, out_features=8, bias=False)
+    assert layer.info == LayerInfo(format="nvfp4", quantize_inputs=True, static_inputs=False)
+    with pytest.raises(ValueError, match="calibrated global scale"):
+        choose({DOWN: layer.info}, "compressed-tensors", dtype="bfloat16")

@@ -1,7 +1,6 @@
-"""The configuration of quantized layers, and the ``ptq`` dialect."""
+"""Descriptions of quantized layers, and patterns that select them."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,9 +11,7 @@ from ptq.checkpoint.quantization_config import (
     is_expert,
     matches,
     natural,
-    parse_ptq,
     patterns,
-    ptq_config,
     summarize,
 )
 
@@ -23,13 +20,6 @@ NAMES = [
     for i in range(12)
     for leaf in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.3.w1")
 ]
-PLAIN = LayerInfo(format="nvfp4")
-
-
-def config(layers, others=("lm_head",)):
-    return json.loads(
-        json.dumps(ptq_config(summarize(layers, others, recipe={"a": 1}, provenance={"b": [2]})))
-    )
 
 
 @given(st.sets(st.sampled_from([*NAMES, "lm_head"])))
@@ -69,72 +59,11 @@ infos = st.builds(
 
 
 @given(st.lists(infos, min_size=len(NAMES), max_size=len(NAMES)))
-def test_what_is_read_is_what_was_summarized(made):
-    layers = dict(zip(NAMES, made, strict=True))
-    parsed = parse_ptq(config(layers))
-    assert {name: parsed.layer(name, bias=info.bias) for name, info in layers.items()} == layers
-    assert parsed.recipe == {"a": 1} and parsed.provenance == {"b": [2]}
-    assert parsed.ignores("lm_head") and not any(parsed.ignores(name) for name in NAMES)
-
-
-def test_a_uniform_model_has_the_short_configuration_of_the_specification():
-    found = config(dict.fromkeys(NAMES, replace(PLAIN, rotation=32)))
-    assert found == {
-        "quant_method": "ptq",
-        "version": 1,
-        "format": "nvfp4",
-        "hadamard": 32,
-        "quantize_activations": False,
-        "static_activations": False,
-        "input_rule": "default",
-        "ignore": ["lm_head"],
-        "recipe": {"a": 1},
-        "provenance": {"b": [2]},
-    }
-
-
-def test_layers_that_differ_are_overrides():
-    layers = {n: replace(PLAIN, rotation=1 if n.endswith("q_proj") else 32) for n in NAMES}
-    found = config(layers)
-    assert found["hadamard"] == 32 and found["hadamard_overrides"] == {
-        r"re:.*\.self_attn\.q_proj$": 0
-    }
-
-
-def test_the_configuration_of_the_specification_is_enough():
-    parsed = parse_ptq(
-        {"quant_method": "ptq", "version": 1, "format": "mxfp4", "ignore": ["lm_head"]}
-    )
-    assert parsed.layer("x", bias=True) == LayerInfo(format="mxfp4", bias=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, "version 2"),
-        ({"version": None}, "version None"),
-        ({"format": "nvfp5"}, "unknown format 'nvfp5'"),
-        ({"format_overrides": {"a": "x"}}, "unknown format 'x'"),
-        ({"hadamard": 12}, "hadamard is 12"),
-        ({"hadamard": True}, "hadamard is True"),
-        ({"hadamard_overrides": {"a": -1}}, "hadamard is -1"),
-        ({"quantize_activations": "yes"}, "quantize_activations is 'yes'"),
-        ({"zero_points": 1}, "keys that this ptq does not know: zero_points"),
-        ({"ignore": "lm_head"}, "should be a list of names"),
-        ({"recipe": []}, "recipe in quantization_config"),
-    ],
-)
-def test_what_a_reader_does_not_know_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        parse_ptq(config({"a": PLAIN}) | change)
-
-
-@pytest.mark.parametrize("key", ["format", "ignore"])
-def test_a_missing_key_is_refused(key):
-    found = config({"a": PLAIN})
-    del found[key]
-    with pytest.raises(ValueError, match=f"no '{key}'"):
-        parse_ptq(found)
+def test_a_summary_says_of_every_layer_what_it_was_made_from(descriptions):
+    layers = dict(zip(NAMES, descriptions, strict=True))
+    summary = summarize(layers, ["lm_head"], recipe={"a": 1}, provenance={"b": [2]})
+    assert {n: summary.layer(n, bias=info.bias) for n, info in layers.items()} == layers
+    assert summary.ignores("lm_head") and not any(summary.ignores(name) for name in NAMES)
 
 
 def test_a_model_without_quantized_layers_is_refused():
@@ -155,3 +84,16 @@ def test_experts_are_known_by_their_names():
     assert is_expert("model.layers.0.mlp.experts.12.up_proj")
     assert not is_expert("model.layers.0.mlp.shared_experts.up_proj")
     assert sorted(["l.10.a", "l.9.a"], key=natural) == ["l.9.a", "l.10.a"]
+
+
+def test_fused_groups_are_within_a_module():
+    names = [
+        "a.q_proj",
+        "a.k_proj",
+        "b.v_proj",
+        "m.experts.0.w1",
+        "m.experts.0.w3",
+        "m.experts.1.w1",
+        "x.up_proj",
+    ]
+    assert fused_groups(names) == [["a.q_proj", "a.k_proj"], ["m.experts.0.w1", "m.experts.0.w3"]]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.checkpoint.reader import INDEX, SINGLE, Checkpoint, from_disk, to_disk
+from ptq.checkpoint.reader import INDEX, REPORT, SINGLE, Checkpoint, from_disk, to_disk
 from ptq.checkpoint.safetensors_files import write_tensors
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -272,6 +272,22 @@ def test_incomplete_copies_are_refused_by_file(copied):
     (copied / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="has neither"):
         Checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting"),
+        ("{}", "has no 'layers'"),
+        ('{"layers": [{"layer": "q"}]}', "the report of q has no 'out'"),
+    ],
+)
+def test_a_report_that_is_not_ours_is_refused_by_file_and_key(copied, text, message):
+    (copied / REPORT).write_text(text)
+    checkpoint = Checkpoint(copied)  # loads: nothing but what shows reports reads them
+    with pytest.raises(ValueError, match=message) as caught:
+        _ = checkpoint.reports
+    assert str(caught.value).startswith(str(copied / REPORT)) and "\n" not in str(caught.value)
 
 
 def test_a_damaged_index_is_refused(copied):

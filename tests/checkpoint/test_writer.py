@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.reader import INDEX, REPORT, Checkpoint, to_disk
 from ptq.checkpoint.writer import CheckpointWriter, companion_files
 from ptq.numerics.formats import FORMATS
@@ -22,6 +23,25 @@ from ptq.runtime.quant_linear import QuantLinear
 
 BLOCKS = [f"model.layers.{i}" for i in (0, 1, 2, 10)]
 CALIBRATION = {"sha256": "c0ffee", "samples": 4}
+
+
+def report(name: str, fmt: str) -> LayerReport:
+    return LayerReport(
+        name=name,
+        out_features=16,
+        in_features=32,
+        format=fmt,
+        rotation=1,
+        algorithm="rtn",
+        damping=0.0,
+        error=0.25,
+        held_out_error=None,
+        rtn_error=0.25,
+        input_error=None,
+        tokens=7,
+        topped_up=False,
+        seconds=0.0,
+    )
 
 
 def block(name: str, fmt: str = "nvfp4"):
@@ -42,8 +62,7 @@ def block(name: str, fmt: str = "nvfp4"):
         )
         layers[f"{name}.{leaf}"] = layer.info
         tensors |= {f"{name}.{leaf}.{k}": v for k, v in layer.state_dict().items()}
-    reports = [{"layer": n, "error": 0.25} for n in layers]
-    return to_disk(tensors, layers), layers, reports
+    return to_disk(tensors, layers), layers, [report(n, fmt) for n in layers]
 
 
 def rest():
@@ -118,7 +137,7 @@ def test_a_finished_checkpoint_is_a_model_directory(tmp_path):
     checkpoint = Checkpoint(out)
     assert index["metadata"]["total_size"] == checkpoint.sizes["total"]
     assert index["weight_map"].keys() == checkpoint.entries.keys()
-    assert [r["layer"] for r in checkpoint.reports] == [n for b in BLOCKS for n in block(b)[1]]
+    assert checkpoint.reports == [report for b in BLOCKS for report in block(b)[2]]
     for name, tensor in [*rest(), *((n, t) for b in BLOCKS for n, t in block(b)[0].items())]:
         read = checkpoint.tensor(name)
         assert read.dtype == tensor.dtype and torch.equal(
@@ -193,21 +212,24 @@ def test_a_process_killed_in_the_middle_of_a_file_is_continued(tmp_path, whole, 
     assert bytes_of(out) == whole
 
 
-@pytest.mark.parametrize("during", ["merge_tensors", "model_card", "write_json"])
+@pytest.mark.parametrize(
+    "during", ["shards.merge_tensors", "writer.model_card", "writer.write_json"]
+)
 def test_a_run_that_dies_while_it_finishes_is_continued(tmp_path, whole, during, monkeypatch):
     out = tmp_path / "out"
 
     def die(*_):
         raise KeyboardInterrupt
 
-    original: Callable = getattr(sys.modules["ptq.checkpoint.writer"], during)
-    # write_json also records progress: die in the last call of finish, config.json
+    module, _, function = during.rpartition(".")
+    original: Callable = getattr(sys.modules[f"ptq.checkpoint.{module}"], function)
+    # write_json also writes the reports: die in the last call of finish, config.json
     dying = (
         die
-        if during != "write_json"
+        if function != "write_json"
         else lambda p, d: die() if p.name == "config.json" else original(p, d)
     )
-    monkeypatch.setattr(f"ptq.checkpoint.writer.{during}", dying)
+    monkeypatch.setattr(f"ptq.checkpoint.{during}", dying)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     assert not out.exists()

@@ -1,0 +1,235 @@
+"""Our formats as compressed-tensors stores them: a record each, with what engines make of it.
+
+FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. NVINT4 becomes int4 with groups of 16:
+``weight_packed`` I32 (out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the global
+scale multiplied in (exact: it is a power of two), ``weight_shape`` I64 [2].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.checkpoint.dialect import Conversion
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
+from ptq.numerics.formats import E4M3_LARGEST, MXFP4, NVFP4, NVINT4, Format
+
+# Blocks in which engines rotate.
+SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layer as the engines that are held to an export will meet it."""
+
+    name: str
+    info: LayerInfo
+    engines: tuple[str, ...]
+    dtype: str | None
+
+    @property
+    def rotated(self) -> bool:
+        return self.info.rotation > 1
+
+    @property
+    def expert(self) -> bool:
+        return is_expert(self.name)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Layers that an engine would compute wrongly without an error.
+
+    Attributes:
+        reason: with a way out; ``{layer}`` stands for the :class:`Candidate`.
+    """
+
+    when: Callable[[Candidate], bool]
+    reason: str
+
+    def of(self, layer: Candidate) -> str | None:
+        """The reason, if this is such a layer."""
+        return self.reason.format(layer=layer, sizes=SIZES) if self.when(layer) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtFormat:
+    """A format of ours in compressed-tensors, and what engines were read (not run) to make of it.
+
+    Attributes:
+        name: of the format there.
+        weights: the arguments of weights in a config group.
+        dynamic: ``dynamic`` in those of inputs, which are else the same.
+        conversion: None if tensors are stored as in the ``ptq`` dialect.
+        refusals: of single layers, besides :data:`REFUSALS`.
+        experts_in_transformers: what happens to them, for the model card; None if it is right.
+        sglang, tensorrt: verdicts on unrotated layers, for the model card; ``tensorrt`` by whether
+            inputs are quantized.
+        weight_only: a caveat where only weights are quantized, for the model card.
+    """
+
+    format: Format
+    name: str
+    weights: JsonDict
+    dynamic: bool | str = True
+    conversion: Conversion | None = None
+    refusals: tuple[Refusal, ...] = ()
+    experts_in_transformers: str | None = None
+    sglang: str
+    tensorrt: Mapping[bool, str]
+    weight_only: str | None = None
+
+    @property
+    def keeps_global_scale(self) -> bool:
+        """Whether engines get a global scale, of which layers that they merge can have but one."""
+        return self.format.has_global_scale and self.conversion is None
+
+
+def fold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an NVINT4 layer as int4 with bf16 scales; other tensors are passed on.
+
+    Law: ``unfold_int4(fold_int4(x))`` stands for the same numbers. Keys are names without that of
+    the layer.
+
+    Raises:
+        ValueError: a scale times the global scale is not a bf16 number, because the latter is no
+            power of two.
+    """
+    packed, divisor = tensors["weight_packed"], tensors["weight_global_scale"]
+    exact = tensors["weight_scale"].float() / divisor
+    folded = exact.to(torch.bfloat16)
+    if int(divisor.view(torch.int32)) & 0x7FFFFF or not torch.equal(folded.float(), exact):
+        raise ValueError(
+            "its global scale is not a power of two in range, folding it into bf16 scales would "
+            "round: requantize"
+        )
+    rest = {
+        leaf: tensor
+        for leaf, tensor in tensors.items()
+        if leaf not in ("weight_packed", "weight_scale", "weight_global_scale")
+    }
+    shape = torch.tensor([packed.shape[0], 2 * packed.shape[1]], dtype=torch.int64)
+    return rest | {
+        "weight_packed": (packed ^ 0x88).view(torch.int32),
+        "weight_scale": folded,
+        "weight_shape": shape,
+    }
+
+
+def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`fold_int4`: the same codes and steps, though a step may be split into
+    another E4M3 number and another power of two.
+
+    Raises:
+        ValueError: the scales have no such split, so this int4 checkpoint is not an NVINT4 one.
+    """
+    scale = tensors["weight_scale"].float()
+    # The smallest power of two t with max(scale) <= 448 t. One that fits existed (the writer's),
+    # and moving scales up inside the range of E4M3 only adds precision to the small ones.
+    fraction, exponent = torch.frexp(scale.max() / E4M3_LARGEST)  # fraction in [0.5, 1)
+    t = torch.ldexp(torch.ones(()), exponent - (fraction == 0.5).int())
+    stored = (scale / t).to(torch.float8_e4m3fn)
+    if not torch.equal(stored.float() * t, scale):
+        raise ValueError(
+            "its bf16 scales are no E4M3 scales times a power of two: this is int4, but not NVINT4"
+        )
+    rest = {
+        leaf: tensor
+        for leaf, tensor in tensors.items()
+        if leaf not in ("weight_packed", "weight_scale", "weight_shape")
+    }
+    packed = tensors["weight_packed"].view(torch.uint8) ^ 0x88
+    return rest | {
+        "weight_packed": packed,
+        "weight_scale": stored,
+        "weight_global_scale": (1 / t).reshape(1),
+    }
+
+
+_FOUR_BITS: JsonDict = {"num_bits": 4, "symmetric": True, "dynamic": False}
+
+# Whatever the format.
+REFUSALS = (
+    Refusal(
+        lambda layer: layer.rotated and layer.expert,
+        "no engine rotates the inputs of experts; leave the experts unrotated, or use dialect ptq",
+    ),
+    Refusal(
+        lambda layer: layer.rotated and layer.info.rotation not in SIZES,
+        "engines rotate in blocks of {sizes}, not {layer.info.rotation}; choose one of those, or use "
+        "dialect ptq",
+    ),
+    Refusal(
+        lambda layer: layer.rotated and layer.info.bias and "vLLM" in layer.engines,
+        "vLLM asserts that a rotated linear layer has no bias; leave it unrotated, or use dialect "
+        "ptq",
+    ),
+)
+
+_NVFP4 = CtFormat(
+    format=NVFP4,
+    name="nvfp4-pack-quantized",
+    weights=_FOUR_BITS
+    | {
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "scale_dtype": "torch.float8_e4m3fn",
+    },
+    dynamic="local",
+    refusals=(
+        Refusal(
+            lambda layer: (
+                layer.rotated and not layer.info.quantize_inputs and "vLLM" in layer.engines
+            ),
+            "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, or "
+            "dialect ptq",
+        ),
+        Refusal(
+            lambda layer: layer.expert and "transformers" in layer.engines,
+            "transformers drops the global scale of NVFP4 experts (#48371); use mxfp4, or dialect "
+            "ptq",
+        ),
+        Refusal(
+            lambda layer: layer.info.quantize_inputs and not layer.info.static_inputs,
+            "NVFP4 inputs need a calibrated global scale; calibrate it, or use dialect ptq",
+        ),
+    ),
+    experts_in_transformers="**silently wrong**, it drops the global scale of NVFP4 experts (#48371)",
+    sglang="right",
+    tensorrt={False: "stops with an error", True: "right"},
+)
+_MXFP4 = CtFormat(
+    format=MXFP4,
+    name="mxfp4-pack-quantized",
+    weights=_FOUR_BITS
+    | {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    sglang="stops with an error",
+    tensorrt={False: "right", True: "right, with 16-bit activations"},
+    weight_only="vLLM on Blackwell GPUs quantizes the activations too, although this model was made "
+    "for 16 bit.",
+)
+_NVINT4 = CtFormat(
+    format=NVINT4,
+    name="pack-quantized",
+    weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 16},
+    conversion=Conversion(
+        leaves=("weight_packed", "weight_scale", "weight_shape"), write=fold_int4, read=unfold_int4
+    ),
+    refusals=(
+        Refusal(
+            lambda layer: layer.info.quantize_inputs,
+            "int4 inputs have no place for E4M3 scales; quantize weights only, or use dialect ptq",
+        ),
+        Refusal(
+            lambda layer: layer.dtype != "bfloat16",
+            "its scales are folded into bf16, the dtype of the model is {layer.dtype}; use a bf16 "
+            "model, or dialect ptq",
+        ),
+    ),
+    sglang="**do not use it**, its int4 kernel neither takes nor refuses groups of 16",
+    tensorrt={False: "stops with an error"},
+)
+
+CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4)}

@@ -1,0 +1,89 @@
+"""What a dialect is: how config.json says what is quantized, how tensors lie on disk, and who reads
+them.
+
+Everything that differs between dialects is in one :class:`Dialect`, in a file of its own; the table
+of them is :mod:`ptq.checkpoint.dialects`. Reader, writer and model card ask the record, so that a new
+dialect is a file and a row.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization
+
+Layers = Mapping[str, LayerInfo]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is to be written, and who has to compute it exactly: the question to a dialect.
+
+    Attributes:
+        layers: descriptions by name.
+        engines: that are held to it, such as ``"vLLM"``.
+        dtype: of the rest of the model, as in config.json (``"bfloat16"``); None is unknown.
+        scales: global scales of weights (any convention) by layer, as far as they are known.
+        foreign: why other programs do not look for these layers at all, or None.
+    """
+
+    layers: Layers
+    engines: tuple[str, ...]
+    dtype: str | None
+    scales: Tensors
+    foreign: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How a dialect stores the tensors of a layer, if not as the ``ptq`` dialect does.
+
+    Law: ``read(write(tensors))`` stands for the same numbers. Keys of both are names without that of
+    the layer, such as ``weight_scale``; a bias is passed on.
+
+    Attributes:
+        leaves: what must be on disk for ``read``.
+        write, read: raise ValueError where they would have to round.
+    """
+
+    leaves: tuple[str, ...]
+    write: Callable[[Tensors], dict[str, Tensor]]
+    read: Callable[[Tensors], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """A way to store quantized layers that other programs know, or only ours.
+
+    Attributes:
+        name: ``quant_method`` in config.json.
+        config: the ``quantization_config`` of a model, from its summary, its quantized layers and
+            the names of its other linear layers.
+        parse: the inverse of ``config``; raises ValueError for what it does not know, and therefore
+            might read wrongly.
+        refusal: why an export would be computed wrongly without an error, and what to do; None if it
+            is right.
+        engines: Markdown for the model card, a sentence or two for each engine: right, wrong, or an
+            error.
+        why_import: what goes wrong with such layers in transformers without ``import ptq.hf``, for
+            the model card; None if nothing does.
+        conversion: of layers like this one; None if they lie on disk as in ``ptq``.
+        packed: name of the tensor that shows that a layer is quantized; its rows are the outputs.
+        extra_tensors: what is stored besides the tensors of the model, by full name.
+        is_extra: whether a tensor of that name is one of those: the reader leaves them out.
+        extra_files: JSON files besides config.json, by name, from the ``quantization_config``.
+    """
+
+    name: str
+    config: Callable[[Quantization, Layers, Iterable[str]], JsonDict]
+    parse: Callable[[Mapping[str, object]], Quantization]
+    refusal: Callable[[Export], str | None]
+    engines: Callable[[Layers], list[str]]
+    why_import: Callable[[Layers], str | None] = lambda layers: None
+    conversion: Callable[[LayerInfo], Conversion | None] = lambda info: None
+    packed: str = "weight_packed"
+    extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
+    is_extra: Callable[[str], bool] = lambda name: False
+    extra_files: Callable[[JsonDict], dict[str, JsonDict]] = lambda config: {}

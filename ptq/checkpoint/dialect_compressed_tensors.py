@@ -1,0 +1,308 @@
+"""The ``compressed-tensors`` dialect, which transformers and several engines read.
+
+Its ``quantization_config`` is theirs; what only ptq needs stands under ``ptq`` in it. Rotation is a
+``transform_config``, with a ±1 matrix stored under the first rotated layer of each block size. How
+each format is stored: :mod:`ptq.checkpoint.compressed_tensors_formats`.
+
+What is said here about other programs was read in compressed-tensors 0.17 to 0.20, transformers 5.16
+to 5.23 and vLLM 0.33.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Candidate, CtFormat
+from ptq.checkpoint.dialect import Conversion, Dialect, Export, Layers, Tensors
+from ptq.checkpoint.quantization_config import (
+    VERSION,
+    JsonDict,
+    LayerInfo,
+    Quantization,
+    fused_groups,
+    is_expert,
+    patterns,
+)
+from ptq.numerics.formats import FORMATS
+from ptq.numerics.rotation import hadamard
+
+# Loaders that read config_groups strictly stop at an unknown key and show its text; those that
+# would compute a rotated model without rotating its inputs are among them.
+GUARD = "rotated_weights"
+GUARD_TEXT = "`import ptq.hf` before from_pretrained"
+
+
+def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str]) -> JsonDict:
+    """The ``quantization_config`` of a model that :func:`ct_refusal` lets through: of one format, with
+    inputs quantized everywhere or nowhere.
+
+    Args:
+        others: the linear layers that are not quantized.
+    """
+    everything = [*layers, *others]
+    ((name, quantize_inputs),) = {(info.format, info.quantize_inputs) for info in layers.values()}
+    fmt = CT_FORMATS[name]
+    group: JsonDict = {
+        "targets": ["Linear"],
+        "format": fmt.name,
+        "weights": fmt.weights,
+        "input_activations": fmt.weights | {"dynamic": fmt.dynamic} if quantize_inputs else None,
+        "output_activations": None,
+    }
+    transforms = _transforms(layers, everything)
+    if transforms:
+        group[GUARD] = GUARD_TEXT
+    config: JsonDict = {
+        "quant_method": COMPRESSED_TENSORS.name,
+        "version": "0.17.0",
+        "quantization_status": "compressed",
+        "format": fmt.name,
+        "config_groups": {"group_0": group},
+        "ignore": list(quantization.ignore),
+        "kv_cache_scheme": None,
+    }
+    if transforms:
+        config["transform_config"] = {"config_groups": transforms}
+    config["ptq"] = {
+        "version": VERSION,
+        "input_rule": quantization.values["input_rule"],
+        "recipe": quantization.recipe,
+        "provenance": quantization.provenance,
+    }
+    return config
+
+
+def _sizes(layers: Layers) -> dict[int, list[str]]:
+    """The names of the layers that each block size rotates, by ascending size."""
+    sizes = sorted({info.rotation for info in layers.values()} - {1})
+    return {
+        size: [name for name, info in layers.items() if info.rotation == size] for size in sizes
+    }
+
+
+def _transforms(layers: Layers, everything: list[str]) -> dict[str, JsonDict]:
+    sizes, schemes = _sizes(layers), {}
+    rotated = {name for names in sizes.values() for name in names}
+    ignore = patterns([name for name in everything if name not in rotated], everything)
+    for size, names in sizes.items():
+        targets = ["Linear"] if len(sizes) == 1 else patterns(names, everything)
+        apply = [
+            {"targets": targets, "location": "input", "inverse": False, "ignore": ignore},
+            {"targets": targets, "location": "weight_input", "inverse": True, "ignore": ignore},
+        ]
+        schemes[f"h{size}"] = {
+            "type": "hadamard",
+            "head_dim": size,
+            "precision": "torch.float32",
+            "randomize": False,
+            "requires_grad": False,
+            "apply": apply,
+        }
+    return schemes
+
+
+def rotation_tensors(layers: Layers) -> dict[str, Tensor]:
+    """The ±1 matrix [size, size] of every block size, under the first of ``layers`` that it
+    rotates."""
+    return {
+        f"{names[0]}.h{size}_input.weight": hadamard(size) for size, names in _sizes(layers).items()
+    }
+
+
+def is_rotation_tensor(name: str) -> bool:
+    """Whether a tensor is one of :func:`rotation_tensors`, which a reader that knows Hadamard
+    matrices does not need."""
+    return name.endswith("_input.weight")
+
+
+def parse_ct(config: Mapping[str, object]) -> Quantization:
+    """What a ``compressed-tensors`` configuration of ours says.
+
+    Raises:
+        ValueError: it says something that ptq does not write, and therefore might read wrongly.
+    """
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1 or config.get("kv_cache_scheme"):
+        raise ValueError(
+            "ptq reads compressed-tensors checkpoints with one config group and no quantized KV "
+            "cache"
+        )
+    (group,) = groups.values()
+    formats = {record.name: record for record in CT_FORMATS.values()}
+    name = group.get("format") or config.get("format")
+    if name not in formats:
+        raise ValueError(
+            f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(formats)}"
+        )
+    fmt = formats[str(name)]
+    weights, inputs = dict(group["weights"]), group.get("input_activations")
+    wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
+    if (
+        wrong
+        or weights.get("actorder") not in (None, "weight")
+        or group.get("targets") != ["Linear"]
+    ):
+        raise ValueError(
+            f"ptq does not read this variant of {name}: {wrong or group.get('targets')}"
+        )
+    size, overrides = _parse_transforms(config.get("transform_config"))
+    ours, ignore = config.get("ptq") or {}, config.get("ignore") or []
+    if not isinstance(ours, dict) or not isinstance(ignore, list):
+        raise ValueError(
+            "ptq or ignore in quantization_config is damaged: copy the checkpoint again"
+        )
+    values = {
+        "format": fmt.format.name,
+        "hadamard": size,
+        "quantize_activations": inputs is not None,
+        "static_activations": inputs is not None and fmt.format.has_global_scale,
+        "input_rule": ours.get("input_rule", "default"),
+    }
+    return Quantization(
+        values=values,
+        overrides={"hadamard": overrides} if overrides else {},
+        ignore=tuple(ignore),
+        recipe=ours.get("recipe", {}),
+        provenance=ours.get("provenance", {}),
+    )
+
+
+def _parse_transforms(config: object) -> tuple[int, dict[str, int]]:
+    """The block size of all layers (0 for none), and that of some by pattern."""
+    size, overrides = 0, {}
+    schemes = config.get("config_groups", {}) if isinstance(config, dict) else {}
+    for name, scheme in schemes.items():
+        inputs = [a for a in scheme["apply"] if a["location"] == "input"]
+        if (
+            scheme["type"] != "hadamard"
+            or scheme.get("randomize")
+            or len(inputs) != 1
+            or len(scheme["apply"]) != 2
+        ):
+            raise ValueError(
+                f"ptq does not read the transform {name!r} of type {scheme['type']!r}, only "
+                "Hadamard on inputs"
+            )
+        overrides |= dict.fromkeys(inputs[0].get("ignore", ()), 0)
+        if inputs[0]["targets"] == ["Linear"]:
+            size = scheme["head_dim"]
+        else:
+            overrides |= dict.fromkeys(inputs[0]["targets"], scheme["head_dim"])
+    return size, overrides
+
+
+def ct_refusal(export: Export) -> str | None:
+    """Why compressed-tensors is wrong for an export, and what to do; None if it is right."""
+    layers = export.layers
+    if export.foreign:
+        return f"{export.foreign}; use dialect ptq"
+    formats = {info.format for info in layers.values()}
+    if unknown := sorted(formats - CT_FORMATS.keys()):
+        return f"it has no format for {', '.join(unknown)}; use dialect ptq"
+    if len(formats) > 1:
+        return (
+            f"one checkpoint would mix {', '.join(sorted(formats))}; use one format, or dialect ptq"
+        )
+    if len({(info.quantize_inputs, info.input_rule) for info in layers.values()}) > 1:
+        return "layers quantize their inputs in different ways; use one scheme, or dialect ptq"
+    for name, info in layers.items():
+        layer = Candidate(name=name, info=info, engines=export.engines, dtype=export.dtype)
+        for refusal in (*REFUSALS, *CT_FORMATS[info.format].refusals):
+            if reason := refusal.of(layer):
+                return f"{name}: {reason}"
+    if reason := _fused_refusal(layers, export.scales) or _scale_refusal(layers, export.scales):
+        return reason
+    if "transformers" in export.engines and export.dtype != "bfloat16":
+        return (
+            f"the dtype of the model is {export.dtype}, and other engines compute FP4 checkpoints in "
+            "bfloat16"
+        )
+    return None
+
+
+def _fused_refusal(layers: Layers, scales: Tensors) -> str | None:
+    """Of layers that engines merge into one matmul, with one rotation and one global scale."""
+    for group in fused_groups(layers):
+        first, *rest = group
+        if any(layers[name].rotation != layers[first].rotation for name in rest):
+            return (
+                f"{', '.join(group)} are one matmul in engines and have different rotations; use "
+                "one, or dialect ptq"
+            )
+        known = [scales[name] for name in group if name in scales]
+        shared = CT_FORMATS[layers[first].format].keeps_global_scale
+        if shared and any(not torch.equal(known[0], scale) for scale in known[1:]):
+            return (
+                f"{', '.join(group)} are one matmul in engines, with two global scales; requantize, "
+                "or use dialect ptq"
+            )
+    return None
+
+
+def _scale_refusal(layers: Layers, scales: Tensors) -> str | None:
+    """Of layers with a global scale for which there is no place."""
+    for name, info in layers.items():
+        if (
+            not FORMATS[info.format].has_global_scale
+            and name in scales
+            and scales[name].item() != 1
+        ):
+            return (
+                f"{name} has a global scale besides its E8M0 scales; requantize, or use dialect ptq"
+            )
+    return None
+
+
+def _engines(layers: Layers) -> list[str]:
+    """Of layers that :func:`ct_refusal` lets through; what other engines do was read, not run."""
+    rotated = any(info.rotation > 1 for info in layers.values())
+    inputs = any(info.quantize_inputs for info in layers.values())
+    fmt = CT_FORMATS[next(iter(layers.values())).format]
+    lines = ["**ptq** (`ptq.load`): right.", f"**transformers**{_in_transformers(layers, fmt)}."]
+    if rotated:
+        lines.append("**vLLM** ≥ 0.33: right, with `tensor_parallel_size=1` only.")
+        lines.append(
+            "**SGLang**, **TensorRT-LLM**: **do not rotate and compute it wrongly without an "
+            "error**. Do not use them."
+        )
+    else:
+        lines.append("**vLLM** ≥ 0.33: right.")
+        lines.append(f"**SGLang**: {fmt.sglang}. **TensorRT-LLM**: {fmt.tensorrt[inputs]}.")
+    if inputs:
+        lines.append(
+            "Engines choose the scales of activations themselves; GPUs without FP4 units keep "
+            "activations in 16 bit."
+        )
+    elif fmt.weight_only:
+        lines.append(fmt.weight_only)
+    return lines
+
+
+def _in_transformers(layers: Layers, fmt: CtFormat) -> str:
+    if fmt.experts_in_transformers and any(is_expert(name) for name in layers):
+        return f": {fmt.experts_in_transformers}"
+    if _sizes(layers):
+        return " with compressed-tensors: right after `import ptq.hf`, an error without it"
+    return " with compressed-tensors: right, decompressed to bf16 on first use"
+
+
+def _why_import(layers: Layers) -> str | None:
+    return "attaches the online rotation" if _sizes(layers) else None
+
+
+def _conversion(info: LayerInfo) -> Conversion | None:
+    return CT_FORMATS[info.format].conversion
+
+
+COMPRESSED_TENSORS = Dialect(
+    name="compressed-tensors",
+    config=ct_config,
+    parse=parse_ct,
+    refusal=ct_refusal,
+    engines=_engines,
+    why_import=_why_import,
+    conversion=_conversion,
+    extra_tensors=rotation_tensors,
+    is_extra=is_rotation_tensor,
+)

@@ -1,0 +1,115 @@
+"""The ``ptq`` dialect, which can say everything that ptq does, and which only ptq reads.
+
+Its ``quantization_config`` has exactly these keys; loaders refuse unknown keys and values:
+
+    quant_method "ptq"      version 1
+    format                  name of a format
+    hadamard                block size of the rotation of a layer's inputs; 0 is no rotation
+    quantize_activations    whether inputs are quantized too, to the same format (W4A4)
+    static_activations      whether there is a calibrated ``input_global_scale``; without one it is
+                            that of each token, or the format has none
+    input_rule              scale rule of the inputs; "default" is the format's own
+    <one of these five>_overrides    {pattern: value} for layers that differ; the first that matches
+    ignore                  patterns of linear layers that are not quantized
+    recipe, provenance      how the checkpoint was made; never needed to load it
+
+Only ``format`` and ``ignore`` must be there. Patterns: :mod:`ptq.checkpoint.quantization_config`;
+tensors on disk: :mod:`ptq.checkpoint`.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from ptq.checkpoint.dialect import Dialect, Export, Layers
+from ptq.checkpoint.quantization_config import PER_LAYER, VERSION, JsonDict, Quantization
+
+
+def ptq_config(
+    quantization: Quantization, layers: Layers | None = None, others: Iterable[str] = ()
+) -> JsonDict:
+    """The ``quantization_config``; it says what ``quantization`` does and needs nothing else."""
+    config: JsonDict = {"quant_method": PTQ.name, "version": VERSION}
+    for key, value in quantization.values.items():
+        config[key] = value
+        if key in quantization.overrides:
+            config[f"{key}_overrides"] = dict(quantization.overrides[key])
+    config["ignore"] = list(quantization.ignore)
+    return config | {"recipe": quantization.recipe, "provenance": quantization.provenance}
+
+
+def parse_ptq(config: Mapping[str, object]) -> Quantization:
+    """The inverse of :func:`ptq_config`.
+
+    Raises:
+        ValueError: an unknown version, key or value, or a missing ``format`` or ``ignore``.
+    """
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"quantization_config has version {config.get('version')!r}, this ptq reads {VERSION}: "
+            "update ptq"
+        )
+    overridden = {f"{key}_overrides": key for key in PER_LAYER}
+    known = {"quant_method", "version", "ignore", "recipe", "provenance", *PER_LAYER, *overridden}
+    if unknown := sorted(config.keys() - known):
+        raise ValueError(
+            f"quantization_config has keys that this ptq does not know: {', '.join(unknown)}; "
+            "update ptq"
+        )
+    for key in ("format", "ignore"):
+        if key not in config:
+            raise ValueError(f"quantization_config has no {key!r}: the checkpoint is damaged")
+    return Quantization(
+        values={key: config.get(key, default) for key, default in PER_LAYER.items()},
+        overrides={
+            key: _mapping(config, name) for name, key in overridden.items() if name in config
+        },
+        ignore=_strings(config["ignore"]),
+        recipe=_mapping(config, "recipe"),
+        provenance=_mapping(config, "provenance"),
+    )
+
+
+def _mapping(config: Mapping[str, object], key: str) -> JsonDict:
+    value = config.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{key} in quantization_config is {value!r} and should be an object: the checkpoint is "
+            "damaged"
+        )
+    return value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(
+            f"ignore in quantization_config is {value!r} and should be a list of names: the "
+            "checkpoint is damaged"
+        )
+    return tuple(value)
+
+
+def _refusal(export: Export) -> str | None:
+    """None: this dialect carries everything."""
+    return None
+
+
+def _engines(layers: Layers) -> list[str]:
+    return [
+        "**ptq** (`ptq.load`) and **transformers** after `import ptq.hf`: right. Without it "
+        'transformers prints "Unknown quantization type" and returns **randomly initialised '
+        "layers**.",
+        "**vLLM** does not know this dialect; **SGLang** and **TensorRT-LLM** stop with an error.",
+    ]
+
+
+def _why_import(layers: Layers) -> str:
+    return "without it the weights would be random"
+
+
+PTQ = Dialect(
+    name="ptq",
+    config=ptq_config,
+    parse=parse_ptq,
+    refusal=_refusal,
+    engines=_engines,
+    why_import=_why_import,
+)

@@ -1,0 +1,155 @@
+"""Checkpoints that an earlier ptq wrote: they load as the numbers that they always were, and equal
+runs still give their bytes.
+
+``tests/golden/{ptq,compressed-tensors}`` were written by ptq 0.1.0 (before the wings) and are never
+regenerated: a change of the schema adds another directory, and a version.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq.checkpoint.layer_report import LayerReport
+from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.checkpoint.reader import Checkpoint, to_disk
+from ptq.checkpoint.writer import CheckpointWriter
+from ptq.numerics.formats import FORMATS
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.tensor import QuantizedTensor, Scales
+from ptq.pipeline.recipe import Recipe
+from ptq.runtime.inspect import inspect
+from ptq.runtime.quant_linear import QuantLinear, stored_layer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Q, K, DOWN = (f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down"))
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]  # code 0 … 15
+INT4 = [0, 1, 2, 3, 4, 5, 6, 7, -7, -6, -5, -4, -3, -2, -1, 0]
+CONFIG = {"model_type": "llama", "dtype": "bfloat16"}
+
+
+def layer(fmt: str, values: list[float], scale: int, global_scale: float, **more) -> QuantLinear:
+    """Two rows, ``values`` and their negatives, with the same byte as scale of every group."""
+    record = FORMATS[fmt]
+    rows = torch.tensor([values, [-v for v in values]], dtype=torch.float32)
+    bits = torch.full((2, rows.shape[1] // record.group_size), scale, dtype=torch.uint8)
+    weight = QuantizedTensor(
+        record.element.encode(rows), Scales(bits, torch.tensor(global_scale), record)
+    )
+    rotation, bias = more.pop("rotation", 1), more.pop("bias", None)
+    options = {"quantize_inputs": False, "input_global_scale": None} | more
+    return QuantLinear.from_quantized(weight, Rotation(rotation), bias, **options)
+
+
+def layers(dialect: str) -> dict[str, QuantLinear]:
+    if dialect == "compressed-tensors":
+        return {DOWN: layer("nvint4", INT4, 0x3C, 0.25, rotation=16)}  # E4M3 0x3C is 1.5
+    inputs = {"quantize_inputs": True, "input_global_scale": torch.tensor(0.5), "rotation": 16}
+    return {
+        Q: layer("nvfp4", E2M1, 0x3C, 0.25, bias=torch.tensor([1.0, -2.0]).bfloat16(), **inputs),
+        K: layer("nvfp4", E2M1, 0x38, 0.25, **inputs),
+        DOWN: layer("mxfp4", E2M1 + E2M1[::-1], 126, 1.0, rotation=32),  # E8M0 126 is 1/2
+    }
+
+
+def report(name: str, quantized: QuantLinear) -> LayerReport:
+    return LayerReport(
+        name=name,
+        out_features=2,
+        in_features=quantized.in_features,
+        format=quantized.info.format,
+        rotation=quantized.info.rotation,
+        algorithm="gptq",
+        damping=0.05,
+        error=0.0078125,
+        held_out_error=None if name == Q else 0.01,
+        rtn_error=0.015625,
+        input_error=0.01 if quantized.info.quantize_inputs else None,
+        tokens=4096,
+        topped_up=False,
+        balance=0.25,
+        seconds=0.5,
+    )
+
+
+def write(dialect: str, out: Path) -> None:
+    """The run that wrote ``tests/golden/<dialect>``."""
+    made = layers(dialect)
+    infos = {name: quantized.info for name, quantized in made.items()}
+    tensors = {f"{n}.{k}": t for n, q in made.items() for k, t in q.state_dict().items()}
+    norm = {"model.layers.0.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+    writer = CheckpointWriter(
+        out,
+        source_config=CONFIG,
+        recipe=Checkpoint(GOLDEN / dialect).recipe,
+        provenance={"source": "some/model", "calibration": {"sha256": "c0ffee"}},
+        fingerprint="f",
+        dialect=dialect,
+    )
+    with writer:
+        reports = [report(name, quantized) for name, quantized in made.items()]
+        writer.add("model.layers.0", to_disk(tensors, infos) | norm, infos, reports)
+        writer.finish([("lm_head.weight", torch.ones(2, 4, dtype=torch.bfloat16))])
+
+
+def dense(name: str, checkpoint: Checkpoint) -> Tensor:
+    """The weight of a layer as it lies there: in the rotated basis."""
+    tensors, info = checkpoint.layer(name), checkpoint.layers[name]
+    features = tensors["weight_packed"].shape[1] * 2
+    linear = torch.nn.Linear(features, 2, bias=info.bias, device="meta")
+    return stored_layer(linear, info, tensors, name).quantized_weight().dequantize()
+
+
+def test_the_ptq_dialect_is_what_it_was():
+    checkpoint = Checkpoint(GOLDEN / "ptq")
+    assert checkpoint.dialect == "ptq"
+    assert checkpoint.layers == {
+        Q: LayerInfo(
+            format="nvfp4", rotation=16, quantize_inputs=True, static_inputs=True, bias=True
+        ),
+        K: LayerInfo(format="nvfp4", rotation=16, quantize_inputs=True, static_inputs=True),
+        DOWN: LayerInfo(format="mxfp4", rotation=32),
+    }
+    for name, row in {
+        Q: [v * 1.5 * 0.25 for v in E2M1],
+        K: [v * 0.25 for v in E2M1],
+        DOWN: [v / 2 for v in E2M1 + E2M1[::-1]],
+    }.items():
+        assert dense(name, checkpoint).tolist() == [row, [-v for v in row]], name
+    assert checkpoint.layer(Q)["input_global_scale"].item() == 0.5
+    assert checkpoint.layer(Q)["bias"].tolist() == [1.0, -2.0]
+    assert checkpoint.other_names() == ["lm_head.weight", "model.layers.0.norm.weight"]
+    assert checkpoint.parsed.ignores("lm_head")
+
+
+def test_the_compressed_tensors_dialect_is_what_it_was():
+    checkpoint = Checkpoint(GOLDEN / "compressed-tensors")
+    assert checkpoint.dialect == "compressed-tensors"
+    assert checkpoint.layers == {DOWN: LayerInfo(format="nvint4", rotation=16)}
+    row = [v * 1.5 * 0.25 for v in INT4]
+    assert dense(DOWN, checkpoint).tolist() == [row, [-v for v in row]]
+    assert checkpoint.tensor(f"{DOWN}.weight_packed").dtype == torch.int32
+    assert checkpoint.other_names() == ["lm_head.weight", "model.layers.0.norm.weight"]
+
+
+@pytest.mark.parametrize("dialect", ["ptq", "compressed-tensors"])
+def test_recipes_and_reports_of_then_are_understood(dialect):
+    stored = Checkpoint(GOLDEN / dialect).recipe
+    again = json.loads(json.dumps(Recipe.from_dict(stored).to_dict()))
+    assert {key: again[key] for key in stored} == stored
+    rows = {row.layer: row for row in inspect(GOLDEN / dialect).layers}
+    assert rows.keys() == layers(dialect).keys()
+    for name, row in rows.items():
+        assert (row.algorithm, row.error, row.rtn_error) == ("gptq", 0.0078125, 0.015625)
+        assert row.held_out_error == (None if name == Q else 0.01)
+        assert (row.damping, row.balance) == (0.05, 0.25)
+
+
+@pytest.mark.parametrize("dialect", ["ptq", "compressed-tensors"])
+def test_the_same_run_still_gives_the_same_bytes(dialect, tmp_path):
+    write(dialect, tmp_path / "out")
+    for file in (GOLDEN / dialect).iterdir():
+        again = (tmp_path / "out" / file.name).read_bytes()
+        assert again == file.read_bytes(), file.name
