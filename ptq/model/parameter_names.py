@@ -162,7 +162,8 @@ class NameMap:
     def stored_name(self, name: str) -> str:
         """What checkpoints of this model call a parameter of the model or of split experts, by
         renaming alone."""
-        renamings = [r.reverse_transform() for r in self._renamings]
+        reverse = (renaming.reverse_transform() for renaming in self._renamings)
+        renamings = [r for r in reverse if isinstance(r, WeightRenaming)]
         renamed, _ = rename_source_key(name, renamings, [])
         return renamed
 

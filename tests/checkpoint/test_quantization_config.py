@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ptq.checkpoint.quantization_config import (
     LayerInfo,
+    fused_groups,
     is_expert,
     matches,
     natural,
