@@ -1,8 +1,10 @@
 """Kernel 4: packed weights to a dense matrix, for prefill where no tensor core multiplies the
 format.
 
-dense  ŵ = value · fl32(scale · t)   fp32 (bit-equal to ``QuantizedTensor.dequantize``), or rounded once to 16 bits
-fp8    ŵ ≈ e4m3 · row_scale[row] · t   exact for E8M0 scales within 15 binades of their row, re-rounded otherwise
+    dense  ŵ = value · fl32(scale · t)      fp32 (bit-equal to ``QuantizedTensor.dequantize``), or
+                                            rounded once to 16 bits
+    fp8    ŵ ≈ e4m3 · row_scale[row] · t    exact for E8M0 scales within 15 binades of their row,
+                                            rounded a second time otherwise
 """
 # pyright: reportArgumentType=false
 

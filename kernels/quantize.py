@@ -1,8 +1,10 @@
 """Kernel 1: block rotation and quantization of activations, in one launch, with an optional step
 before the rotation.
 
-    y = (x · B) · c            B: any square block, in the dtype of x; c: an fp32 factor (size^-½ for Hadamard blocks)
-    codes, scale bytes         by the law of ``ptq.numerics.activations.quantize_inputs``, which is the oracle of this kernel
+    y = (x · B) · c        B: any square block, in the dtype of x
+                           c: an fp32 factor (size^-½ for Hadamard blocks)
+    codes, scale bytes     by the law of ``ptq.numerics.activations.quantize_inputs``, which is the
+                           oracle of this kernel
 
 One division per group, one product per element (a division per element is what bound other Triton
 quantizers to 52–68 % of the bandwidth). The rotation is a ``tl.dot``: 4–6 instructions per element,
@@ -231,7 +233,7 @@ def rotate_quantize_kernel(
             tl.store(place, byte.to(tl.uint8), mask=mask)
 
 
-# ---------------------------------------------------------------- twins of what ptq.numerics.activations has no word for
+# ---------------------------------------------------------------- twins, for tests and layers
 
 
 def swizzle_scales(scale_bits: Tensor) -> Tensor:

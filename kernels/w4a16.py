@@ -6,10 +6,11 @@ and they are read as the checkpoint stores them: bytes (N, K/2), scale bytes (N,
 assembly turns eight codes into 16-bit numbers with 15 integer operations, which leaves them in
 another order; a dot sums over K, so x is permuted alike instead. ``order``:
 
-    natural     the conversion instructions of sm_100 and sm_120 keep the columns where they are (E2M1 only)
+    natural     the conversion instructions of sm_100 and sm_120 keep the columns where they are
+                (E2M1 only)
     words       0 4 1 5 2 6 3 7 inside every eight columns; for mma.sync and tcgen05
-    fragments   further, the order in which row-major loads already are a register operand of wgmma: weights never pass
-                through shared memory (sm_90)
+    fragments   further, the order in which row-major loads already are a register operand of wgmma:
+                weights never pass through shared memory (sm_90)
 
 K is split over programs when there are few tiles (``kernels/epilogue.py``).
 """

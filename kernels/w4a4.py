@@ -7,8 +7,8 @@
 ``w4a4_tma_kernel`` is persistent, loads by TMA and wants scales in 128 × 4 blocks
 (``swizzle_scales``), for many tokens on sm_100. With fewer than 128 tokens on sm_100 the weights
 must be the left operand (SWAP): the other way round Triton falls back to bf16 without a word.
-Elsewhere than on Blackwell ``tl.dot_scaled`` is emulated and spills; dispatch never sends these
-kernels there.
+Elsewhere than on Blackwell ``tl.dot_scaled`` is emulated and spills; no table sends
+these kernels there.
 
 In Triton's interpreter ``dot_scaled`` is wrong for E4M3 scales, so there the operands are decoded
 and multiplied in fp32.

@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint
 from ptq.cli.options import parse_device
 from ptq.numerics.formats import FORMATS, Format
-from ptq.numerics.rotation import Rotation
 from ptq.pipeline.recipe import Recipe
 from ptq.runtime.decoding import Decode
 from ptq.runtime.generate import generate
@@ -109,10 +109,8 @@ def quantize_randomly(
     ]:
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear | QuantLinear) and old.bias is None
-        layer = QuantLinear(
-            old.in_features, old.out_features, format, Rotation(rotation),
-            bias=False, quantize_inputs=False, static_inputs=False, device=device,
-        )  # fmt: skip
+        info = LayerInfo(format=format.name, rotation=rotation)
+        layer = QuantLinear(old.in_features, old.out_features, info, device=device)
         layer.weight_packed.random_(0, 256)
         layer.weight_scale.random_(
             *((0x30, 0x40) if format.has_global_scale else (118, 121))

@@ -21,13 +21,13 @@ from torch.nn.functional import linear
 
 from ptq.bench import timing
 from ptq.bench.shapes import EXPERT, Layer
-from ptq.kernels import dispatch
+from ptq.kernels import coverage
 from ptq.numerics.formats import E2M1, FORMATS, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, unpack
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
-PACKED = tuple(dispatch.FORMATS.values())  # the formats that kernels know
+PACKED = tuple(coverage.FORMATS.values())  # the formats that kernels know
 REFERENCE = "reference"  # the path of layers without kernels, for CPUs
 BACKENDS = (*timing.BACKENDS, REFERENCE)
 DENSE = ("bf16", "fp32")  # what all others are compared with: on a GPU, on a CPU
@@ -201,7 +201,7 @@ class Plan:
             raise ValueError(f"no backend {unknown[0]!r}; choose from {', '.join(BACKENDS)}")
         for layer, _, k in self.layers:
             for fmt in (FORMATS[name] for name in self.formats):
-                reason = dispatch.obstacle(*_parts(fmt), fmt.group_size, k, rotation=self.rotation)
+                reason = coverage.obstacle(*_parts(fmt), fmt.group_size, k, rotation=self.rotation)
                 if reason is not None:
                     raise ValueError(f"{layer} of {self.model}: {reason}")
 
@@ -411,7 +411,10 @@ def _time_layer(
 def _reference(problem: timing.Problem, fmt: Format) -> list[timing.Call]:
     """The path of layers without kernels: rotate, dequantize, multiply."""
     x, rotation = problem.inputs(), Rotation(problem.rotation)
-    weights = [QuantizedTensor(unpack(p, fmt), Scales(s, t, fmt)) for p, s, t in problem.weights()]
+    weights = [
+        QuantizedTensor(unpack(w.packed, fmt), Scales(w.scale_bits, w.global_scale, fmt))
+        for w in problem.weights()
+    ]
     return [lambda w=w: linear(rotation.rotate(x), w.dequantize().to(x.dtype)) for w in weights]
 
 

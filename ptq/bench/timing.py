@@ -3,8 +3,7 @@ its weight.
 
 A time is that of a replay of one graph with a call per copy of the weight, the copies together
 larger than twice the L2 cache (timers that repeat one weight flatter 20–60 MB ones). Backends take
-turns, so that they share thermal drift. On a CPU calls are timed one by one, in fp32. kernels.md
-§14.
+turns, so that they share thermal drift. On a CPU calls are timed one by one, in fp32.
 """
 
 import importlib.util
@@ -12,15 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ptq.kernels import dispatch
-from ptq.kernels.dispatch import Tile
+from ptq.kernels import coverage, gpu
+from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
+from ptq.kernels.tiles import Tile
 
 # ---------------------------------------------------------------- what is timed
 
@@ -44,10 +44,10 @@ class Problem:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return torch.randn(self.tokens, self.k, device=self.device, dtype=dtype)
 
-    def weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def weights(self) -> list[PackedWeight]:
         """Random packed codes, scale bytes near 1 and a global scale; their time does not depend on
         their values."""
-        groups = self.k // dispatch.GROUP_SIZE[self.scale]
+        groups = self.k // coverage.GROUP_SIZE[self.scale]
         low, high = (0x30, 0x40) if self.scale == "e4m3" else (120, 130)
         t = torch.tensor(2.0**-10, device=self.device)
 
@@ -57,9 +57,20 @@ class Problem:
             )
 
         return [
-            (random_bytes(0, 256, self.k // 2), random_bytes(low, high, groups), t)
+            PackedWeight(
+                packed=random_bytes(0, 256, self.k // 2),
+                scale_bits=random_bytes(low, high, groups),
+                global_scale=t,
+                element=self.element,
+                scale=self.scale,
+            )
             for _ in range(self.copies)
         ]
+
+    @property
+    def encoding(self) -> Encoding:
+        """What inputs are quantized to, where they are."""
+        return Encoding(self.element, self.scale)
 
 
 Call = Callable[[], object]
@@ -93,69 +104,62 @@ def _dense(problem: Problem) -> list[Call]:
 
 @backend("w4a16")
 def _w4a16(problem: Problem) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_matmul import w4a16_matmul
 
     x = problem.inputs()
-    return [
-        lambda w=w: ops.w4a16_matmul(x, *w, problem.element, problem.scale)
-        for w in problem.weights()
-    ]
+    return [partial(w4a16_matmul, x, weight) for weight in problem.weights()]
 
 
 @backend("rotate+w4a16")
 def _rotate_w4a16(problem: Problem) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_inputs import rotate
+    from ptq.kernels.op_matmul import w4a16_matmul
 
     x = problem.inputs()
     return [
-        lambda w=w: ops.w4a16_matmul(
-            ops.rotate(x, problem.rotation), *w, problem.element, problem.scale
-        )
-        for w in problem.weights()
+        lambda w=weight: w4a16_matmul(rotate(x, problem.rotation), w)
+        for weight in problem.weights()
     ]
 
 
 @backend("rotate")
 def _rotate(problem: Problem) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_inputs import rotate
 
-    return [
-        lambda x=x: ops.rotate(x, problem.rotation)
-        for x in (problem.inputs() for _ in range(problem.copies))
-    ]
+    return [partial(rotate, problem.inputs(), problem.rotation) for _ in range(problem.copies)]
+
+
+def input_global_scale(device: torch.device) -> Tensor:
+    """A global scale for inputs; what it is does not matter to the time."""
+    return torch.tensor(1e-3, device=device)
 
 
 @backend("quantize")
 def _quantize(problem: Problem) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_inputs import rotate_quantize
 
-    t = torch.tensor(1e-3, device=problem.device)
-    inputs = [problem.inputs() for _ in range(problem.copies)]
+    t, rotation = input_global_scale(problem.device), problem.rotation
     return [
-        lambda x=x: ops.rotate_quantize(x, problem.rotation, problem.element, problem.scale, t)
-        for x in inputs
+        partial(rotate_quantize, problem.inputs(), rotation, problem.encoding, t)
+        for _ in range(problem.copies)
     ]
 
 
 def _w4a4_calls(problem: Problem, *, quantize: bool) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_inputs import rotate_quantize
+    from ptq.kernels.op_matmul import w4a4_matmul, wants_blocked_scales
+    from ptq.kernels.quantize import swizzle_scales
 
-    x, t, element, scale = (
-        problem.inputs(),
-        torch.tensor(1e-3, device=problem.device),
-        problem.element,
-        problem.scale,
-    )
-    blocked = ops.wants_blocked_scales(problem.device, scale, problem.tokens, problem.n, problem.k)
+    x, t, weights = problem.inputs(), input_global_scale(problem.device), problem.weights()
+    blocked = wants_blocked_scales(weights[0], problem.tokens)
+    if blocked:
+        weights = [replace(w, scale_bits=swizzle_scales(w.scale_bits)) for w in weights]
 
-    def inputs() -> ops.QuantizedInputs:
-        return ops.rotate_quantize(x, problem.rotation, element, scale, t, swizzle=blocked)
+    def inputs() -> QuantizedInputs:
+        return rotate_quantize(x, problem.rotation, problem.encoding, t, swizzle=blocked)
 
     ready = inputs()
-    weights = [(p, ops.swizzle_scales(s) if blocked else s, g) for p, s, g in problem.weights()]
-    return [
-        lambda w=w: ops.w4a4_matmul(inputs() if quantize else ready, *w, scale) for w in weights
-    ]
+    return [lambda w=w: w4a4_matmul(inputs() if quantize else ready, w) for w in weights]
 
 
 @backend("w4a4")
@@ -170,13 +174,10 @@ def _rotate_w4a4(problem: Problem) -> list[Call]:
 
 @backend("rotate+w4a8")
 def _rotate_w4a8(problem: Problem) -> list[Call]:
-    from ptq.kernels import ops
+    from ptq.kernels.op_matmul import w4a8_matmul
 
-    x, element, scale = problem.inputs(), problem.element, problem.scale
-    return [
-        lambda w=w: ops.w4a8_matmul(x, problem.rotation, *w, element, scale)
-        for w in problem.weights()
-    ]
+    x = problem.inputs()
+    return [partial(w4a8_matmul, x, problem.rotation, weight) for weight in problem.weights()]
 
 
 @backend("fp8")
@@ -194,7 +195,7 @@ def _fp8(problem: Problem) -> list[Call]:
             x, w.t(), x_scale, w_scale, out_dtype=torch.bfloat16
         )
         for w in weights
-    ]  # pyright: ignore[reportPrivateImportUsage]
+    ]
 
 
 @backend("gemlite")
@@ -222,21 +223,20 @@ def backends(device: torch.device, element: str, scale: str) -> list[str]:
     one."""
     if device.type != "cuda":
         return ["fp32"]
-    found = ["bf16"]
-    has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
-    if dispatch.available(device):
-        found += ["w4a16", "rotate+w4a16", "rotate", "quantize"]
-        if dispatch.multiplies_fp4(device):
-            found += ["w4a4", "rotate+w4a4"] if element == "e2m1" else []
-        elif has_fp8:
-            found.append("rotate+w4a8")
-    if has_fp8:
-        found.append("fp8")
+    names = ["bf16"]
+    if gpu.available(device):
+        names += ["w4a16", "rotate+w4a16", "rotate", "quantize"]
+        if gpu.multiplies_fp4(device):
+            names += ["w4a4", "rotate+w4a4"] if element == "e2m1" else []
+        elif gpu.multiplies_fp8(device):
+            names.append("rotate+w4a8")
+    if gpu.multiplies_fp8(device):
+        names.append("fp8")
     if element == "e2m1" and importlib.util.find_spec("gemlite") is not None:
         from gemlite import helper  # pyright: ignore[reportMissingImports]
 
-        found += ["gemlite"] if hasattr(helper, GEMLITE[scale]) else []
-    return found
+        names += ["gemlite"] if hasattr(helper, GEMLITE[scale]) else []
+    return names
 
 
 # ---------------------------------------------------------------- timing
@@ -321,22 +321,19 @@ def time_tiles(
     tiles: Sequence[Tile],
     device: torch.device,
 ) -> list[tuple[float, Tile]]:
-    """(median seconds, tile) of candidate tiles for ``kernels/tune.py``, those that do not launch
-    left out.
+    """(median seconds, tile) of the candidates of ``tune.py``, those that do not launch left out.
 
     Args:
-        operation: ``w4a16`` or ``w4a4``. fmt: a name of ``dispatch.FORMATS``. device: the current
-            CUDA device.
+        operation: ``w4a16`` or ``w4a4``.
+        fmt: a name of ``coverage.FORMATS``.
+        device: the current CUDA device.
 
     Raises:
         RuntimeError: no candidate ran.
     """
     import triton
 
-    from ptq.kernels import launch, ops
-
-    element, scale = next(parts for parts, name in dispatch.FORMATS.items() if name == fmt)
-    copies = copies_for(n * k // 2, device)
+    element, scale = next(parts for parts, name in coverage.FORMATS.items() if name == fmt)
     problem = Problem(
         tokens=tokens,
         n=n,
@@ -345,35 +342,42 @@ def time_tiles(
         scale=scale,
         rotation=16,
         device=device,
-        copies=copies,
+        copies=copies_for(n * k // 2, device),
     )
-    x, weights = problem.inputs(), problem.weights()
-    out = torch.empty(tokens, n, dtype=x.dtype, device=device)
+    prepare = _tile_calls(operation, problem)
     timed: list[tuple[float, Tile]] = []
     for tile in tiles:
-        calls: list[Call]
-        if operation == "w4a4":
-            inputs = ops.rotate_quantize(x, 16, element, scale, torch.tensor(1e-3, device=device))
-            calls = [
-                partial(launch.w4a4, *inputs, p, s, t, None, out, scale, tile)
-                for p, s, t in weights
-            ]
-        elif tile.kernel == "dense":
-            calls = [lambda w=w: linear(x, ops.dequantize(*w, element, scale)) for w in weights]
-        else:
-            calls = [
-                partial(launch.w4a16, x, p, s, t, None, out, element, scale, tile)
-                for p, s, t in weights
-            ]
         try:
-            timed.append((statistics.median(time_calls({"": calls}, device, 20)[""]), tile))
+            seconds = time_calls({"": prepare(tile)}, device, 20)[""]
         except triton.runtime.errors.OutOfResources:
             continue
+        timed.append((statistics.median(seconds), tile))
     if not timed:
         raise RuntimeError(
             f"no tile for {operation} {fmt} {tokens} tokens {n}×{k} fits this device"
         )
     return timed
+
+
+def _tile_calls(operation: str, problem: Problem) -> Callable[[Tile], list[Call]]:
+    """A function from a tile to one call per copy of the weight."""
+    from ptq.kernels.op_dequantize import dequantize
+    from ptq.kernels.op_inputs import rotate_quantize
+    from ptq.kernels.op_matmul import launch_w4a4, launch_w4a16
+
+    x, weights = problem.inputs(), problem.weights()
+    out = torch.empty(problem.tokens, problem.n, dtype=x.dtype, device=x.device)
+    if operation == "w4a4":
+        t = input_global_scale(problem.device)
+        inputs = rotate_quantize(x, problem.rotation, problem.encoding, t)
+        return lambda tile: [partial(launch_w4a4, inputs, w, None, out, tile) for w in weights]
+
+    def calls(tile: Tile) -> list[Call]:
+        if tile.kernel == "dense":
+            return [lambda w=w: linear(x, dequantize(w)) for w in weights]
+        return [partial(launch_w4a16, x, w, None, out, tile) for w in weights]
+
+    return calls
 
 
 @torch.inference_mode()
@@ -387,16 +391,16 @@ def peaks(device: torch.device) -> tuple[float, float, float]:
     def rate(work: int, call: Call) -> float:
         return work / statistics.median(time_calls({"": [call]}, device)[""])
 
-    bandwidth, bf16 = (
-        rate(2 * source.numel(), lambda: target.copy_(source)),
-        rate(2 * 8192**3, lambda: a @ b),
-    )
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    bandwidth = rate(2 * source.numel(), lambda: target.copy_(source))
+    bf16 = rate(2 * 8192**3, lambda: a @ b)
+    if not gpu.multiplies_fp8(device):
         return bandwidth, bf16, 0.0
-    low, high, one = (
-        a.to(torch.float8_e4m3fn),
-        b.to(torch.float8_e4m3fn).t(),
-        torch.ones((), device=device),
-    )
-    call = partial(torch._scaled_mm, low, high, one, one, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
-    return bandwidth, bf16, rate(2 * 8192**3, call)
+    low, high = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=device)
+
+    def fp8() -> object:
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            low, high, one, one, out_dtype=torch.bfloat16
+        )
+
+    return bandwidth, bf16, rate(2 * 8192**3, fp8)

@@ -1,7 +1,7 @@
 """Where the tile tables of ``kernels/configs`` come from: timings on the GPU at hand, or, without
 one, rules of thumb.
 
-``ptq bench --tune`` rewrites the table of this GPU. kernels.md §8.
+``ptq bench --tune`` rewrites the table of this GPU.
 """
 
 import json
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ptq.bench import timing
-from ptq.kernels import dispatch
-from ptq.kernels.dispatch import BUCKETS, MULTIPROCESSORS, Row, Table, Tile, split_rule
+from ptq.kernels import tiles
+from ptq.kernels.gpu import MULTIPROCESSORS
+from ptq.kernels.tiles import BUCKETS, Row, Table, Tile, split_rule
 
 W4A16_FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxint4")
 FP4 = ("nvfp4", "mxfp4")
@@ -39,9 +40,8 @@ def w4a16_tile(arch: int, fmt: str, tokens: int) -> Tile:
     )
     if tokens <= 16:
         return Tile(kernel="w4a16", block_m=16, order=order)
-    if (
-        tokens <= 32 or arch == 80
-    ):  # on sm_80 a tile of 64 tokens unpacks every weight in two warps, and spills
+    # on sm_80 a tile of 64 tokens unpacks every weight in two warps, and spills
+    if tokens <= 32 or arch == 80:
         return Tile(kernel="w4a16", block_m=32, order=order, stages=4 if arch == 90 else 3)
     if arch == 120:
         return Tile(kernel="w4a16", block_m=64, block_k=64, order=order)
@@ -86,9 +86,8 @@ def untimed(arch: int) -> Table:
     rows = []
     for fmt in W4A16_FORMATS:
         rows += [row("w4a16", fmt, tokens, w4a16_tile(arch, fmt, tokens)) for tokens in BUCKETS]
-    for fmt in (
-        W4A16_FORMATS
-    ):  # experts have no dense path: beyond the fused range the widest fused tile goes on
+    for fmt in W4A16_FORMATS:
+        # experts have no dense path: beyond the fused range the widest fused tile goes on
         rows += [
             row("grouped", fmt, tokens, w4a16_tile(arch, fmt, min(tokens, FUSED_UP_TO[arch])))
             for tokens in BUCKETS
@@ -156,9 +155,9 @@ def tune(
 ) -> Iterator[Row]:
     """The fastest candidate of each of :func:`problems`, timed on ``device``."""
     for operation, fmt, tokens, n, k in work:
-        tiles = list(candidates(arch, operation, fmt, tokens, n, k))
+        worth_timing = list(candidates(arch, operation, fmt, tokens, n, k))
         with timing.current(device):
-            timed = timing.time_tiles(operation, fmt, tokens, n, k, tiles, device)
+            timed = timing.time_tiles(operation, fmt, tokens, n, k, worth_timing, device)
         seconds, tile = min(timed, key=lambda pair: pair[0])
         microseconds = round(seconds * 1e6, 2)
         yield Row(
@@ -177,7 +176,7 @@ def tune(
 
 def current(arch: int) -> Table:
     """The shipped table, or the rules of thumb where none is shipped."""
-    return dispatch.table(arch) if path(arch).is_file() else untimed(arch)
+    return tiles.table(arch) if path(arch).is_file() else untimed(arch)
 
 
 def updated(table: Table, row: Row, device: str) -> Table:
@@ -190,7 +189,7 @@ def updated(table: Table, row: Row, device: str) -> Table:
 
 def path(arch: int) -> Path:
     """The file of an architecture's table."""
-    return dispatch.CONFIGS / f"sm{arch}.json"
+    return tiles.CONFIGS / f"sm{arch}.json"
 
 
 def write(table: Table) -> Path:

@@ -318,18 +318,18 @@ def tune_tables(
     from ptq.bench import layers as benchmark
     from ptq.bench import tune
     from ptq.cli import display
-    from ptq.kernels import dispatch
+    from ptq.kernels import gpu, tiles
 
     place = find_place(None, device)
     assert not isinstance(place, benchmark.Limits)
-    arch = dispatch.architecture(place) if dispatch.available(place) else None
+    arch = gpu.architecture(place) if gpu.available(place) else None
     if arch is None:
         raise ValueError(
             "--tune needs an NVIDIA GPU of compute capability 8.0 or more, and Triton; it found "
             "none here"
         )
     counts, names = (
-        parse_tokens(tokens) or dispatch.BUCKETS,
+        parse_tokens(tokens) or tiles.BUCKETS,
         listed(formats) or benchmark.Plan.formats,
     )
     plans = [
@@ -354,9 +354,9 @@ def write_untimed(quiet: bool) -> None:
     """Rewrite the tables of all architectures by rules of thumb; timed rows are lost."""
     from ptq.bench import tune
     from ptq.cli import display
-    from ptq.kernels import dispatch
+    from ptq.kernels import gpu
 
-    for arch in dispatch.MULTIPROCESSORS:
+    for arch in gpu.MULTIPROCESSORS:
         path = tune.write(tune.untimed(arch))
         if not quiet:
             display.note(f"{path}: rules of thumb, nothing timed")

@@ -13,7 +13,7 @@ from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.checkpoint.safetensors_files import Entry
-from ptq.kernels import dispatch
+from ptq.kernels import gpu
 from ptq.runtime.quant_linear import kernel_obstacle
 
 
@@ -160,9 +160,7 @@ def _runs(layers: Iterable[LayerRow], checkpoint: Checkpoint) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for row in layers:
         info = checkpoint.layers[row.layer]
-        info = replace(
-            info, quantize_inputs=info.quantize_inputs and dispatch.multiplies_fp4(device)
-        )
+        info = replace(info, quantize_inputs=info.quantize_inputs and gpu.multiplies_fp4(device))
         dtype = getattr(torch, named) if named else torch.bfloat16
         reason = kernel_obstacle(info, row.shape[1], device, dtype=dtype)
         counts["Triton kernels" if reason is None else f"the reference path: {reason}"] += 1

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptq.checkpoint.reader import Checkpoint, config_dtype
+from ptq.kernels import gpu
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
@@ -124,7 +125,7 @@ def settle_inputs(model: nn.Module, inputs: str) -> None:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.quantize_inputs]
     if not layers or inputs == "quantized":
         return
-    native = inputs == "auto" and all(_multiplies_fp4(m.weight_packed.device) for m in layers)
+    native = inputs == "auto" and all(gpu.multiplies_fp4(m.weight_packed.device) for m in layers)
     if inputs == "auto":
         logger.info(
             "inputs of quantized layers %s",
@@ -134,10 +135,6 @@ def settle_inputs(model: nn.Module, inputs: str) -> None:
         )
     for layer in layers:
         layer.quantize_inputs = native
-
-
-def _multiplies_fp4(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def distribute(

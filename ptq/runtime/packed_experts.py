@@ -1,9 +1,11 @@
 """A layer of quantized experts in two matmuls, whatever the routing: the weights of all of them in
 one tensor.
 
-    assignments (token, slot) are sorted by expert; those of expert e are rows offsets[e] … offsets[e+1] − 1
-    y[i]       = down(gating([gate; up](x[token of i])))     one grouped launch for gate and up, one for down
-    out[token] = Σ over its slots of routing weight · y      float32, in the order of the slots, rounded once
+    assignments (token, slot) are sorted by expert: those of e are rows offsets[e] … offsets[e+1]−1
+    y[i]       = down(gating([gate; up](x[token of i])))  one grouped launch for gate and up, one
+                                                          for down
+    out[token] = Σ over its slots of routing weight · y   float32, in the order of the slots,
+                                                          rounded once
 
 The loop of :class:`ptq.model.experts.Experts` asks the device which experts were chosen and
 launches three matmuls for each. Here nothing is asked and no shape depends on the routing, so CUDA
@@ -13,12 +15,13 @@ also rounds each product with a routing weight and each partial sum.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptq.kernels.operands import PackedWeight
 from ptq.model.experts import Expert, Experts
 from ptq.runtime.quant_linear import QuantLinear
 
@@ -32,32 +35,33 @@ class Stack:
 
     Attributes:
         like: one of the layers; its format, rotation and treatment of inputs are those of all.
-        packed: uint8 (experts, out, in/2); scale_bits: uint8 (experts, out, groups); global_scale:
-            float32 (experts,).
+        weight: of all experts, the first dimension.
         input_scale: float32 (experts,) where the range of inputs was calibrated, else None.
         bias: (experts, out) or None.
     """
 
     like: QuantLinear
-    packed: Tensor
-    scale_bits: Tensor
-    global_scale: Tensor
+    weight: PackedWeight
     input_scale: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layers: Sequence[Sequence[QuantLinear]]) -> "Stack":
+    def of(cls, experts: Sequence[Sequence[QuantLinear]]) -> "Stack":
         """The stack of the layers of every expert, whose weights and biases become views of it."""
-        firsts = [own[0] for own in layers]
-        biases = [[b for layer in own if (b := layer.bias) is not None] for own in layers]
+        firsts = [layers[0] for layers in experts]
+        biases = [[b for layer in layers if (b := layer.bias) is not None] for layers in experts]
+        codes = [[layer.weight_packed for layer in layers] for layers in experts]
+        scales = [[layer.weight_scale for layer in layers] for layers in experts]
         like = firsts[0]
+        weight = replace(
+            like.packed_weight,
+            packed=_stacked(codes),
+            scale_bits=_stacked(scales).view(torch.uint8),
+            global_scale=_global_scales(firsts),
+        )
         return cls(
             like=like,
-            packed=_stacked([[layer.weight_packed for layer in own] for own in layers]),
-            scale_bits=_stacked([[layer.weight_scale for layer in own] for own in layers]).view(
-                torch.uint8
-            ),
-            global_scale=_global_scales(firsts),
+            weight=weight,
             input_scale=None if like.input_scale is None else _input_scales(firsts),
             bias=None if like.bias is None else _stacked(biases),
         )
@@ -70,23 +74,19 @@ class Stack:
             experts: (assignments,), ascending; those that do not exist make a row of zeros.
             rows: int32 (assignments,) or None.
         """
-        from ptq.kernels import experts as grouped  # imports Triton
-        from ptq.kernels import ops
+        from ptq.kernels import op_grouped, op_inputs  # imports Triton
 
-        like, weight = self.like, (self.packed, self.scale_bits, self.global_scale)
-        element, scale, size = like.format.element.name, like.kernel_scale, like.rotation.size
+        like, size = self.like, self.like.rotation.size
         if not like.quantize_inputs:
-            return grouped.grouped_w4a16(
-                ops.rotate(x, size), offsets, *weight, element, scale, self.bias, rows
-            )
-        given = None
-        if (
-            self.input_scale is not None
-        ):  # one per expert: tokens are quantized once for each of theirs
+            x = op_inputs.rotate(x, size)
+            return op_grouped.grouped_w4a16(x, offsets, self.weight, self.bias, rows)
+        t = None
+        if self.input_scale is not None:
+            # one per expert: tokens are quantized once for each of theirs
             x, rows = (x, None) if rows is None else (x.index_select(0, rows), None)
-            given = self.input_scale[experts.clamp(max=len(self.packed) - 1)].unsqueeze(1)
-        inputs = ops.rotate_quantize(x, size, element, scale, given, rule=like.kernel_rule)
-        return grouped.grouped_w4a4(inputs, offsets, *weight, scale, self.bias, rows, x.dtype)
+            t = self.input_scale[experts.clamp(max=len(self.input_scale) - 1)].unsqueeze(1)
+        inputs = op_inputs.rotate_quantize(x, size, like.input_encoding, t)
+        return op_grouped.grouped_w4a4(inputs, offsets, self.weight, self.bias, rows, x.dtype)
 
 
 @torch.no_grad()
@@ -94,9 +94,9 @@ def _stacked(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     """(experts, rows, …): the tensors of each expert under each other, which become views of it."""
     first, rows = tensors[0][0], sum(len(tensor) for tensor in tensors[0])
     whole = first.new_empty(len(tensors), rows, *first.shape[1:])
-    for expert, own in enumerate(tensors):
+    for expert, parts in enumerate(tensors):
         start = 0
-        for tensor in own:
+        for tensor in parts:
             part = whole[expert, start : start + len(tensor)]
             part.copy_(tensor)
             tensor.data = part  # frees what it was
@@ -165,14 +165,12 @@ class PackedExperts(Experts):
         experts = top_k_index.flatten()[order]
         bounds = torch.arange(self.num_experts + 1, dtype=experts.dtype, device=experts.device)
         offsets = torch.searchsorted(experts, bounds, out_int32=True)
-        both = gate_up(
-            hidden_states, offsets, experts, (order // slots).int()
-        )  # (assignments, 2 · intermediate)
+        # (assignments, 2 · intermediate)
+        both = gate_up(hidden_states, offsets, experts, (order // slots).int())
         if self.interleaved:
             both = both.unflatten(1, (2, -1)).mT.flatten(1)
-        y = down(
-            self.gating(both), offsets, experts, None
-        )  # (assignments, hidden), sorted by expert
+        # (assignments, hidden), sorted by expert
+        y = down(self.gating(both), offsets, experts, None)
         place = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )

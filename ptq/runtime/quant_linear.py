@@ -9,15 +9,17 @@ The product and the bias are float32; the result is rounded once, to the dtype o
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.kernels import dispatch
+from ptq.kernels import coverage, gpu
+from ptq.kernels.operands import Encoding, PackedWeight
 from ptq.numerics.activations import default_rule, quantize_inputs
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, group, pack, unpack
 
@@ -29,8 +31,7 @@ FIXED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_s
 
 
 class QuantLinear(nn.Module):
-    """A quantized linear layer. Its buffers are its whole state, in the memory form of
-    checkpoint.py.
+    """A quantized linear layer. Its buffers are its whole state; in memory, global scales multiply.
 
     Attributes:
         weight_packed: uint8 (out, in / 2), two codes a byte, or (out, in) for elements of more than
@@ -40,8 +41,7 @@ class QuantLinear(nn.Module):
         input_global_scale: float32 scalar that multiplies, for a calibrated range of inputs; None
             takes one per token.
         bias: (out,) or None; the only buffer that follows the dtype of the model.
-        input_rule: scale rule of quantized inputs; ``"default"`` (given as None) is the format's
-            own.
+        input_rule: scale rule of quantized inputs; ``"default"`` is the format's own.
         cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in
             less time. Replace the buffers of a caching layer (or use load_state_dict), never write
             into them.
@@ -57,53 +57,43 @@ class QuantLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        format: Format,
-        rotation: Rotation,
+        info: LayerInfo,
         *,
-        bias: bool,
-        quantize_inputs: bool,
-        static_inputs: bool,
-        input_rule: str | None = None,
         device: torch.device | str = "meta",
     ) -> None:
-        """Make a layer with uninitialised buffers.
+        """Make a layer with uninitialised buffers, as ``info`` describes it.
 
         Raises:
             ValueError: ``in_features`` is not a multiple of the group size or of the rotation.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.rotation = format, rotation
-        self.quantize_inputs, self.input_rule, self.cache = (
-            quantize_inputs,
-            input_rule or "default",
-            False,
-        )
-        self.kernel_dtype: torch.dtype | None = (
-            None  # inputs of this dtype go through the Triton kernels
-        )
+        self.format, self.rotation = FORMATS[info.format], Rotation(info.rotation)
+        self.quantize_inputs, self.input_rule = info.quantize_inputs, info.input_rule
+        self.cache = False
+        # inputs of this dtype go through the Triton kernels
+        self.kernel_dtype: torch.dtype | None = None
         self._blocked_scales: Tensor | None = None
-        self._dequantized: tuple[Tensor, Tensor] | None = (
-            None  # (the packed weight it was made of, the float32 weight)
-        )
-        groups = group(torch.empty(1, in_features, device="meta"), format).shape[1]
-        rotation.check(in_features)
-        width = in_features // 2 if format.packed else in_features
-        scalar = torch.empty((), dtype=torch.float32, device=device)
+        # (the packed weight it was made of, the float32 weight)
+        self._dequantized: tuple[Tensor, Tensor] | None = None
+        groups = group(torch.empty(1, in_features, device="meta"), self.format).shape[1]
+        self.rotation.check(in_features)
+
+        def codes(columns: int) -> Tensor:
+            return torch.empty(out_features, columns, dtype=torch.uint8, device=device)
+
+        def scalar(exists: bool) -> Tensor | None:
+            return torch.empty((), dtype=torch.float32, device=device) if exists else None
+
+        has_global_scale = self.format.has_global_scale
+        width = in_features // 2 if self.format.packed else in_features
+        self.register_buffer("weight_packed", codes(width))
+        self.register_buffer("weight_scale", codes(groups))
+        self.register_buffer("weight_global_scale", scalar(has_global_scale))
+        self.register_buffer("input_global_scale", scalar(info.static_inputs and has_global_scale))
         self.register_buffer(
-            "weight_packed", torch.empty(out_features, width, dtype=torch.uint8, device=device)
+            "bias", torch.empty(out_features, device=device) if info.bias else None
         )
-        self.register_buffer(
-            "weight_scale", torch.empty(out_features, groups, dtype=torch.uint8, device=device)
-        )
-        self.register_buffer(
-            "weight_global_scale", scalar.clone() if format.has_global_scale else None
-        )
-        self.register_buffer(
-            "input_global_scale",
-            scalar.clone() if static_inputs and format.has_global_scale else None,
-        )
-        self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     @classmethod
     def from_quantized(
@@ -119,16 +109,15 @@ class QuantLinear(nn.Module):
         """The layer of a ``weight`` (out, in) that was quantized after ``rotation``; takes the
         tensors as they are."""
         fmt, (out_features, in_features) = weight.format, weight.codes.shape
-        layer = cls(
-            in_features,
-            out_features,
-            fmt,
-            rotation,
-            bias=bias is not None,
+        info = LayerInfo(
+            format=fmt.name,
+            rotation=rotation.size,
             quantize_inputs=quantize_inputs,
             static_inputs=input_global_scale is not None,
-            input_rule=input_rule,
+            input_rule=input_rule or "default",
+            bias=bias is not None,
         )
+        layer = cls(in_features, out_features, info)
         layer.weight_packed, layer.weight_scale = pack(weight.codes, fmt), weight.scales.bits
         t = weight.scales.global_scale
         layer.weight_global_scale = t if fmt.has_global_scale or t.item() != 1 else None
@@ -137,24 +126,9 @@ class QuantLinear(nn.Module):
         layer.bias = None if bias is None else bias.detach()
         return layer
 
-    @classmethod
-    def from_info(cls, info: LayerInfo, in_features: int, out_features: int) -> "QuantLinear":
-        """An empty layer on meta, as ``info`` describes it; raises ValueError as the constructor
-        does."""
-        return cls(
-            in_features,
-            out_features,
-            FORMATS[info.format],
-            Rotation(info.rotation),
-            bias=info.bias,
-            quantize_inputs=info.quantize_inputs,
-            static_inputs=info.static_inputs,
-            input_rule=info.input_rule,
-        )
-
     @property
     def info(self) -> LayerInfo:
-        """What a checkpoint has to say about this layer; the inverse of :meth:`from_info`."""
+        """What a checkpoint has to say about this layer, and the constructor wants to know."""
         return LayerInfo(
             format=self.format.name,
             rotation=self.rotation.size,
@@ -180,14 +154,22 @@ class QuantLinear(nn.Module):
         return self.input_global_scale
 
     @property
-    def kernel_scale(self) -> str:
-        """What kernels call the type of the scales."""
-        return self.format.scale_name
+    def packed_weight(self) -> PackedWeight:
+        """The weight as kernels take it."""
+        scales = self.scales
+        return PackedWeight(
+            packed=self.weight_packed,
+            scale_bits=scales.bits,
+            global_scale=scales.global_scale,
+            element=self.format.element.name,
+            scale=self.format.scale_name,
+        )
 
     @property
-    def kernel_rule(self) -> str:
-        """The scale rule of quantized inputs, by name."""
-        return default_rule(self.format) if self.input_rule == "default" else self.input_rule
+    def input_encoding(self) -> Encoding:
+        """What kernels quantize inputs to."""
+        rule = default_rule(self.format) if self.input_rule == "default" else self.input_rule
+        return Encoding(self.format.element.name, self.format.scale_name, rule)
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight (out, in) as codes and scales, in the rotated basis."""
@@ -219,29 +201,29 @@ class QuantLinear(nn.Module):
         return reason
 
     def _kernel(self, x: Tensor) -> Tensor:
-        from ptq.kernels import ops  # imports Triton
+        from ptq.kernels import op_inputs, op_matmul  # imports Triton
 
-        element, scale = self.format.element.name, self.kernel_scale
-        weight_scale, t = self.scales.bits, self.scales.global_scale
+        weight = self.packed_weight
         if not self.quantize_inputs:
-            x = ops.rotate(x, self.rotation.size)
-            return ops.w4a16_matmul(
-                x, self.weight_packed, weight_scale, t, element, scale, self.bias
-            )
+            x = op_inputs.rotate(x, self.rotation.size)
+            return op_matmul.w4a16_matmul(x, weight, self.bias)
         rows = x.reshape(-1, self.in_features)
-        blocked = ops.wants_blocked_scales(
-            x.device, scale, len(rows), self.out_features, self.in_features
-        )
+        blocked = op_matmul.wants_blocked_scales(weight, len(rows))
         if blocked:
-            if self._blocked_scales is None:
-                self._blocked_scales = ops.swizzle_scales(weight_scale)
-            weight_scale = self._blocked_scales
-        size, rule = self.rotation.size, self.kernel_rule
-        inputs = ops.rotate_quantize(
-            rows, size, element, scale, self.input_scale, rule=rule, swizzle=blocked
+            weight = replace(weight, scale_bits=self._in_blocks())
+        inputs = op_inputs.rotate_quantize(
+            rows, self.rotation.size, self.input_encoding, self.input_scale, swizzle=blocked
         )
-        y = ops.w4a4_matmul(inputs, self.weight_packed, weight_scale, t, scale, self.bias, x.dtype)
+        y = op_matmul.w4a4_matmul(inputs, weight, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _in_blocks(self) -> Tensor:
+        """The scale bytes as many tokens on sm_100 want them, made once."""
+        from ptq.kernels.quantize import swizzle_scales
+
+        if self._blocked_scales is None:
+            self._blocked_scales = swizzle_scales(self.weight_scale)
+        return self._blocked_scales
 
     def _reference(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
@@ -280,8 +262,8 @@ class QuantLinear(nn.Module):
         return self._dequantized[1]
 
     def forget(self) -> None:
-        """Drop what is kept between calls, to be made again when needed; the walk does so when it
-        leaves a block."""
+        """Drop what is kept between calls, to be made again when needed; calibration does so when
+        it leaves a block."""
         self._dequantized = None
 
     def _apply(self, fn, recurse: bool = True):
@@ -291,11 +273,8 @@ class QuantLinear(nn.Module):
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return (
-                tensor.to(moved.device)
-                if id(tensor) in fixed and moved.dtype != tensor.dtype
-                else moved
-            )
+            kept = id(tensor) in fixed and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if kept else moved
 
         self._dequantized = None
         moved = super()._apply(keep_dtype, recurse)
@@ -308,13 +287,12 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {
+        tensors = {
             kind: {n: _alone(t) for n, t in self.__dict__[kind].items()}
             for kind in ("_buffers", "_parameters")
         }
-        return (
-            self.__dict__ | own | {"_dequantized": None, "_blocked_scales": None}
-        )  # neither copied nor pickled
+        # what is kept between calls is neither copied nor pickled
+        return self.__dict__ | tensors | {"_dequantized": None, "_blocked_scales": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -347,13 +325,11 @@ def kernel_obstacle(
             kernels' range.
     """
     fmt = FORMATS[info.format]
-    if not dispatch.available(device):
+    if not gpu.available(device):
         return f"Triton kernels do not run on {device.type}"
-    if info.quantize_inputs and not (
-        dispatch.multiplies_fp4(device) and fmt.element.name == "e2m1"
-    ):
+    if info.quantize_inputs and not (gpu.multiplies_fp4(device) and fmt.element.name == "e2m1"):
         return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
-    return dispatch.obstacle(
+    return coverage.obstacle(
         fmt.element.name,
         fmt.scale_name,
         fmt.group_size,
@@ -369,8 +345,8 @@ def _alone(tensor: Tensor | None) -> Tensor | None:
     write it for each."""
     if tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
-    own = tensor.detach().clone()
-    return nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
 @contextmanager
@@ -411,13 +387,12 @@ def stored_layer(
             f"{name} has {'a' if info.bias else 'no'} bias in the checkpoint, and differs in the "
             "model"
         )
-    layer = QuantLinear.from_info(info, old.in_features, old.out_features)
+    layer = QuantLinear(old.in_features, old.out_features, info)
     for leaf in (*FIXED, "bias"):
         expected = layer._buffers[leaf]
         if expected is None and leaf == "weight_global_scale":
-            layer.weight_global_scale = tensors.get(
-                leaf
-            )  # E8M0 scales with a factor, as other writers have it
+            # E8M0 scales with a factor, as other writers have it
+            layer.weight_global_scale = tensors.get(leaf)
         elif expected is not None:
             if leaf not in tensors:
                 raise ValueError(
@@ -425,9 +400,9 @@ def stored_layer(
                     "it again"
                 )
             if tensors[leaf].shape != expected.shape:
-                shapes = f"{tuple(tensors[leaf].shape)} in the checkpoint, {tuple(expected.shape)} in the model"
                 raise ValueError(
-                    f"{name}.{leaf} has shape {shapes}: the config.json is of another model"
+                    f"{name}.{leaf} has shape {tuple(tensors[leaf].shape)} in the checkpoint, "
+                    f"{tuple(expected.shape)} in the model: the config.json is of another model"
                 )
             setattr(layer, leaf, tensors[leaf])
     return layer.train(old.training)

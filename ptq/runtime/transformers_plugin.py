@@ -45,17 +45,8 @@ class StoredLinear(QuantLinear):
     def __init__(
         self, info: LayerInfo, in_features: int, out_features: int, dtype: torch.dtype
     ) -> None:
-        memory = QuantLinear.from_info(info, in_features, out_features)
-        super().__init__(
-            in_features,
-            out_features,
-            memory.format,
-            memory.rotation,
-            bias=info.bias,
-            quantize_inputs=info.quantize_inputs,
-            static_inputs=info.static_inputs,
-            input_rule=info.input_rule,
-        )
+        memory = QuantLinear(in_features, out_features, info)
+        super().__init__(in_features, out_features, info)
         for name in (*FIXED, "bias"):
             tensor = getattr(memory, name)
             delattr(self, name)

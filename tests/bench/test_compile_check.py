@@ -3,10 +3,10 @@ there is none.
 
 Kernels are compiled in a process of their own (here they are interpreted) by ``python -m
 ptq.bench.compile_check``. Shared memory, spills, the tensor-core instruction and flush-to-zero are
-judged there; instructions per weight are judged here, against what the memory of a GPU leaves (spec
-kernels.md §4, §5) and against the values in ``instructions.json`` (8 %), which are rewritten by
+judged there; instructions per weight are judged here, against what the memory of a GPU leaves and
+against the values in ``instructions.json`` (8 %), which are rewritten by
 
-    python tests/kernels/test_aot.py
+    python tests/bench/test_compile_check.py
 """
 
 import json
@@ -23,7 +23,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 # at full bandwidth. sm_100: 2.7 by arithmetic, NVINT4 is at 2.76.
 BUDGET = {80: 6.3, 90: 4.4, 100: 2.8, 120: 18.4}
 # The same per element of the quantizer (2 bytes in, 0.56 out). The law of rounding takes NVFP4 past
-# it on sm_90 (§4): known.
+# it on sm_90: known.
 QUANTIZER = {80: 28.5, 90: 28.5, 100: 16.0, 120: 84.0}
 
 
@@ -85,25 +85,24 @@ def test_decoding_leaves_the_memory_as_the_bottleneck(compiled, arch: int) -> No
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_quantizer_divides_once_per_group_and_fuses_nothing(compiled, arch: int) -> None:
-    found = {name: r for name, r in compiled.items() if name.startswith(f"sm_{arch} quantize")}
-    assert len(found) == 3
-    for name, result in found.items():
+    quantizers = {n: r for n, r in compiled.items() if n.startswith(f"sm_{arch} quantize")}
+    assert len(quantizers) == 3
+    for name, result in quantizers.items():
         assert result["per_item"] <= QUANTIZER[arch], name
         assert not result["div_full"], f"{name}: approximate division"
         assert result["fused_multiply_adds"] <= 4 * 24, (
             f"{name}: products contracted with additions that round"
         )
-    assert not [n for n, r in found.items() if "mxfp4" in n and r["fused_multiply_adds"]], (
-        "powers of two need no division"
-    )
+    powers = {n: r["fused_multiply_adds"] for n, r in quantizers.items() if "mxfp4" in n}
+    assert powers and not any(powers.values()), "powers of two need no division"
 
 
 def test_weights_in_fragment_order_never_pass_through_shared_memory(compiled) -> None:
     """On sm_90: no ldmatrix in the loop, and stores to shared memory for the inputs alone (8 per
     trip at 16 tokens)."""
-    found = {name: r["loop"] for name, r in compiled.items() if name.startswith("sm_90 w4a16")}
-    assert len(found) >= 3
-    for name, loop in found.items():
+    loops = {name: r["loop"] for name, r in compiled.items() if name.startswith("sm_90 w4a16")}
+    assert len(loops) >= 3
+    for name, loop in loops.items():
         assert loop["LDSM"] == 0 and loop["STS"] + loop["STSM"] <= 8, name
 
 
@@ -111,11 +110,10 @@ def test_matmuls_per_expert_use_fp4_tensor_cores_and_no_others() -> None:
     """On sm_100 few tokens must be the right operand, or Triton falls back to bf16; 16 × 128 tiles
     have few."""
     pytest.importorskip("triton")
-    found = compile_all("100", "120", "--all", "--only", "grouped w4a4 nvfp4 16x128")
-    assert not problems(found) and {r["architecture"] for r in found.values()} == {100, 120}
-    assert all(
-        r["mma"] and all("kind::mxf4nvf4" in name for name in r["mma"]) for r in found.values()
-    )
+    results = compile_all("100", "120", "--all", "--only", "grouped w4a4 nvfp4 16x128")
+    assert not problems(results) and {r["architecture"] for r in results.values()} == {100, 120}
+    for result in results.values():
+        assert result["mma"] and all("kind::mxf4nvf4" in name for name in result["mma"])
 
 
 def test_instructions_are_those_that_were_recorded(compiled) -> None:

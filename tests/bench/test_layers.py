@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ptq.bench import layers as benchmark
-from ptq.bench import shapes, speed_report, timing
+from ptq.bench import shapes, speed_report
 from ptq.bench.layers import GPUS, Limits, Measurement, Plan
-from ptq.kernels import dispatch
 from ptq.numerics.formats import FORMATS
 
 CPU = torch.device("cpu")
@@ -192,22 +191,6 @@ def test_a_backend_that_cannot_run_there_is_an_error() -> None:
     assert some.chosen(GPUS["b200"]) == {"nvint4": ["bf16"], "nvfp4": ["w4a4"]}
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((8, 0), set()), ((9, 0), {"rotate+w4a8", "fp8"}), ((10, 0), {"w4a4", "rotate+w4a4", "fp8"})],
-)
-def test_a_gpu_runs_what_its_tensor_cores_multiply(
-    monkeypatch, capability: tuple[int, int], expected: set[str]
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "available", lambda device: True)
-    monkeypatch.setattr(dispatch, "architecture", lambda device: 10 * capability[0])
-    monkeypatch.setattr(timing.importlib.util, "find_spec", lambda name: None)  # no other libraries
-    everywhere = {"bf16", "w4a16", "rotate+w4a16", "rotate", "quantize"}
-    assert set(timing.backends(torch.device("cuda"), "e2m1", "e4m3")) == everywhere | expected
-    assert "w4a4" not in timing.backends(torch.device("cuda"), "int4", "e4m3")
-
-
 # ---------------------------------------------------------------- records and tables
 
 
@@ -286,25 +269,3 @@ def test_the_reference_path_is_timed_on_a_cpu(tmp_path: Path) -> None:
         assert m.tflops == pytest.approx(m.flops / m.median_s / 1e12) and m.share is None
     speed_report.plot(found, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", sorted(set(timing.BACKENDS) - {"fp32", "gemlite"}))
-def test_what_is_timed_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A call for every copy of the weight; in Triton's interpreter where there is no GPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = timing.Problem(
-        tokens=3, n=64, k=128, element="e2m1", scale="e4m3", rotation=16, device=device, copies=2
-    )
-    if device.type == "cpu":
-        monkeypatch.setattr(
-            timing.Problem, "inputs", lambda self: torch.randn(self.tokens, self.k).bfloat16()
-        )
-        monkeypatch.setattr(dispatch, "architecture", lambda device: 120)
-    elif name not in timing.backends(device, "e2m1", "e4m3"):
-        pytest.skip(f"this GPU has no numbers for {name}")
-    results = [call() for call in timing.BACKENDS[name](problem)]
-    first = results[0][0] if isinstance(results[0], tuple) else results[0]
-    assert len(results) == 2 and isinstance(first, torch.Tensor)
-    assert first.shape == (3, 128 if name == "rotate" else 64), (
-        "(tokens, in) if only rotated; (tokens, in/2) if packed"
-    )

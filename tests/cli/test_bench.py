@@ -19,7 +19,7 @@ import torch
 from ptq.bench import layers as benchmark
 from ptq.bench import timing, tune
 from ptq.cli import commands as cli
-from ptq.kernels import dispatch
+from ptq.kernels import gpu, tiles
 
 Run = Callable[..., tuple[int, str, str]]
 needs_no_gpu = pytest.mark.skipif(
@@ -267,14 +267,14 @@ def test_tuning_without_a_gpu_is_one_line(bench: Run):
 def pretended_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of tile tables, and a GPU on which the widest tile with the most stages is the
     fastest."""
-    shipped = (dispatch.CONFIGS / "sm90.json").read_text()
-    monkeypatch.setattr(dispatch, "CONFIGS", tmp_path)
+    shipped = (tiles.CONFIGS / "sm90.json").read_text()
+    monkeypatch.setattr(tiles, "CONFIGS", tmp_path)
     (tmp_path / "sm90.json").write_text(shipped)
-    dispatch.table.cache_clear()
+    tiles.table.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended H200")
-    monkeypatch.setattr(dispatch, "available", lambda device: True)
-    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    monkeypatch.setattr(gpu, "available", lambda device: True)
+    monkeypatch.setattr(gpu, "architecture", lambda device: 90)
     monkeypatch.setattr(timing, "current", lambda device: nullcontext())
 
     def time_tiles(operation, fmt, tokens, n, k, tiles, device):
@@ -285,10 +285,10 @@ def pretended_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_tuning_replaces_the_rows_that_it_timed(bench: Run, pretended_h200: Path):
-    before = dispatch.table(90)
+    before = tiles.table(90)
     code, out, err = bench("--tune", "--tokens", "1,64", "--format", "nvfp4")
     assert (code, out) == (0, "") and "tuning 8/8" in err and "8 rows of" in err
-    after = dispatch.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
+    after = tiles.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
     timed = {row for row in after.rows if row.microseconds}
     assert {(r.tile.block_n, r.tile.stages, r.microseconds) for r in timed} == {(128, 6, 0.13)}
     assert {(r.operation, r.format, r.tokens, r.n) for r in timed} == {
@@ -301,7 +301,7 @@ def test_tuning_replaces_the_rows_that_it_timed(bench: Run, pretended_h200: Path
     assert "timed on a pretended H200" in after.source
     assert not list(pretended_h200.glob("*.part"))
     bench("--tune", "--tokens", "1,64", "--format", "nvfp4", "--quiet")
-    again = dispatch.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
+    again = tiles.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
     assert replace(again, triton=after.triton) == after, "a second time replaces, and adds nothing"
 
 
@@ -313,12 +313,12 @@ def test_tuning_takes_only_token_counts_of_the_tables(bench: Run, pretended_h200
 def test_untimed_tables_are_the_rules_of_thumb(
     bench: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(dispatch, "CONFIGS", tmp_path)
+    monkeypatch.setattr(tiles, "CONFIGS", tmp_path)
     code, out, err = bench("--untimed")
     assert (code, out) == (0, "") and len(err.splitlines()) == 4
-    for arch in dispatch.MULTIPROCESSORS:
+    for arch in gpu.MULTIPROCESSORS:
         written = json.loads((tmp_path / f"sm{arch}.json").read_text())
-        assert dispatch.Table.from_dict(written) == tune.untimed(arch)
+        assert tiles.Table.from_dict(written) == tune.untimed(arch)
 
 
 # ---------------------------------------------------------------- around the command

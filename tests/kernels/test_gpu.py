@@ -1,200 +1,91 @@
-"""What only a device can show: the assembly and orders of columns on hardware, graphs, streams,
-poisoned outputs."""
+"""What a GPU can do, asked of pretended ones: the answers need no device."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from ptq.kernels import gpu
 
-from ptq.kernels import experts, launch, ops
-from ptq.kernels.dispatch import Tile, architecture, multiplies_fp4
-from ptq.numerics.formats import FORMATS, Format
-
-pytestmark = pytest.mark.gpu
-
-
-def on_device(weight, packed):
-    scales = weight.scales
-    return packed.cuda(), scales.bits.cuda(), scales.global_scale.cuda()
-
-
-def in_range(weight, fmt: Format) -> None:
-    """Keep random scale bytes where sums of thousands of products stay finite in bf16."""
-    weight.scales.bits.clamp_(
-        0x08 if fmt.has_global_scale else 120, 0x50 if fmt.has_global_scale else 130
-    )
-
-
-@pytest.mark.parametrize("order", ["words", "fragments", "natural"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_unit_vector_reads_one_column_exactly(
-    fmt: Format, order, dtype, random_weight, scale_kind
-) -> None:
-    """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or
-    columns shows."""
-    arch = architecture(torch.device("cuda"))
-    if (order == "natural" and (arch not in (100, 120) or fmt.element.name == "int4")) or (
-        order == "fragments" and arch != 90
-    ):
-        pytest.skip(f"order {order} is not for sm_{arch} {fmt.element.name}")
-    if dtype == torch.float16 and not fmt.has_global_scale:
-        pytest.skip("float16 cannot hold E8M0 scales")
-    weight, packed = random_weight(fmt, 128, 256, t=1.0)
-    tile = Tile(kernel="w4a16", block_m=16, block_n=128, order=order, stages=3)
-    dense = weight.dequantize().cuda()
-    for start in range(0, 256, 16):
-        x = torch.zeros(16, 256, dtype=dtype, device="cuda")
-        x[torch.arange(16), start + torch.arange(16)] = 1
-        y = torch.full((16, 128), torch.nan, dtype=dtype, device="cuda")
-        launch.w4a16(
-            x, *on_device(weight, packed), None, y, fmt.element.name, scale_kind(fmt), tile
-        )
-        assert torch.equal(y, dense[:, start : start + 16].T.to(dtype)), f"columns {start} …"
-
-
-@pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 130, 600])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1000, 4128)])
-def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(
-    fmt: Format, m, n, k, random_weight, scale_kind
-) -> None:
-    weight, packed = random_weight(fmt, n, k)
-    in_range(weight, fmt)
-    arguments = on_device(weight, packed)
-    x = torch.randn(m, k, device="cuda").bfloat16()
-    dense = weight.dequantize().cuda()
-    reference = x.double() @ dense.double().T
-    y = ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))
-    error = ((y.double() - reference).norm() / reference.norm()).item()
-    library = torch.nn.functional.linear(x, dense.bfloat16())
-    theirs = ((library.double() - reference).norm() / reference.norm()).item()
-    assert error < 4e-3 and error < 2 * theirs
-    assert torch.equal(y, ops.w4a16_matmul(x, *arguments, fmt.element.name, scale_kind(fmt))), (
-        "two runs differ"
-    )
-
-
-def test_a_graph_replays_and_two_streams_do_not_meet(random_weight) -> None:
-    fmt = FORMATS["nvfp4"]
-    weight, packed = random_weight(fmt, 512, 4096)
-    in_range(weight, fmt)
-    arguments = on_device(weight, packed)
-    x = torch.randn(3, 4096, device="cuda").bfloat16()
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return ops.w4a16_matmul(ops.rotate(x, 32), *arguments, "e2m1", "e4m3")
-
-    expected = layer(x)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        out = layer(x)
-    for _ in range(3):
-        out.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(out, expected)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results: list[list[torch.Tensor]] = [[], []]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        for stream, found in zip(streams, results, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(layer(x))
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected) for found in results for y in found)
-
-
-@pytest.mark.parametrize("m", [1, 40, 200, 1000])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
-def test_w4a4_on_fp4_tensor_cores(name, m, random_weight, scale_kind) -> None:
-    if not multiplies_fp4("cuda"):
-        pytest.skip("this GPU has no FP4 tensor cores")
-    fmt = FORMATS[name]
-    kind = scale_kind(fmt)
-    weight, packed = random_weight(fmt, 1024, 2048)
-    in_range(weight, fmt)
-    packed, bits, t = on_device(weight, packed)
-    x = torch.randn(m, 2048, device="cuda").bfloat16()
-    blocked = ops.wants_blocked_scales(x.device, kind, m, 1024, 2048)
-    for given in (torch.tensor(1e-3, device="cuda"), None):
-        inputs = ops.rotate_quantize(x, 32, "e2m1", kind, given, swizzle=blocked)
-        plain = ops.rotate_quantize(x, 32, "e2m1", kind, given)
-        values = ops.dequantize(
-            plain.packed,
-            plain.scale_bits,
-            torch.ones((), device="cuda"),
-            "e2m1",
-            kind,
-            torch.float32,
-        )
-        t_inputs = 1.0 if plain.global_scale is None else plain.global_scale
-        reference = (values * t_inputs).double() @ weight.dequantize().cuda().double().T
-        y = ops.w4a4_matmul(inputs, packed, ops.swizzle_scales(bits) if blocked else bits, t, kind)
-        assert ((y.double() - reference).norm() / reference.norm()).item() < 4e-3
+# capability → (architecture, multiplies FP4, multiplies FP8)
+GPUS = {
+    (7, 5): (None, False, False),
+    (8, 0): (80, False, False),
+    (8, 6): (80, False, False),
+    (8, 9): (80, False, True),
+    (9, 0): (90, False, True),
+    (10, 0): (100, True, True),
+    (10, 3): (100, True, True),
+    (11, 0): (None, False, True),  # newer than the tables: no kernels, so nothing multiplies FP4
+    (12, 0): (120, True, True),
+    (12, 1): (120, True, True),
+}
 
 
 @pytest.fixture
-def experts_and_counts(random_weight):
-    """``make(fmt)``: dense weights, (packed, scale bytes, global scales) on the device, tokens of
-    each expert."""
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``pretend(*capabilities)``: one GPU of each, the first is the current one."""
+    pytest.importorskip("triton")
 
-    def make(fmt: Format):
-        counts = [0, 5, 130, 1, 0, 64]
-        made = [random_weight(fmt, 256, 1024) for _ in counts]
-        for weight, _ in made:
-            in_range(weight, fmt)
-        tensors = (
-            torch.stack([packed for _, packed in made]).cuda(),
-            torch.stack([weight.scales.bits for weight, _ in made]).cuda(),
-            torch.stack([weight.scales.global_scale for weight, _ in made]).cuda(),
-        )
-        return [weight.dequantize().cuda().double() for weight, _ in made], tensors, counts
+    def clear() -> None:
+        gpu._capability.cache_clear()
+        gpu._multiprocessors.cache_clear()
 
-    return make
+    def machine(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        clear()
 
-
-def offsets_of(counts: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device="cuda")
+    yield machine
+    clear()
 
 
-def expert_error(
-    y: torch.Tensor, inputs: torch.Tensor, dense: list[torch.Tensor], counts: list[int]
-) -> float:
-    """The largest of all experts; nothing may be written for rows beyond theirs but zeros."""
-    assert not y[sum(counts) :].any()
-    parts = zip(
-        y.split([*counts, len(y) - sum(counts)]),
-        inputs.double().split([*counts]),
-        dense,
-        strict=False,
+@pytest.mark.parametrize("capability", GPUS, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_a_capability_says_what_runs(capability: tuple[int, int], pretend) -> None:
+    arch, fp4, fp8 = GPUS[capability]
+    pretend(capability)
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        assert gpu.capability(device) == capability and gpu.architecture(device) == arch
+        assert gpu.available(device) == (arch is not None)
+        assert gpu.multiplies_fp4(device) == fp4 and gpu.multiplies_fp8(device) == fp8
+
+
+def test_the_current_device_may_be_another_one_next_time(
+    pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are kept by index: "cuda" is whatever is current."""
+    pretend((9, 0), (12, 0))
+    counts = [132, 170]
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: type("Properties", (), {"multi_processor_count": counts[i]}),
     )
-    return max(((p - x @ w.T).norm() / (x @ w.T).norm()).item() for p, x, w in parts if len(x))
+    assert gpu.architecture("cuda") == 90 and gpu.multiprocessors("cuda") == 132
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert gpu.architecture("cuda") == 120 and gpu.multiprocessors("cuda") == 170
+    assert gpu.architecture("cuda:0") == 90 and not gpu.multiplies_fp4("cuda:0")
 
 
-def test_experts_on_a_device(fmt: Format, experts_and_counts, scale_kind) -> None:
-    dense, weight, counts = experts_and_counts(fmt)
-    x = torch.randn(40, 1024, device="cuda").bfloat16()
-    rows = torch.randint(0, 40, (sum(counts) + 20,), dtype=torch.int32, device="cuda")
-    y = experts.grouped_w4a16(
-        x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), rows=rows
+def test_a_cpu_is_never_available() -> None:
+    """Not even with an interpreter: layers on the CPU take the reference path."""
+    for device in ("cpu", torch.device("cpu"), torch.device("meta")):
+        assert not gpu.available(device) and gpu.architecture(device) is None
+        assert not gpu.multiplies_fp4(device) and not gpu.multiplies_fp8(device)
+
+
+def test_importing_needs_no_triton_and_asks_no_device() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; torch.cuda.get_device_capability = torch.cuda.get_device_properties = None\n"
+        "from ptq.kernels import coverage, gpu, operands, tiles\n"
+        "assert tiles.choose(90, 'w4a16', 'nvfp4', 1, 4096, 4096).kernel == 'w4a16'\n"
+        "assert not gpu.available('cpu') and not gpu.multiplies_fp4('cpu')\n"
+        "loaded = [m for m in sys.modules if m.startswith('triton')]\n"
+        "assert not [m for m in loaded if sys.modules[m] is not None]"
     )
-    assert expert_error(y, x[rows[: sum(counts)]], dense, counts) < 4e-3
-
-
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
-def test_experts_on_fp4_tensor_cores(name: str, experts_and_counts, scale_kind) -> None:
-    if not multiplies_fp4("cuda"):
-        pytest.skip("this GPU has no FP4 tensor cores")
-    fmt = FORMATS[name]
-    kind, (dense, weight, counts) = scale_kind(fmt), experts_and_counts(fmt)
-    x = torch.randn(40, 1024, device="cuda").bfloat16()
-    rows = torch.randint(0, 40, (sum(counts) + 20,), dtype=torch.int32, device="cuda")
-    for given in (None, torch.rand(40, 1, device="cuda") / 1000 + 1e-3):
-        inputs = ops.rotate_quantize(x, 32, "e2m1", kind, given)
-        one = torch.ones((), device="cuda")
-        values = ops.dequantize(inputs.packed, inputs.scale_bits, one, "e2m1", kind, torch.float32)
-        values = values if inputs.global_scale is None else values * inputs.global_scale
-        y = experts.grouped_w4a4(inputs, offsets_of(counts), *weight, kind, rows=rows)
-        assert expert_error(y, values[rows[: sum(counts)]], dense, counts) < 4e-3
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

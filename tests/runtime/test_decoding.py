@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import StaticLayer
 
+from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.numerics.formats import FORMATS
-from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import Scales
 from ptq.runtime import decoding
 from ptq.runtime.generate import generate
@@ -261,10 +261,8 @@ def quantized_llama(path: Path, format: str, device: str) -> nn.Module:
     for name, old in [
         (n, m) for n, m in model.named_modules() if ".layers." in n and isinstance(m, nn.Linear)
     ]:
-        layer = QuantLinear(
-            old.in_features, old.out_features, fmt, Rotation(fmt.group_size),
-            bias=False, quantize_inputs=False, static_inputs=False, device=device,
-        )  # fmt: skip
+        info = LayerInfo(format=format, rotation=fmt.group_size)
+        layer = QuantLinear(old.in_features, old.out_features, info, device=device)
         layer.weight_packed.random_(0, 256)
         layer.weight_scale.random_(*((0x30, 0x40) if fmt.has_global_scale else (120, 123)))
         if layer.weight_global_scale is not None:
@@ -293,8 +291,8 @@ def test_a_step_of_quantized_layers_traces_into_one_graph(
 ) -> None:
     """What decode="compiled" hands to inductor: no graph break in any of our operators, and the
     same bits."""
-    launch = pytest.importorskip("ptq.kernels.launch")
-    if not launch.INTERPRETED:
+    operator = pytest.importorskip("ptq.kernels.operator")
+    if not operator.INTERPRETED:
         pytest.skip("kernels are compiled for a device here, where the tests marked gpu run them")
     model = quantized_llama(make_tiny_model("llama", num_hidden_layers=1), format, "cpu")
     for layer in quantized_layers(model):

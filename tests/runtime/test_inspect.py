@@ -128,8 +128,8 @@ def test_what_serves_the_layers_here_is_said(
     assert sum(report.runs.values()) == len(report.layers)
     if not torch.cuda.is_available():
         assert list(report.runs) == ["the reference path: Triton kernels do not run on cpu"]
-    monkeypatch.setattr("ptq.kernels.dispatch.available", lambda device: True)
-    monkeypatch.setattr("ptq.kernels.dispatch.multiplies_fp4", lambda device: False)
+    monkeypatch.setattr("ptq.kernels.gpu.available", lambda device: True)
+    monkeypatch.setattr("ptq.kernels.gpu.multiplies_fp4", lambda device: False)
     served = inspect(made).runs
     assert sum(served.values()) == len(report.layers) and any(
         "float32" in how for how in served

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-import ptq.hf
-import ptq.kernels.experts
-from ptq.kernels import dispatch, launch
+from ptq.kernels import gpu, op_grouped
+from ptq.kernels.operator import INTERPRETED
 from ptq.model.experts import ExpertNames, Experts, routed_everywhere, unfuse
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -33,7 +32,7 @@ from ptq.runtime.packed_experts import PackedExperts, obstacle, pack_experts, pr
 from ptq.runtime.quant_linear import QuantLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and not launch.INTERPRETED:
+if DEVICE == "cpu" and not INTERPRETED:
     pytest.skip("kernels were imported without TRITON_INTERPRET=1", allow_module_level=True)
 COUNT, SLOTS, HIDDEN, INTERMEDIATE, TOKENS = 5, 3, 64, 96, 9
 # Against the same layers, summed in float64: one rounding to bfloat16, 2^-9 at most, and here and
@@ -60,11 +59,9 @@ CONFIG = SimpleNamespace(
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: one that multiplies FP4, whose kernels the interpreter runs."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(
-            dispatch, "available", lambda device: torch.device(device).type == "cpu"
-        )
-        monkeypatch.setattr(dispatch, "architecture", lambda device: 120)
-        monkeypatch.setattr(dispatch, "multiplies_fp4", lambda device: True)
+        monkeypatch.setattr(gpu, "available", lambda device: torch.device(device).type == "cpu")
+        monkeypatch.setattr(gpu, "architecture", lambda device: 120)
+        monkeypatch.setattr(gpu, "multiplies_fp4", lambda device: True)
 
 
 def quantized(linear: nn.Linear, name: str, inputs: str, rotation: int, expert: int) -> QuantLinear:
@@ -142,7 +139,7 @@ def one_by_one(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> T
 def test_grouped_experts_are_the_loop(kind: str, name: str, inputs: str, rotation: int) -> None:
     """For both layouts of gate and up, with biases (gpt-oss) and without, and for every kind of
     inputs."""
-    if inputs != "w4a16" and not dispatch.multiplies_fp4(DEVICE):
+    if inputs != "w4a16" and not gpu.multiplies_fp4(DEVICE):
         pytest.skip("this GPU has no FP4 tensor cores")
     model, case = make(kind, name, inputs, rotation), routed()
     loop, exact = (
@@ -164,9 +161,9 @@ def test_what_goes_nowhere_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     """Not even as NaN: in memory that nobody wrote, or in a routing weight that nobody asked
     for."""
     experts, (x, index, weights) = packed(), routed()
-    expected, fake = experts(x, index, weights), ptq.kernels.experts._w4a16_fake
+    expected, fake = experts(x, index, weights), op_grouped._w4a16_fake
     weights[index == COUNT] = torch.nan
-    monkeypatch.setattr(ptq.kernels.experts, "_w4a16_fake", lambda *a: fake(*a).fill_(torch.nan))
+    monkeypatch.setattr(op_grouped, "_w4a16_fake", lambda *a: fake(*a).fill_(torch.nan))
     assert torch.equal(experts(x, index, weights), expected)
     assert not experts(x, torch.full_like(index, COUNT + 3), weights).any()
     assert experts(x[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
@@ -228,22 +225,22 @@ def is_packed(experts: PackedExperts) -> bool:
         (down, projections(experts)[2]),
     ):
         for whole, leaf in (
-            (stack.packed, "weight_packed"),
-            (stack.scale_bits, "weight_scale"),
+            (stack.weight.packed, "weight_packed"),
+            (stack.weight.scale_bits, "weight_scale"),
             (stack.bias, "bias"),
         ):
-            own = {
+            places = {
                 None if (t := getattr(layer, leaf)) is None else t.untyped_storage().data_ptr()
                 for layer in layers
             }
-            if own != {None if whole is None else whole.untyped_storage().data_ptr()}:
+            if places != {None if whole is None else whole.untyped_storage().data_ptr()}:
                 return False
     return True
 
 
 def test_the_layers_are_views_of_the_stacks() -> None:
     model = make("gpt_oss", "nvfp4", "static")
-    for layer in (layer for own in projections(model["experts"]) for layer in own):
+    for layer in (layer for layers in projections(model["experts"]) for layer in layers):
         layer.bias = layer.bias.clone()  # as loaded; here they are views of what was fused
     before, bytes_before = {k: v.clone() for k, v in model.state_dict().items()}, memory(model)
     prepare_kernels(model, torch.bfloat16)
@@ -274,7 +271,7 @@ def test_copies_are_packed_and_independent(
 @pytest.mark.parametrize("assign", [False, True])
 def test_other_weights_may_be_loaded(assign: bool) -> None:
     experts, other, case = packed(), packed(), routed()
-    for layer in (layer for own in projections(other) for layer in own):
+    for layer in (layer for layers in projections(other) for layer in layers):
         layer.weight_global_scale = layer.scales.global_scale * 2
     other.pack()
     experts.load_state_dict(other.state_dict(), assign=assign)
@@ -306,7 +303,7 @@ def test_a_device_without_kernels_ends_it(
 ) -> None:
     experts, case = packed(), tuple(t.cpu() for t in routed())
     expected = experts(*routed()).cpu()
-    monkeypatch.setattr(dispatch, "available", lambda device: False)
+    monkeypatch.setattr(gpu, "available", lambda device: False)
     with caplog.at_level(logging.INFO, "ptq.runtime.packed_experts"):
         experts.cpu()
     assert (
@@ -347,11 +344,11 @@ def change(experts: Experts, leaf: str, what: str) -> None:
 )
 def test_experts_that_differ_stay_a_loop_and_say_why(leaf: str, what: str, reason: str) -> None:
     model = make("mixtral", "nvfp4", "static")
-    for layer in (layer for own in projections(model["experts"]) for layer in own):
+    for layer in (layer for layers in projections(model["experts"]) for layer in layers):
         layer.kernel_dtype = torch.bfloat16
     change(model["experts"], leaf, what)
-    found = pack_experts(model)["experts"]
-    assert found is not None and reason in found and found == obstacle(model["experts"])
+    told = pack_experts(model)["experts"]
+    assert told is not None and reason in told and told == obstacle(model["experts"])
     assert type(model["experts"]) is Experts
 
 

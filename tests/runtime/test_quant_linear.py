@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ptq.runtime.quant_linear
+from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.kernels import gpu
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -210,19 +212,11 @@ def test_stored_layers_that_do_not_fit_are_refused_by_name():
 )
 def test_features_that_form_no_blocks_are_refused(features, fmt, rotation):
     with pytest.raises(ValueError, match=str(features)):
-        QuantLinear(
-            features,
-            8,
-            FORMATS[fmt],
-            Rotation(rotation),
-            bias=False,
-            quantize_inputs=False,
-            static_inputs=False,
-        )
+        QuantLinear(features, 8, LayerInfo(format=fmt, rotation=rotation))
 
 
 def test_a_new_layer_is_on_meta_and_says_what_it_is():
-    layer = QuantLinear.from_info(make(FORMATS["nvfp4"], inputs=True).info, IN, OUT)
+    layer = QuantLinear(IN, OUT, make(FORMATS["nvfp4"], inputs=True).info)
     assert all(b.is_meta for b in layer.buffers())
     text = "in_features=64, out_features=24, bias=True, format=nvfp4, rotation=16, inputs=nvfp4"
     assert text in repr(layer)
@@ -235,11 +229,9 @@ def test_the_kernel_path_computes_what_the_reference_computes(
     """In Triton's interpreter: the same rotated bf16 inputs, packed weight and bias, to the
     rounding of bf16."""
     pytest.importorskip("triton")
-    from ptq.kernels import dispatch
-
     if not torch.cuda.is_available():
-        monkeypatch.setattr(dispatch, "available", lambda device: True)
-        monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+        monkeypatch.setattr(gpu, "available", lambda device: True)
+        monkeypatch.setattr(gpu, "architecture", lambda device: 90)
     fmt = FORMATS[name]
     w = torch.randn(64, 128)
     grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "mse")
@@ -265,8 +257,6 @@ def test_the_kernel_path_computes_what_the_reference_computes(
 
 
 def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptq.kernels import dispatch
-
     w = torch.randn(8, 256)
     fmt = FORMATS["nvfp4"]
     quantized = round_to(w, Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax").scales(w))
@@ -275,6 +265,6 @@ def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -
     )
     if not torch.cuda.is_available():
         assert "do not run on cpu" in str(layer.prepare(torch.bfloat16))
-    monkeypatch.setattr(dispatch, "available", lambda device: True)
+    monkeypatch.setattr(gpu, "available", lambda device: True)
     assert "rotation of 256" in str(layer.prepare(torch.bfloat16))
     assert layer.kernel_dtype is None

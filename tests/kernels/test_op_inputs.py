@@ -6,20 +6,26 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.kernels import ops
-from ptq.kernels.quantize import rms_norm, silu_mul
+from ptq.kernels import op_inputs
+from ptq.kernels.op_inputs import hadamard, rotate, rotate_fp8, rotate_quantize
+from ptq.kernels.operands import Encoding, Prologue
+from ptq.kernels.operator import INTERPRETED
+from ptq.kernels.quantize import rms_norm, silu_mul, swizzle_scales
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and not ops.launch.INTERPRETED:
+if DEVICE == "cpu" and not INTERPRETED:
     pytest.skip("kernels were imported without TRITON_INTERPRET=1", allow_module_level=True)
 
 
-def kind(fmt: Format) -> str:
-    return "e4m3" if fmt.has_global_scale else "e8m0"
+NVFP4 = Encoding("e2m1", "e4m3")
+
+
+def encoding(fmt: Format, rule: str = "theta") -> Encoding:
+    return Encoding(fmt.element.name, fmt.scale_name, rule)
 
 
 def exact_inputs(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -46,10 +52,10 @@ def test_codes_and_scales_equal_the_oracle(
 ) -> None:
     x = exact_inputs(tokens, features)
     t = torch.tensor(0.0123, device=DEVICE)
-    for given in (t, None) if fmt.has_global_scale else (None,):
-        got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
+    for known in (t, None) if fmt.has_global_scale else (None,):
+        got = rotate_quantize(x, rotation, encoding(fmt), known)
         expected = quantize_inputs(
-            x.cpu(), fmt, Rotation(rotation), None if given is None else given.cpu()
+            x.cpu(), fmt, Rotation(rotation), None if known is None else known.cpu()
         )
         assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
         assert same_codes(got.packed, expected.codes, fmt)
@@ -64,17 +70,17 @@ def test_codes_and_scales_equal_the_oracle(
 def test_a_global_scale_per_token_may_be_given(name: str, rotation: int, tokens: int) -> None:
     """Each row is what it would be alone with its scale: of an expert, for instance."""
     fmt, x = FORMATS[name], exact_inputs(tokens, 384)
-    given = torch.logspace(-4, 1, tokens, device=DEVICE)[:, None]
-    got = ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given)
-    assert got.global_scale is given
+    scales = torch.logspace(-4, 1, tokens, device=DEVICE)[:, None]
+    got = rotate_quantize(x, rotation, encoding(fmt), scales)
+    assert got.global_scale is scales
     for row, t, packed, bits in zip(
-        x.cpu(), given.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True
+        x.cpu(), scales.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True
     ):
         expected = quantize_inputs(row[None], fmt, Rotation(rotation), t)
         assert torch.equal(bits[None], expected.scales.bits)
         assert same_codes(packed[None], expected.codes, fmt)
     with pytest.raises(ValueError, match="one per token"):
-        ops.rotate_quantize(x, rotation, fmt.element.name, kind(fmt), given.repeat(2, 1))
+        rotate_quantize(x, rotation, encoding(fmt), scales.repeat(2, 1))
 
 
 @pytest.mark.parametrize("rule", ["ocp", "ceil", "theta"])
@@ -94,7 +100,7 @@ def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
     )
     x = torch.zeros(len(near), 32).bfloat16()
     x[:, 5] = (near * torch.where(torch.arange(len(near)) % 2 == 0, 1.0, -1.0)).bfloat16()
-    got = ops.rotate_quantize(x.to(DEVICE), 1, fmt.element.name, "e8m0", rule=rule)
+    got = rotate_quantize(x.to(DEVICE), 1, encoding(fmt, rule))
     expected = quantize_inputs(x, fmt, Rotation(1), None, rule)
     assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
     assert same_codes(got.packed, expected.codes, fmt)
@@ -106,7 +112,7 @@ def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype)
     within 1e-5 of a tie."""
     x = (torch.randn(19, 512) * torch.logspace(-1, 1, 512)).to(dtype)
     t = torch.tensor(0.02)
-    got = ops.rotate_quantize(x.to(DEVICE), 128, fmt.element.name, kind(fmt), t.to(DEVICE))
+    got = rotate_quantize(x.to(DEVICE), 128, encoding(fmt), t.to(DEVICE))
     expected = quantize_inputs(x, fmt, Rotation(128), t)
     same = got.scale_bits.cpu() == expected.scales.bits
     assert same.float().mean() > 0.995
@@ -122,26 +128,36 @@ def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype)
     assert ((value == a) | (value == b))[same].all()
 
 
-def test_a_learned_rotation_is_any_block(fmt: Format) -> None:
-    block = torch.randint(-3, 4, (32, 32)).bfloat16()
-    x = exact_inputs(5, 96)
-    t = torch.tensor(0.5)
-    got = ops.rotate_quantize(x, block.to(DEVICE), fmt.element.name, kind(fmt), t.to(DEVICE))
-    y = (x.cpu().float().unflatten(1, (-1, 32)) @ block.float()).flatten(1)
+def test_the_kernel_multiplies_by_any_block(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hadamard blocks are symmetric; one that is not shows that it is x · B, and not x · Bᵀ."""
+    block = torch.randint(-3, 4, (16, 16)).bfloat16()
+    monkeypatch.setattr(op_inputs, "hadamard", lambda size, dtype, device: block.to(device))
+    x, t = exact_inputs(5, 96), torch.tensor(0.5)
+    got = rotate_quantize(x, 16, encoding(fmt), t.to(DEVICE))
+    y = (x.cpu().float().unflatten(1, (-1, 16)) @ block.float()).flatten(1) * 16**-0.5
     expected = quantize_inputs(y, fmt, Rotation(1), t)
     assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
     assert same_codes(got.packed, expected.codes, fmt)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_the_block_is_that_of_the_oracle(size: int) -> None:
+    """±1 in Sylvester's order, symmetric and exact in 16 bits."""
+    block = hadamard(size, torch.bfloat16, torch.device("cpu"))
+    eye = torch.eye(size)
+    assert torch.equal(block.float() * size**-0.5, Rotation(size).exact(eye))
+    assert torch.equal(block, block.T)
 
 
 @pytest.mark.parametrize(("tokens", "features"), [(3, 64), (130, 320)])
 def test_blocked_scales_are_those_of_the_twin(tokens: int, features: int) -> None:
     x = exact_inputs(tokens, features)
     t = torch.tensor(0.1, device=DEVICE)
-    plain = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t)
-    blocked = ops.rotate_quantize(x, 16, "e2m1", "e4m3", t, swizzle=True)
+    plain = rotate_quantize(x, 16, NVFP4, t)
+    blocked = rotate_quantize(x, 16, NVFP4, t, swizzle=True)
     got = blocked.scale_bits.cpu()
     assert torch.equal(blocked.packed, plain.packed)
-    assert torch.equal(got, ops.swizzle_scales(plain.scale_bits.cpu()))
+    assert torch.equal(got, swizzle_scales(plain.scale_bits.cpu()))
     # F25, spelled out: row 33, group 2 is at 1·16 + 1·4 + 2 of the first block
     if tokens > 33:
         assert got.flatten()[1 * 16 + 1 * 4 + 2] == plain.scale_bits[33, 2]
@@ -152,7 +168,7 @@ def test_blocked_scales_are_those_of_the_twin(tokens: int, features: int) -> Non
 def test_rotating_alone_rounds_once(rotation: int, dtype: torch.dtype) -> None:
     x = exact_inputs(7, 384, dtype)
     assert torch.equal(
-        ops.rotate(x.view(1, 7, 384), rotation).cpu(),
+        rotate(x.view(1, 7, 384), rotation).cpu(),
         Rotation(rotation).rotate(x.cpu().view(1, 7, 384)),
     )
 
@@ -161,7 +177,7 @@ def test_rotating_alone_rounds_once(rotation: int, dtype: torch.dtype) -> None:
 def test_fp8_inputs_have_a_scale_per_token(rotation: int) -> None:
     x = exact_inputs(19, 384)
     x[3] = 0
-    fp8, scale = ops.rotate_fp8(x, rotation)
+    fp8, scale = rotate_fp8(x, rotation)
     y = Rotation(rotation).exact(x.cpu())
     amax = y.abs().amax(-1, keepdim=True)
     expected = torch.where(amax > 0, amax / 448, torch.ones(()))
@@ -173,7 +189,7 @@ def test_fp8_inputs_have_a_scale_per_token(rotation: int) -> None:
 
 def test_rotation_one_is_no_launch() -> None:
     x = exact_inputs(3, 64)
-    assert ops.rotate(x, 1) is x
+    assert rotate(x, 1) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -182,15 +198,13 @@ def test_prologues_round_like_separate_operations(dtype: torch.dtype) -> None:
     are the same."""
     x, gain = torch.randn(6, 320).to(dtype), torch.randn(320).to(dtype)
     device = {"x": x.to(DEVICE), "gain": gain.to(DEVICE)}
-    normed = ops.rotate(
-        device["x"], 1, prologue="rms_norm", gain=device["gain"], epsilon=1e-5
-    ).cpu()
+    normed = rotate(device["x"], 1, Prologue("rms_norm", device["gain"], 1e-5)).cpu()
     ulp = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
     expected = rms_norm(x, gain, 1e-5)
     assert ((normed.double() - expected.double()).abs() <= ulp * expected.double().abs()).all()
     assert (normed != expected).float().mean() < 0.01
     gate_up = torch.randn(6, 640).to(dtype)
-    acted = ops.rotate(gate_up.to(DEVICE), 1, prologue="silu_mul").cpu()
+    acted = rotate(gate_up.to(DEVICE), 1, Prologue("silu_mul")).cpu()
     expected = silu_mul(gate_up)
     assert (
         (acted.double() - expected.double()).abs() <= ulp * expected.double().abs() + 1e-7
@@ -203,24 +217,23 @@ def test_a_prologue_and_the_rotation_in_one_launch() -> None:
     must agree on every code."""
     x = torch.where(torch.rand(5, 256) < 0.5, -2.0, 2.0).bfloat16().to(DEVICE)
     gain = torch.randint(1, 4, (256,)).bfloat16().to(DEVICE)
+    prologue = Prologue("rms_norm", gain)
     for t in (torch.tensor(0.01, device=DEVICE), None):
-        fused = ops.rotate_quantize(x, 32, "e2m1", "e4m3", t, prologue="rms_norm", gain=gain)
+        fused = rotate_quantize(x, 32, NVFP4, t, prologue=prologue)
         normed = rms_norm(x.cpu(), gain.cpu(), 0.0).to(DEVICE)
-        apart = ops.rotate_quantize(normed, 32, "e2m1", "e4m3", t)
-        assert all(torch.equal(a, b) for a, b in zip(fused, apart, strict=True))
+        apart = rotate_quantize(normed, 32, NVFP4, t)
+        assert all(torch.equal(a, b) for a, b in zip(fused.flat, apart.flat, strict=True))
 
 
 def test_zeros_give_zero_codes_and_the_smallest_scale(fmt: Format) -> None:
-    got = ops.rotate_quantize(
-        torch.zeros(3, 64).bfloat16().to(DEVICE), 32, fmt.element.name, kind(fmt)
-    )
+    got = rotate_quantize(torch.zeros(3, 64).bfloat16().to(DEVICE), 32, encoding(fmt))
     assert not got.packed.any() and (got.scale_bits == 1).all()
     assert got.global_scale is None or (got.global_scale == 1).all()
 
 
 def test_no_tokens_no_work() -> None:
-    got = ops.rotate_quantize(
-        torch.zeros(0, 64).bfloat16().to(DEVICE), 16, "e2m1", "e4m3", torch.ones((), device=DEVICE)
+    got = rotate_quantize(
+        torch.zeros(0, 64).bfloat16().to(DEVICE), 16, NVFP4, torch.ones((), device=DEVICE)
     )
     assert got.packed.shape == (0, 32) and got.scale_bits.shape == (0, 4)
 
@@ -228,12 +241,19 @@ def test_no_tokens_no_work() -> None:
 def test_mistakes_are_named() -> None:
     x = torch.zeros(2, 96).bfloat16()
     with pytest.raises(ValueError, match="rotation of 64"):
-        ops.rotate_quantize(x, 64, "e2m1", "e4m3")
+        rotate_quantize(x, 64, NVFP4)
     with pytest.raises(ValueError, match="choose theta"):
-        ops.rotate_quantize(x, 32, "e2m1", "e8m0", rule="absmax")
+        rotate_quantize(x, 32, Encoding("e2m1", "e8m0", "absmax"))
     with pytest.raises(ValueError, match="no kernel for e4m3"):
-        ops.rotate_quantize(x, 1, "e4m3", "e8m0")
+        rotate_quantize(x, 1, Encoding("e4m3", "e8m0"))
     with pytest.raises(ValueError, match="gain"):
-        ops.rotate(x, 16, prologue="rms_norm")
-    with pytest.raises(ValueError, match="float32"):
-        ops.rotate(x.float(), 16)
+        rotate(x, 16, Prologue("rms_norm"))
+    with pytest.raises(ValueError, match="gain"):
+        rotate(x, 1, Prologue(gain=x[0]))
+    with pytest.raises(ValueError, match="'gelu' does not exist"):
+        rotate(x, 16, Prologue("gelu"))
+    for operator in (rotate, rotate_fp8):
+        with pytest.raises(ValueError, match="float32"):
+            operator(x.float(), 16)
+        with pytest.raises(ValueError, match="rotation of 64"):
+            operator(x, 64)

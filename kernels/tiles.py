@@ -7,7 +7,6 @@ to a bucket, a shape without a row takes the nearest row of its bucket and is lo
 bench --tune`` rewrites the tables from timings.
 """
 
-import importlib.util
 import json
 import logging
 import math
@@ -16,29 +15,12 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from ptq.kernels.gpu import MULTIPROCESSORS
 
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-ROTATIONS = (1, 16, 32, 64, 128)
-# Element and scale type → the format's name in tables; all of them pack two codes into a byte.
-FORMATS = {
-    ("e2m1", "e8m0"): "mxfp4",
-    ("e2m1", "e4m3"): "nvfp4",
-    ("int4", "e4m3"): "nvint4",
-    ("int4", "e8m0"): "mxint4",
-}
-GROUP_SIZE = {"e8m0": 32, "e4m3": 16}
-# Compute capability → the architecture whose table it uses.
-FAMILIES = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
-# Tables are made for these; a device's own count is used when it is there.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-# Largest E8M0 byte that the bf16 decoding of the matmul kernels covers: a scale of 2^9, far above
-# any weight's.
-LARGEST_E8M0_BYTE = 136
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,74 +115,6 @@ class Table:
             "triton": self.triton,
             "rows": rows,
         }
-
-
-# ---------------------------------------------------------------- devices
-
-
-def available(device: torch.device | str) -> bool:
-    """Whether the kernels run there: Triton is installed and the device is an NVIDIA GPU of compute
-    capability 8.0 or more."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
-        return False
-    return importlib.util.find_spec("triton") is not None and architecture(device) is not None
-
-
-def architecture(device: torch.device | str) -> int | None:
-    """The architecture (80, 90, 100 or 120) whose table serves this CUDA device; None if there is
-    none."""
-    return FAMILIES.get(_capability(torch.device(device)))
-
-
-def multiplies_fp4(device: torch.device | str) -> bool:
-    """Whether tensor cores of this device multiply FP4 numbers natively, so that quantized inputs
-    are worth while."""
-    device = torch.device(device)
-    return device.type == "cuda" and available(device) and architecture(device) in (100, 120)
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def obstacle(
-    element: str,
-    scale: str,
-    group_size: int,
-    in_features: int,
-    *,
-    rotation: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    scale_bits: Tensor | None = None,
-) -> str | None:
-    """Why no kernel serves such a layer (its reference path does), or None.
-
-    Args:
-        scale_bits: the weight's scale bytes (uint8); looked at once, when a layer is loaded: it
-            reads the device.
-    """
-    if (element, scale) not in FORMATS or GROUP_SIZE[scale] != group_size:
-        return f"there is no kernel for {element} elements with {scale} scales over {group_size}"
-    if in_features % group_size or in_features % 2:
-        return f"{in_features} input features are not groups of {group_size}"
-    if rotation not in ROTATIONS or in_features % rotation:
-        return f"a rotation of {rotation} is not one of {ROTATIONS} that divides {in_features} input features"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"kernels take bfloat16 or float16 inputs, not {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.float16 and scale == "e8m0":
-        return "float16 cannot hold E8M0 scales; load the model in bfloat16"
-    if scale == "e8m0" and scale_bits is not None and int(scale_bits.max()) > LARGEST_E8M0_BYTE:
-        return f"scale bytes above {LARGEST_E8M0_BYTE} (2^9) leave the range of the bf16 decoding"
-    return None
 
 
 # ---------------------------------------------------------------- tiles

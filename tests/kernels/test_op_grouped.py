@@ -2,21 +2,31 @@
 nobody."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from ptq.kernels import experts, launch, ops
-from ptq.kernels.dispatch import Tile
+from ptq.kernels.op_grouped import (
+    grouped_w4a4,
+    grouped_w4a16,
+    launch_grouped_w4a4,
+    launch_grouped_w4a16,
+)
+from ptq.kernels.op_inputs import rotate_quantize
+from ptq.kernels.operands import Encoding
+from ptq.kernels.operator import INTERPRETED
+from ptq.kernels.tiles import Tile
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
 
-if not launch.INTERPRETED:
-    pytest.skip("for the interpreter; test_gpu.py is for devices", allow_module_level=True)
+if not INTERPRETED:
+    pytest.skip("for the interpreter; test_on_gpu.py is for devices", allow_module_level=True)
 N, K, TOKENS = 72, 288, 6  # no multiple of any tile
+NVFP4 = Encoding("e2m1", "e4m3")
 COUNTS = [[3, 0, 20, 1], [0, 0, 0, 5], [16, 16, 17, 0], [1, 1, 1, 1, 1, 0, 0]]
 
 
@@ -29,18 +39,13 @@ def offsets_of(counts: Sequence[int]) -> torch.Tensor:
 
 
 @pytest.fixture
-def stack(random_weight):
-    """``make(fmt, experts) -> (dense weights in float64, (packed, scale bytes, global scales),
-    bias)``."""
+def stack(random_weight, stacked):
+    """``make(fmt, experts) -> (dense weights in float64, the packed ones, bias)``."""
 
     def make(fmt: Format, count: int):
-        made = [random_weight(fmt, N, K, t=0.1 * (e + 1)) for e in range(count)]
-        tensors = (
-            torch.stack([packed for _, packed in made]),
-            torch.stack([weight.scales.bits for weight, _ in made]),
-            torch.stack([weight.scales.global_scale for weight, _ in made]),
-        )
-        return [weight.dequantize().double() for weight, _ in made], tensors, torch.randn(count, N)
+        experts = [random_weight(fmt, N, K, t=0.1 * (e + 1)) for e in range(count)]
+        dense = [weight.dequantize().double() for weight, _ in experts]
+        return dense, stacked([packed for _, packed in experts]), torch.randn(count, N)
 
     return make
 
@@ -62,48 +67,44 @@ def assignments(counts: Sequence[int], *, gather: bool) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("gather", [False, True])
-def test_every_expert_multiplies_its_own_tokens(
-    fmt: Format, counts, gather, stack, scale_kind
-) -> None:
+def test_every_expert_multiplies_its_own_tokens(fmt: Format, counts, gather, stack) -> None:
     dense, weight, bias = stack(fmt, len(counts))
     token, rows = assignments(counts, gather=gather)
     x = torch.randn(TOKENS if gather else len(token), K).bfloat16()
-    y = experts.grouped_w4a16(
-        x, offsets_of(counts), *weight, fmt.element.name, scale_kind(fmt), bias, rows
-    )
-    assert (
-        y.dtype == torch.bfloat16 and error(y, reference(x[token], counts, dense, bias)) < 2.0**-8
-    )
+    y = grouped_w4a16(x, offsets_of(counts), weight, bias, rows)
+    assert y.dtype == torch.bfloat16
+    assert error(y, reference(x[token], counts, dense, bias)) < 2.0**-8
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 17], [0, 5]], ids=str)
 @pytest.mark.parametrize(("swap", "gather"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("name", "scales"),
-    [("mxfp4", "taken"), ("nvfp4", "tensor"), ("nvfp4", "rows"), ("nvfp4", "taken")],
+    [("mxfp4", "per token"), ("nvfp4", "one"), ("nvfp4", "rows"), ("nvfp4", "per token")],
 )
-def test_quantized_inputs_find_their_expert(
-    name, scales, swap, gather, counts, stack, scale_kind
-) -> None:
-    """Codes, scale bytes and global scales of inputs are gathered alike, whether given or taken per
+def test_quantized_inputs_find_their_expert(name, scales, swap, gather, counts, stack) -> None:
+    """Codes, scale bytes and global scales of inputs are gathered alike, whether known or taken per
     token."""
     fmt4 = FORMATS[name]
-    kind, (dense, weight, bias) = scale_kind(fmt4), stack(fmt4, len(counts))
+    dense, weight, bias = stack(fmt4, len(counts))
     token, rows = assignments(counts, gather=gather)
     x = torch.randint(-8, 9, (TOKENS if gather else len(token), K)).bfloat16()
-    given = {
-        "tensor": torch.tensor(0.02),
+    t = {
+        "one": torch.tensor(0.02),
         "rows": torch.rand(len(x), 1) / 10 + 0.01,
-        "taken": None,
+        "per token": None,
     }[scales]
-    inputs = ops.rotate_quantize(x, 16, "e2m1", kind, given)
-    values = torch.cat([
-        quantize_inputs(row[None], fmt4, Rotation(16), t).dequantize()
-        for row, t in zip(x, [None] * len(x) if given is None else given.expand(len(x), 1)[:, 0], strict=True)
-    ])  # fmt: skip
+    inputs = rotate_quantize(x, 16, Encoding("e2m1", fmt4.scale_name), t)
+    of_rows = [None] * len(x) if t is None else t.expand(len(x), 1)[:, 0]
+    values = torch.cat(
+        [
+            quantize_inputs(row[None], fmt4, Rotation(16), scale).dequantize()
+            for row, scale in zip(x, of_rows, strict=True)
+        ]
+    )
     out = torch.full((len(token), N), torch.nan)  # fp32 out: the sums themselves are tested
     tile = Tile(kernel="w4a4", block_m=16, block_n=64, swap=swap, stages=2)
-    experts.launch_w4a4(*inputs, offsets_of(counts), *weight, bias, rows, out, kind, tile)
+    launch_grouped_w4a4(inputs, offsets_of(counts), weight, bias, rows, out, tile)
     assert error(out, reference(values[token], counts, dense, bias)) < 1e-6
 
 
@@ -111,43 +112,40 @@ def test_quantized_inputs_find_their_expert(
 def test_rows_beyond_the_last_offset_are_zeros(quantized: bool, stack) -> None:
     """Assignments to nobody are sorted last; 33 of them are three tiles."""
     _, weight, bias = stack(FORMATS["nvfp4"], 3)
-    x, offsets, rows = (
-        torch.randn(38, K).bfloat16(),
-        offsets_of([2, 0, 3]),
-        torch.arange(38, dtype=torch.int32),
-    )
-    out = torch.full((38, N), torch.nan)
+    x, offsets = torch.randn(38, K).bfloat16(), offsets_of([2, 0, 3])
+    rows, out = torch.arange(38, dtype=torch.int32), torch.full((38, N), torch.nan)
     if quantized:
-        inputs = ops.rotate_quantize(x, 16, "e2m1", "e4m3")
+        inputs = rotate_quantize(x, 16, NVFP4)
         tile = Tile(kernel="w4a4", block_m=16, block_n=64)
-        experts.launch_w4a4(*inputs, offsets, *weight, bias, rows, out, "e4m3", tile)
+        launch_grouped_w4a4(inputs, offsets, weight, bias, rows, out, tile)
     else:
         tile = Tile(kernel="w4a16", block_m=16, block_n=64)
-        experts.launch_w4a16(x, offsets, *weight, bias, rows, out, "e2m1", "e4m3", tile)
+        launch_grouped_w4a16(x, offsets, weight, bias, rows, out, tile)
     assert (out[5:] == 0).all() and out[:5].isfinite().all() and (out[:5] != 0).all()
 
 
 def test_the_operator_with_quantized_inputs(stack) -> None:
     dense, weight, _ = stack(FORMATS["nvfp4"], 2)
     x, none = torch.randn(5, K).bfloat16(), torch.zeros(2, N)
-    inputs = ops.rotate_quantize(x, 1, "e2m1", "e4m3")
-    y = experts.grouped_w4a4(inputs, offsets_of([4, 1]), *weight, "e4m3")
+    y = grouped_w4a4(rotate_quantize(x, 1, NVFP4), offsets_of([4, 1]), weight)
     values = quantize_inputs(x, FORMATS["nvfp4"], Rotation(1)).dequantize()
     assert y.dtype == torch.bfloat16 and error(y, reference(values, [4, 1], dense, none)) < 2.0**-8
-    assert experts.grouped_w4a16(x[:0], offsets_of([0, 0]), *weight, "e2m1", "e4m3").shape == (0, N)
+    assert grouped_w4a16(x[:0], offsets_of([0, 0]), weight).shape == (0, N)
 
 
 def test_mistakes_are_named(stack) -> None:
-    _, (packed, bits, t), _ = stack(FORMATS["nvfp4"], 2)
+    _, weight, _ = stack(FORMATS["nvfp4"], 2)
     x, offsets = torch.randn(3, K).bfloat16(), offsets_of([2, 1])
     with pytest.raises(ValueError, match="3 int32 offsets"):
-        experts.grouped_w4a16(x, offsets.long(), packed, bits, t, "e2m1", "e4m3")
+        grouped_w4a16(x, offsets.long(), weight)
     with pytest.raises(ValueError, match="a global scale each"):
-        experts.grouped_w4a16(x, offsets, packed, bits, t[0], "e2m1", "e4m3")
+        grouped_w4a16(x, offsets, replace(weight, global_scale=weight.global_scale[0]))
     with pytest.raises(ValueError, match="must be int32"):
-        experts.grouped_w4a16(x, offsets, packed, bits, t, "e2m1", "e4m3", rows=torch.arange(3))
+        grouped_w4a16(x, offsets, weight, rows=torch.arange(3))
     with pytest.raises(ValueError, match="do not fit 64 inputs"):
-        experts.grouped_w4a16(x[:, :64], offsets, packed, bits, t, "e2m1", "e4m3")
-    blocked = ops.rotate_quantize(x, 16, "e2m1", "e4m3", swizzle=True)
+        grouped_w4a16(x[:, :64], offsets, weight)
+    blocked = rotate_quantize(x, 16, NVFP4, swizzle=True)
     with pytest.raises(ValueError, match="128 × 4 blocks"):
-        experts.grouped_w4a4(blocked, offsets, packed, bits, t, "e4m3")
+        grouped_w4a4(blocked, offsets, weight)
+    with pytest.raises(ValueError, match="grouped_w4a4: tensor cores multiply e2m1"):
+        grouped_w4a4(blocked, offsets, replace(weight, element="int4"))

@@ -8,15 +8,29 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.kernels import launch, ops, register
-from ptq.kernels.dispatch import Tile
+from ptq.kernels import gpu, operator
+from ptq.kernels.op_dequantize import dequantize_fp8
+from ptq.kernels.op_inputs import rotate, rotate_fp8, rotate_quantize
+from ptq.kernels.op_matmul import (
+    NEW_ASSEMBLER,
+    launch_w4a4,
+    launch_w4a16,
+    w4a4_matmul,
+    w4a8_matmul,
+    w4a16_matmul,
+    wants_blocked_scales,
+)
+from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
+from ptq.kernels.quantize import swizzle_scales
+from ptq.kernels.tiles import Tile
+from ptq.kernels.workspace import workspace
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
 from ptq.runtime.quant_linear import QuantLinear
 
-if not launch.INTERPRETED:
-    pytest.skip("for the interpreter; test_gpu.py is for devices", allow_module_level=True)
+if not operator.INTERPRETED:
+    pytest.skip("for the interpreter; test_on_gpu.py is for devices", allow_module_level=True)
 FP4 = [FORMATS["mxfp4"], FORMATS["nvfp4"]]
 
 
@@ -24,19 +38,10 @@ def error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return ((y.double() - reference).norm() / reference.norm()).item()
 
 
-def run_w4a16(tile: Tile, x, packed, weight, fmt, kind, bias=None) -> torch.Tensor:
-    out = torch.full((len(x), len(packed)), torch.nan)  # fp32 out: the sums themselves are tested
-    launch.w4a16(
-        x,
-        packed,
-        weight.scales.bits,
-        weight.scales.global_scale,
-        bias,
-        out,
-        fmt.element.name,
-        kind,
-        tile,
-    )
+def run_w4a16(tile: Tile, x: torch.Tensor, packed: PackedWeight, bias=None) -> torch.Tensor:
+    # fp32 out: the sums themselves are tested
+    out = torch.full((len(x), packed.out_features), torch.nan)
+    launch_w4a16(x, packed, bias, out, tile)
     return out
 
 
@@ -45,7 +50,7 @@ def run_w4a16(tile: Tile, x, packed, weight, fmt, kind, bias=None) -> torch.Tens
     ("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 128, 512, 4), (33, 104, 608, 2)]
 )
 def test_w4a16_is_the_product_with_the_dequantized_weight(
-    fmt: Format, order, m, n, k, split, random_weight, scale_kind
+    fmt: Format, order, m, n, k, split, random_weight
 ) -> None:
     weight, packed = random_weight(fmt, n, k)
     x, bias = (
@@ -55,27 +60,27 @@ def test_w4a16_is_the_product_with_the_dequantized_weight(
     tile = Tile(
         kernel="w4a16", block_m=16, block_n=64, block_k=128, split=split, order=order, stages=2
     )
-    y = run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt), bias)
+    y = run_w4a16(tile, x, packed, bias)
     assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
 def test_split_k_is_deterministic_and_leaves_its_tickets_at_zero(
-    fmt: Format, random_weight, scale_kind
+    fmt: Format, random_weight
 ) -> None:
-    weight, packed = random_weight(fmt, 128, 2048)
+    _, packed = random_weight(fmt, 128, 2048)
     x = torch.randn(9, 2048).bfloat16()
     tile = Tile(kernel="w4a16", block_m=16, block_n=64, split=8, stages=2)
-    first = run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt))
-    scratch, tickets = launch.workspace(x.device, 1, 1)
+    first = run_w4a16(tile, x, packed)
+    scratch, tickets = workspace(x.device, 1, 1)
     assert not tickets.any()
     scratch.fill_(torch.nan)  # nothing of an earlier run may be read
-    assert torch.equal(run_w4a16(tile, x, packed, weight, fmt, scale_kind(fmt)), first)
+    assert torch.equal(run_w4a16(tile, x, packed), first)
 
 
 def test_w4a16_in_float16(random_weight) -> None:
     weight, packed = random_weight(FORMATS["nvfp4"], 64, 512)
     x = torch.randn(5, 512).half()
-    y = ops.w4a16_matmul(x, packed, weight.scales.bits, weight.scales.global_scale, "e2m1", "e4m3")
+    y = w4a16_matmul(x, packed)
     assert y.dtype == torch.float16
     reference = x.double() @ weight.dequantize().double().T
     assert error(y, reference) < 2.0**-11
@@ -83,35 +88,23 @@ def test_w4a16_in_float16(random_weight) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 256), (256,), (1, 256)])
 def test_leading_dimensions_pass_through(shape, random_weight) -> None:
-    weight, packed = random_weight(FORMATS["nvint4"], 40, 256)
+    _, packed = random_weight(FORMATS["nvint4"], 40, 256)
     x = torch.randn(shape).bfloat16()
-    y = ops.w4a16_matmul(
-        x, packed, weight.scales.bits, weight.scales.global_scale, "int4", "e4m3", torch.randn(40)
-    )
+    y = w4a16_matmul(x, packed, torch.randn(40))
     assert y.shape == (*shape[:-1], 40) and y.dtype == torch.bfloat16
 
 
-def test_the_dense_path_is_the_same_product(
-    fmt: Format, monkeypatch, random_weight, scale_kind
-) -> None:
+def test_the_dense_path_is_the_same_product(fmt: Format, monkeypatch, random_weight) -> None:
     weight, packed = random_weight(fmt, 48, 256)
     x, bias = torch.randn(70, 256).bfloat16(), torch.randn(48).bfloat16()
-    monkeypatch.setitem(register.INTERPRETED_TILE, "w4a16", Tile(kernel="dense"))
-    y = ops.w4a16_matmul(
-        x,
-        packed,
-        weight.scales.bits,
-        weight.scales.global_scale,
-        fmt.element.name,
-        scale_kind(fmt),
-        bias,
-    )
+    monkeypatch.setitem(operator.INTERPRETED_TILE, "w4a16", Tile(kernel="dense"))
+    y = w4a16_matmul(x, packed, bias)
     assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 4e-3
 
 
 @pytest.mark.parametrize("rotation", [1, 32, 128])
 def test_rotate_and_multiply_is_the_forward_of_a_layer(
-    fmt: Format, rotation: int, random_weight, scale_kind
+    fmt: Format, rotation: int, random_weight
 ) -> None:
     """The operators in a row against ``QuantLinear.forward``, which rounds at the same places."""
     weight, packed = random_weight(fmt, 48, 256)
@@ -119,10 +112,7 @@ def test_rotate_and_multiply_is_the_forward_of_a_layer(
     layer = QuantLinear.from_quantized(
         weight, Rotation(rotation), bias, quantize_inputs=False, input_global_scale=None
     )
-    scales = (weight.scales.bits, weight.scales.global_scale)
-    y = ops.w4a16_matmul(
-        ops.rotate(x, rotation), packed, *scales, fmt.element.name, scale_kind(fmt), bias
-    )
+    y = w4a16_matmul(rotate(x, rotation), packed, bias)
     expected = layer(x)
     assert y.dtype == expected.dtype
     assert ((y - expected).abs() <= 2.0**-7 * expected.abs() + 1e-6).all(), (
@@ -131,17 +121,13 @@ def test_rotate_and_multiply_is_the_forward_of_a_layer(
     assert (y != expected).float().mean() < 0.02
 
 
-def test_the_fp8_path_is_the_product_of_its_roundings(
-    fmt: Format, random_weight, scale_kind
-) -> None:
+def test_the_fp8_path_is_the_product_of_its_roundings(fmt: Format, random_weight) -> None:
     weight, packed = random_weight(fmt, 48, 256)
     weight.scales.bits.clamp_(min=0x20 if fmt.has_global_scale else 124)
-    x, bits, t = torch.randn(2, 9, 256).bfloat16(), weight.scales.bits, weight.scales.global_scale
-    y = ops.w4a8_matmul(
-        x, 32, packed, bits, t, fmt.element.name, scale_kind(fmt), torch.zeros(48).bfloat16()
-    )
-    inputs, tokens = ops.rotate_fp8(x, 32)
-    dense, rows = ops.dequantize_fp8(packed, bits, fmt.element.name, scale_kind(fmt))
+    x, t = torch.randn(2, 9, 256).bfloat16(), packed.global_scale
+    y = w4a8_matmul(x, 32, packed, torch.zeros(48).bfloat16())
+    inputs, tokens = rotate_fp8(x, 32)
+    dense, rows = dequantize_fp8(packed)
     rounded = (inputs.double() * tokens.double()) @ (dense.double() * rows.double() * t.double()).T
     assert y.shape == (2, 9, 48) and error(y.flatten(0, 1), rounded) < 2.0**-8
     true = Rotation(32).exact(x.flatten(0, 1)).double() @ weight.dequantize().double().T
@@ -152,12 +138,16 @@ def test_the_fp8_path_is_the_product_of_its_roundings(
 
 
 def quantized(
-    fmt: Format, tokens: int, k: int, kind: str, t: torch.Tensor | None, *, swizzle: bool = False
-):
+    fmt: Format, tokens: int, k: int, t: torch.Tensor | None, *, swizzle: bool = False
+) -> tuple[QuantizedInputs, torch.Tensor]:
     """Inputs as the kernel makes them, and the numbers they stand for."""
     x = torch.randint(-8, 9, (tokens, k)).bfloat16()
-    inputs = ops.rotate_quantize(x, 16, "e2m1", kind, t, swizzle=swizzle)
+    inputs = rotate_quantize(x, 16, Encoding("e2m1", fmt.scale_name), t, swizzle=swizzle)
     return inputs, quantize_inputs(x, fmt, Rotation(16), t).dequantize()
+
+
+def in_blocks(weight: PackedWeight) -> PackedWeight:
+    return replace(weight, scale_bits=swizzle_scales(weight.scale_bits))
 
 
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
@@ -165,67 +155,67 @@ def quantized(
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "split"), [(1, 64, 512, 2), (33, 104, 352, 1)])
 def test_w4a4_is_the_product_of_the_dequantized_operands(
-    fmt4, swap, per_token, m, n, k, split, random_weight, scale_kind
+    fmt4, swap, per_token, m, n, k, split, random_weight
 ) -> None:
-    kind = scale_kind(fmt4)
     weight, packed = random_weight(fmt4, n, k)
-    inputs, values = quantized(fmt4, m, k, kind, None if per_token else torch.tensor(0.02))
+    inputs, values = quantized(fmt4, m, k, None if per_token else torch.tensor(0.02))
     bias, out = torch.randn(n, 2)[:, 0], torch.full((m, n), torch.nan)
     tile = Tile(
         kernel="w4a4", block_m=16, block_n=64, block_k=128, split=split, swap=swap, stages=2
     )
-    launch.w4a4(
-        *inputs, packed, weight.scales.bits, weight.scales.global_scale, bias, out, kind, tile
-    )
+    launch_w4a4(inputs, packed, bias, out, tile)
     assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
 @pytest.mark.skipif(
-    not launch.NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
+    not NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
 )
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
 @pytest.mark.parametrize(("m", "n", "k"), [(130, 136, 256)])
-def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight, scale_kind) -> None:
-    kind = scale_kind(fmt4)
+def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight) -> None:
     weight, packed = random_weight(fmt4, n, k)
     for t in (torch.tensor(0.02), None):
-        inputs, values = quantized(fmt4, m, k, kind, t, swizzle=True)
-        blocked = ops.swizzle_scales(weight.scales.bits)
+        inputs, values = quantized(fmt4, m, k, t, swizzle=True)
         bias, out = torch.randn(n), torch.full((m, n), torch.nan)
         tile = Tile(kernel="w4a4_tma", block_m=128, block_n=128, block_k=128, stages=2)
-        launch.w4a4(*inputs, packed, blocked, weight.scales.global_scale, bias, out, kind, tile)
+        launch_w4a4(inputs, in_blocks(packed), bias, out, tile)
         assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
 def test_w4a4_operator(random_weight) -> None:
-    fmt4 = FORMATS["nvfp4"]
-    weight, packed = random_weight(fmt4, 72, 256)
-    inputs, values = quantized(fmt4, 5, 256, "e4m3", torch.tensor(0.02))
-    y = ops.w4a4_matmul(inputs, packed, weight.scales.bits, weight.scales.global_scale, "e4m3")
-    assert (
-        y.dtype == torch.bfloat16
-        and error(y, values.double() @ weight.dequantize().double().T) < 2.0**-8
-    )
+    weight, packed = random_weight(FORMATS["nvfp4"], 72, 256)
+    inputs, values = quantized(FORMATS["nvfp4"], 5, 256, torch.tensor(0.02))
+    y = w4a4_matmul(inputs, packed)
+    assert y.dtype == torch.bfloat16
+    assert error(y, values.double() @ weight.dequantize().double().T) < 2.0**-8
     with pytest.raises(ValueError, match="both"):
-        ops.w4a4_matmul(
-            inputs,
-            packed,
-            ops.swizzle_scales(weight.scales.bits),
-            weight.scales.global_scale,
-            "e4m3",
-        )
+        w4a4_matmul(inputs, in_blocks(packed))
+    _, integers = random_weight(FORMATS["nvint4"], 72, 256)
+    with pytest.raises(ValueError, match="w4a4_matmul: tensor cores multiply e2m1 elements"):
+        w4a4_matmul(inputs, integers)
+
+
+@pytest.mark.parametrize("arch", [90, 100, 120])
+@pytest.mark.parametrize(
+    ("n", "k", "tokens", "pays"),
+    [(72, 256, 65, True), (72, 256, 64, False), (70, 256, 65, False), (72, 288, 65, False)],
+)
+def test_blocked_scales_are_for_many_tokens_on_sm_100(
+    arch, n, k, tokens, pays, monkeypatch, random_weight
+) -> None:
+    monkeypatch.setattr(gpu, "architecture", lambda device: arch)
+    _, packed = random_weight(FORMATS["nvfp4"], n, k)
+    assert wants_blocked_scales(packed, tokens) == (pays and arch == 100)
 
 
 def test_shapes_that_do_not_fit_are_named(random_weight) -> None:
-    weight, packed = random_weight(FORMATS["nvfp4"], 8, 64)
-    bits, t = weight.scales.bits, weight.scales.global_scale
+    _, packed = random_weight(FORMATS["nvfp4"], 8, 64)
     with pytest.raises(ValueError, match="do not fit"):
-        ops.w4a16_matmul(torch.zeros(1, 128).bfloat16(), packed, bits, t, "e2m1", "e4m3")
+        w4a16_matmul(torch.zeros(1, 128).bfloat16(), packed)
     with pytest.raises(ValueError, match="float32"):
-        ops.w4a16_matmul(torch.zeros(1, 64), packed, bits, t, "e2m1", "e4m3")
+        w4a16_matmul(torch.zeros(1, 64), packed)
+    _, powers = random_weight(FORMATS["mxfp4"], 8, 64)
     with pytest.raises(ValueError, match="float16 cannot hold"):
-        ops.w4a16_matmul(torch.zeros(1, 64).half(), packed, bits, t, "e2m1", "e8m0")
-
-
-def test_tiles_are_told_apart_by_value() -> None:
-    assert replace(Tile(kernel="w4a16"), split=2) != Tile(kernel="w4a16") == Tile(kernel="w4a16")
+        w4a16_matmul(torch.zeros(1, 64).half(), powers)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        w4a8_matmul(torch.zeros(1, 64).bfloat16(), 16, packed)
