@@ -102,7 +102,7 @@ def _matmul(
     types: Mapping[str, str],
     mma: str,
 ) -> Case:
-    types = POINTERS | types
+    types = {**POINTERS, **types}
     return Case(
         name=name,
         kernel=kernel,

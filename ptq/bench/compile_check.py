@@ -71,7 +71,7 @@ def build(arch: int, case: Case) -> Result:
     try:
         compiled = compile_for(
             arch,
-            case.kernel,
+            case.kernel,  # pyright: ignore[reportArgumentType] - taken for a method
             case.signature,
             case.constants,
             warps=case.warps,
