@@ -1,5 +1,5 @@
-"""Text that every installation has: the source files of Python's standard library, and a bundled
-held-out part."""
+"""Text that every installation has: the source files of Python's standard library to calibrate
+with, and a bundled text to evaluate on."""
 
 import hashlib
 import sysconfig
@@ -11,16 +11,17 @@ SMALLEST, LARGEST = 200, 400_000  # characters: no empty modules, no generated t
 
 
 def is_held_out(relative: str) -> bool:
-    """Whether a file of the standard library (path relative to it, with ``/``) is kept for
-    evaluation: one in 25."""
+    """Whether a file of the standard library, by its relative path with ``/``, is kept for
+    evaluation: one in 25, by the hash of the path."""
     return int.from_bytes(hashlib.sha256(relative.encode()).digest()[:4], "big") % 25 == 0
 
 
 def calibration_files(root: Path | None = None) -> list[str]:
-    """The files under ``root`` (the standard library) that calibration may use, relative and
-    sorted.
+    """The relative paths, sorted, of the files that calibration may use: neither held-out files,
+    nor tests, nor installed packages.
 
-    Neither held-out files, nor tests, nor installed packages.
+    Args:
+        root: the directory to look in; None is the standard library.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     names = (path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py")))
@@ -30,8 +31,8 @@ def calibration_files(root: Path | None = None) -> list[str]:
 
 
 def texts(names: Iterable[str]) -> Iterator[str]:
-    """The contents of files of the standard library, without very short and very long ones; read
-    one by one."""
+    """The contents of files of the standard library, read one by one; those outside ``SMALLEST`` to
+    ``LARGEST`` characters are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in names:
         text = (root / name).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")

@@ -1,12 +1,10 @@
-"""Documents out of files and datasets: .txt, .jsonl, .parquet, a dataset of the Hugging Face hub,
-or "builtin"."""
+"""Documents out of files, data sets of the Hugging Face hub, or the built-in text."""
 
 import json
 import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +22,7 @@ Render = Callable[[list[dict[str, object]]], str]
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in the order of the seed, and what to write down about where they are from."""
+    """Texts in the order of the seed, to be read once, and a record of where they are from."""
 
     texts: Iterator[str]
     description: dict[str, object]
@@ -35,9 +33,15 @@ def read(
 ) -> Documents:
     """The documents of ``source``; shuffled by ``seed``, or in their own order when it is None.
 
-    ``field``: the column that holds the text; None means ``text``, or ``messages`` where there is
-    no ``text``. A list of messages is turned into text by ``render``. Raises FileNotFoundError or
-    ValueError, saying what is there.
+    Args:
+        source: a .txt, .jsonl or .parquet file, a data set of the hub (``id``, ``id:config`` or
+            ``id:config:split``), or "builtin".
+        field: the column that holds the text; None means ``text``, or ``messages`` where there is
+            no ``text``.
+        render: makes a text of a list of chat messages; without it they are refused.
+
+    Raises:
+        FileNotFoundError, ValueError: saying what is there instead; some only when texts are read.
     """
     path = Path(source).expanduser()
     if source == "builtin":
@@ -108,7 +112,7 @@ def _read_parquet(path: Path) -> list[Record]:
     try:
         return parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({_first_line(error)})") from error
+        raise ValueError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 def _from_hub(source: str, field: str | None, seed: int | None, render: Render | None) -> Documents:
@@ -132,17 +136,17 @@ def _from_hub(source: str, field: str | None, seed: int | None, render: Render |
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{source} is neither a file nor a readable dataset of the Hugging Face hub "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     if first is None:
         raise ValueError(f"{source} is empty")
-    chosen = field or _default_field(first, source)
+    column = field or _default_field(first, source)
 
     def texts() -> Iterator[str]:
-        yield _text_of(first, chosen, source, render)
-        yield from (_text_of(record, chosen, source, render) for record in records)
+        yield _text_of(first, column, source, render)
+        yield from (_text_of(record, column, source, render) for record in records)
 
-    return Documents(texts(), {"source": source, "field": chosen, "revision": _revision(str(name))})
+    return Documents(texts(), {"source": source, "field": column, "revision": _revision(str(name))})
 
 
 def _revision(name: str) -> str | None:
@@ -190,7 +194,6 @@ def _shuffled(items: list[T], seed: int | None) -> Iterator[T]:
     return (items[i] for i in order.tolist())
 
 
-def _first_line(error: Exception) -> str:
-    return next(
-        islice((line for line in str(error).splitlines() if line.strip()), 1), type(error).__name__
-    )
+def first_line(error: Exception) -> str:
+    """The first line of a message that is not blank; the name of the error when there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,8 @@ from ptq.text import builtin as builtin_text
 from ptq.text import documents
 from ptq.text.builtin import is_held_out
 
-GENERIC = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-)  # classes that do just what tokenizer.json says
+# classes that do just what tokenizer.json says
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 SURPLUS = 4  # tokens read for every token used: windows then come from more documents
 
 __all__ = ["Calibration", "is_held_out", "load_calibration", "load_text", "load_tokenizer"]
@@ -24,11 +23,12 @@ __all__ = ["Calibration", "is_held_out", "load_calibration", "load_text", "load_
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token batches (sequences, length), int64, without padding, and a record of how they came
-    about.
+    """Batches of token ids, and a record of how they came about.
 
-    ``description`` holds source, field, seed, samples, seq_len, tokens, whether windows overlap,
-    and ``sha256``, the hash of all token ids (int64, little endian, in order).
+    Attributes:
+        batches: (sequences, length) int64, all of one length, without padding.
+        description: source, field, seed, samples, seq_len, tokens, whether windows overlap, and
+            ``sha256``, the hash of all token ids (int64, little endian, in order).
     """
 
     batches: list[Tensor]
@@ -45,18 +45,21 @@ def load_calibration(
     seed: int,
     field: str | None = None,
 ) -> Calibration:
-    """``samples`` windows of ``seq_len`` tokens from ``source``; the same arguments give the same
-    tokens.
+    """``samples`` windows of ``seq_len`` tokens; the same arguments give the same tokens.
 
-    ``source``: a .txt, .jsonl or .parquet file, a dataset id of the Hugging Face hub (``id``,
-    ``id:config`` or ``id:config:split``), or "builtin". Windows do not overlap unless there is too
-    little text. Raises ValueError when the text is shorter than the windows need, or a field is
-    missing; FileNotFoundError when there is no such source.
+    Windows do not overlap unless there is too little text.
+
+    Args:
+        source, field: as :func:`ptq.text.documents.read` takes them.
+
+    Raises:
+        ValueError: the text is shorter than the windows need, or a field is missing.
+        FileNotFoundError: there is no such source.
     """
     for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    found = documents.read(
+    corpus = documents.read(
         source, field=field, seed=seed, render=lambda messages: _rendered(tokenizer, messages)
     )
     start = _start_tokens(tokenizer)
@@ -65,15 +68,14 @@ def load_calibration(
         raise ValueError(
             f"seq_len {seq_len} leaves no room after the {len(start)} tokens that start every text"
         )
-    stream = _stream(tokenizer, found, SURPLUS * samples * length, start)
+    stream = _stream(tokenizer, corpus.texts, SURPLUS * samples * length, start)
     generator = torch.Generator().manual_seed(seed)
     offsets = _offsets(len(stream), length, samples, generator, source)
     prefix = torch.tensor(start, dtype=torch.int64)
-    windows = torch.stack(
-        [torch.cat([prefix, stream[o : o + length]]) for o in offsets]
-    )  # (samples, seq_len)
+    # (samples, seq_len)
+    windows = torch.stack([torch.cat([prefix, stream[o : o + length]]) for o in offsets])
     description = {
-        **found.description,
+        **corpus.description,
         "seed": seed,
         "samples": samples,
         "seq_len": seq_len,
@@ -85,8 +87,8 @@ def load_calibration(
 
 
 def load_text(source: str, *, field: str | None = None) -> str:
-    """A whole text for evaluation: a file (documents joined by empty lines) or "builtin", the
-    bundled held-out text."""
+    """The whole text of ``source`` for evaluation, documents joined by empty lines; of "builtin"
+    the bundled held-out text. ValueError when it is blank."""
     if source == "builtin":
         return builtin_text.held_out_text()
     text = "\n\n".join(documents.read(source, field=field, seed=None).texts)
@@ -96,11 +98,14 @@ def load_text(source: str, *, field: str | None = None) -> str:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint directory. FileNotFoundError or ValueError when there is none
-    that can be used.
+    """The tokenizer of a checkpoint directory.
 
-    A tokenizer.json is the authority: where its config names the generic class, that class reads
-    it, because the automatic choice goes by the model's type and may tokenize differently.
+    Its tokenizer.json is the authority: where tokenizer_config.json names the generic class, that
+    class reads it, because the automatic choice goes by the model's type and may tokenize
+    differently.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none that can be used.
     """
     path = Path(path)
     if not path.is_dir():
@@ -111,10 +116,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             automatic = PreTrainedTokenizerFast
         return automatic.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise ValueError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+        raise ValueError(
+            f"{path} has no tokenizer that can be loaded: {documents.first_line(error)}"
+        ) from error
 
 
 def _declared_class(path: Path) -> str | None:
@@ -140,20 +144,19 @@ def _special(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase, start: list[int]) -> list[int]:
-    """What stands between two documents: end, then beginning where texts begin with one; at least
-    one of them."""
+    """The tokens between two documents: the end token if there is one, then what every text starts
+    with; where both are missing, the beginning token."""
     end, bos = _special(tokenizer, "eos"), _special(tokenizer, "bos")
     ends = [end] if end is not None else []
     return ends + [s for s in start if [s] != ends] if ends or start or bos is None else [bos]
 
 
 def _stream(
-    tokenizer: PreTrainedTokenizerBase, found: documents.Documents, wanted: int, start: list[int]
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], least: int, start: list[int]
 ) -> Tensor:
-    """Documents, tokenized and joined, until there are ``wanted`` tokens; the last document is kept
-    whole."""
+    """The tokens of ``texts``, joined, until there are ``least``; the last text is kept whole."""
     separator, ids = _separator(tokenizer, start), list[int]()
-    for text in found.texts:
+    for text in texts:
         new: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if start and new[:1] == start:  # a chat template has put it there already
             new = new[1:]
@@ -162,7 +165,7 @@ def _stream(
         if ids:
             ids += separator[1:] if separator and ids[-1] == separator[0] else separator
         ids += new
-        if len(ids) >= wanted:
+        if len(ids) >= least:
             break
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -170,8 +173,8 @@ def _stream(
 def _offsets(
     tokens: int, length: int, samples: int, generator: torch.Generator, source: str
 ) -> list[int]:
-    """Where the windows start, ascending: apart by chance where there is room, else evenly spread
-    and overlapping."""
+    """Where the windows start, ascending: at random without overlap where there is room for that,
+    else evenly spread and overlapping."""
     room = tokens - length  # the last possible start
     if room + 1 < samples:
         raise ValueError(

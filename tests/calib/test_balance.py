@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ptq.calib.balance import LIMIT, balancing
+from ptq.checkpoint.layer_report import LayerReport
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
 from ptq.runtime.load import load
@@ -153,12 +154,16 @@ def test_computing_in_sixteen_bits_balances_too(
     kind: str, dtype: torch.dtype, make_tiny_model: Make, tiny_text: Path, tmp_path: Path
 ):
     model = make_tiny_model(kind, dtype=dtype)
-    reports: list[dict[str, object]] = []
+    reports: list[LayerReport] = []
     quantize_model(
-        model, tmp_path / "q", recipe=recipe(tiny_text), device="cpu", dtype=dtype,
+        model,
+        tmp_path / "q",
+        recipe=recipe(tiny_text),
+        device="cpu",
+        dtype=dtype,
         on_block=lambda progress: reports.extend(progress.reports),
-    )  # fmt: skip
-    assert reports and all(report["balance"] == 0.5 for report in reports)
+    )
+    assert reports and all(report.balance == 0.5 for report in reports)
     tokens = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(0))
     assert damage(model, tmp_path / "q", tokens) < 0.5
 

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from ptq.calib.block_arguments import Recorder
-from ptq.calib.walk import walk
+from ptq.calib.walk import Watch, walk
 from ptq.model.memory_source import MemorySource
 
 Build = Callable[..., transformers.PreTrainedModel]
@@ -19,10 +19,8 @@ Batches = list[torch.Tensor]
 def outputs(model: nn.Module, batches: Batches) -> list[torch.Tensor]:
     """The hidden states at the end of a walk that changes nothing."""
     finals: list[torch.Tensor] = []
-    blocks = walk(
-        MemorySource(model), batches, probes={}, skip=lambda _: False, feed=None, ignore=lambda _: False, device="cpu",
-        finished=lambda _, x: finals.append(x),
-    )  # fmt: skip
+    source = MemorySource(model)
+    blocks = walk(source, batches, Watch(), device="cpu", finished=lambda _, x: finals.append(x))
     assert len(list(blocks)) == 4
     return finals
 
@@ -32,9 +30,13 @@ def test_arguments_equal_for_all_batches_are_stored_once(tiny_model: Build, batc
     recorder = Recorder(source.skeleton(), [m for _, m in source.blocks()], torch.device("cpu"))
     calls = [recorder(batch)[1] for batch in batches[:2]]
     tensors = {
-        id(t) for batch in calls for call in batch for v in call.kwargs.values()
-        for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, torch.Tensor)
-    }  # fmt: skip
+        id(t)
+        for batch in calls
+        for call in batch
+        for v in call.kwargs.values()
+        for t in (v if isinstance(v, tuple) else (v,))
+        if isinstance(t, torch.Tensor)
+    }
     masks = [call.kwargs["attention_mask"] for call in calls[0]]
     assert masks[0] is masks[2] is calls[1][0].kwargs["attention_mask"]
     assert masks[0] is not masks[1]  # sliding window, full
@@ -42,7 +44,7 @@ def test_arguments_equal_for_all_batches_are_stored_once(tiny_model: Build, batc
 
 
 class Chain(nn.Module):
-    """Four blocks, called in a way that only some of which can be cut into blocks."""
+    """A model of four blocks, called in the way of ``kind``; only "plain" can be cut into blocks."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -59,13 +61,11 @@ class Chain(nn.Module):
         for layer in self.layers[::-1] if self.kind == "reversed" else self.layers:
             if self.kind == "scaled between":
                 x = x * 1.5
-            extra = (
-                x.mean()
-                if self.kind == "depends"
-                else handed
-                if self.kind == "hands on"
-                else first.mean()
-            )
+            extra = first.mean()
+            if self.kind == "depends":
+                extra = x.mean()
+            elif self.kind == "hands on":
+                extra = handed
             x, handed = layer(hidden_states=x, extra=extra)
         return self.layers[0](x, first.mean())[0] if self.kind == "again" else x
 
@@ -109,19 +109,9 @@ def test_blocks_may_write_into_what_they_are_given(batches: Batches):
     with torch.no_grad():
         expected = [model(b, use_cache=False) for b in batches]
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, batches), expected, strict=True))
-    blocks = walk(
-        MemorySource(model),
-        batches,
-        probes={},
-        skip=lambda _: False,
-        feed=None,
-        ignore=lambda _: False,
-        device="cpu",
-    )
-    assert [list(g.layers) for g in next(blocks).groups] == [
-        ["first"],
-        ["second"],
-    ]  # one tensor, two contents
+    blocks = walk(MemorySource(model), batches, Watch(), device="cpu")
+    groups = [list(group.layers) for group in next(blocks).groups]
+    assert groups == [["first"], ["second"]]  # one tensor, two contents
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptq.calib.fold import FoldedLinear, Site, fold
 from ptq.calib.foldable_sites import find_sites
-from ptq.calib.walk import CalibratedBlock, walk
+from ptq.calib.walk import CalibratedBlock, Watch, walk
 from ptq.model.memory_source import MemorySource
 
 Build = Callable[..., transformers.PreTrainedModel]
@@ -46,12 +46,18 @@ def prepared(
     prepare: Callable[[CalibratedBlock, Callable[[], Tensor]], None] | None,
     ignore: Callable[[str], bool] = lambda _: False,
 ) -> Tensor:
-    """The last hidden states of a walk whose blocks are prepared."""
+    """The last hidden states of a walk whose blocks are prepared, with layers that ``ignore`` is
+    true of not watched."""
     last: list[Tensor] = []
+    linears = [n for n, m in source.skeleton().named_modules() if isinstance(m, nn.Linear)]
     blocks = walk(
-        source, batches, probes={}, skip=lambda _: False, feed=None, ignore=ignore, device="cpu", prepare=prepare,
+        source,
+        batches,
+        Watch(layers=[name for name in linears if not ignore(name)]),
+        device="cpu",
+        prepare=prepare,
         finished=lambda _, states: last.append(states),
-    )  # fmt: skip
+    )
     for _ in blocks:
         pass
     return torch.cat(last)

@@ -1,4 +1,4 @@
-"""Laws of the second moments (gptq.md G1-G3) and of what rare experts borrow (G30)."""
+"""Laws of the second moments of what layers read (G1-G3)."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ptq.calib.hessian import Hessian, full_precision
-from ptq.calib.rare_experts import pooled, top_up
 
 FEATURES = 24
 
@@ -116,26 +115,3 @@ def test_reduce_gives_every_rank_the_sum_over_ranks(tmp_path: Path):
         assert (count, other_count) == (7, 7)
         assert torch.equal(mean, expected.mean())
         assert other.trace() > 0
-
-
-def test_the_pool_weighs_experts_by_their_tokens():
-    experts, everything = [], Hessian(FEATURES)
-    for i, count in enumerate((3, 0, 40)):
-        experts.append(Hessian(FEATURES))
-        experts[-1].update(tokens(count, seed=i))
-        everything.update(tokens(count, seed=i))
-    torch.testing.assert_close(pooled(experts), everything.mean(), rtol=1e-12, atol=1e-12)
-    assert experts[0].tokens == 3
-
-
-def test_the_pool_of_experts_without_tokens_is_an_error():
-    with pytest.raises(ValueError, match="no tokens reached any expert"):
-        pooled([Hessian(FEATURES)])
-
-
-def test_a_rare_expert_tends_to_its_own_hessian_as_tokens_come_in():
-    own, pool = torch.eye(FEATURES), 5 * torch.eye(FEATURES)
-    diagonal = [float(top_up(own, pool, n, FEATURES)[0, 0]) for n in (0, 6, 12, FEATURES, 1000)]
-    assert diagonal == [5.0, 4.0, 3.0, 1.0, 1.0]
-    assert top_up(None, pool, 0, FEATURES) is pool
-    assert torch.equal(own, torch.eye(FEATURES))

@@ -1,4 +1,4 @@
-"""Fused experts as modules of Linears: the same function, the hub's names, refusals by name."""
+"""Fused experts as modules of Linears: the same function from every layout, refusals by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from stacked_experts import StackedExperts
 from torch import nn
 
-from ptq.calib.rare_experts import pool_key
 from ptq.model.checkpoint_source import CheckpointSource
-from ptq.model.expert_layouts import ExpertNames, Layout, fused_layout, unpack_mxfp4
+from ptq.model.expert_layouts import ExpertNames, Layout
 from ptq.model.experts import Experts, fused_experts, routed_everywhere, unfuse
 from ptq.model.memory_source import MemorySource
 
@@ -50,15 +50,6 @@ def test_the_default_implementation_differs_by_rounding_only(
         expected = fused(batches[0]).logits
         split = MemorySource(tiny_model("qwen3_moe")).skeleton()(batches[0]).logits
     torch.testing.assert_close(split, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", MOE)
-def test_names_are_those_of_checkpoints(family: str, tiny_checkpoint: Callable[[str], Path]):
-    source = CheckpointSource(tiny_checkpoint(family))
-    experts = [n for n in source.skeleton().state_dict() if ".experts." in n]
-    assert experts and all(source.checkpoint_name(n) in source.names() for n in experts)
-    leaf = "w1" if family == "mixtral" else "gate_proj"
-    assert any(n.endswith(f"mlp.experts.1.{leaf}.weight") for n in experts)
 
 
 def test_real_weights_become_views_not_copies(tiny_model: Build):
@@ -121,46 +112,18 @@ def test_experts_tell_which_tokens_they_run():
     assert experts.routed is None
 
 
-class Fused(nn.Module):
-    """Two experts of 4 features as transformers stacks them; each flag changes the layout, the
-    function stays."""
-
-    def __init__(self, **flags: bool):
-        super().__init__()
-        self.__dict__.update(flags)
-        gate, up, down = torch.randn(2, 8, 4), torch.randn(2, 8, 4), torch.randn(2, 4, 8)
-        biases = torch.randn(2, 16), torch.randn(2, 4)
-        if flags.get("is_concatenated", True):
-            both = torch.cat([gate, up], dim=1)
-        else:
-            both = torch.stack([gate, up], dim=2).flatten(1, 2)
-        turned = flags.get("is_transposed", False)
-        self.gate_up_proj = nn.Parameter(both.mT.contiguous() if turned else both)
-        self.down_proj = nn.Parameter(down.mT.contiguous() if turned else down)
-        if flags.get("has_bias"):
-            self.gate_up_proj_bias, self.down_proj_bias = (nn.Parameter(b) for b in biases)
-
-    def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = (
-            (x[..., ::2], x[..., 1::2])
-            if not self.__dict__.get("is_concatenated", True)
-            else x.chunk(2, -1)
-        )
-        return gate.sigmoid() * up
-
-    def expert(self, x: torch.Tensor, e: int) -> torch.Tensor:
-        turned, biased = self.__dict__.get("is_transposed"), self.__dict__.get("has_bias")
-        first, second = (w[e].T if turned else w[e] for w in (self.gate_up_proj, self.down_proj))
-        b1, b2 = (self.gate_up_proj_bias[e], self.down_proj_bias[e]) if biased else (0, 0)
-        return self._apply_gate(x @ first.T + b1) @ second.T + b2
-
-
-@pytest.mark.parametrize("flags", [
-    {}, {"is_transposed": True}, {"is_concatenated": False}, {"has_bias": True},
-    {"is_transposed": True, "is_concatenated": False, "has_bias": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"is_transposed": True},
+        {"is_concatenated": False},
+        {"has_bias": True},
+        {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    ],
+)
 def test_every_layout_computes_what_the_stack_does(flags: dict[str, bool]):
-    fused = Fused(**flags)
+    fused = StackedExperts(**flags)
     x = torch.randn(3, 4)
     with torch.no_grad():
         expected = torch.stack([fused.expert(x, e) for e in range(2)])
@@ -183,39 +146,8 @@ def test_every_layout_computes_what_the_stack_does(flags: dict[str, bool]):
     ],
 )
 def test_other_layouts_are_refused_by_name(flags: dict[str, bool], why: str):
-    model = nn.ModuleDict({"experts": Fused(**flags)})
-    with pytest.raises(ValueError, match=rf"experts \(Fused\) holds fused experts .*{why}"):
+    model = nn.ModuleDict({"experts": StackedExperts(**flags)})
+    with pytest.raises(
+        ValueError, match=rf"experts \(StackedExperts\) holds fused experts .*{why}"
+    ):
         unfuse(model, lambda _: ExpertNames())
-
-
-def test_parts_cover_every_stacked_value_once():
-    for flags in ({}, {"is_transposed": True, "is_concatenated": False, "has_bias": True}):
-        module = Fused(**flags)
-        stacked = {n: torch.arange(p.numel()).view(p.shape) for n, p in module.named_parameters()}
-        taken: dict[str, list[int]] = {n: [] for n in stacked}
-        for _, source, _, part in fused_layout(module, ExpertNames()).parts():
-            taken[source] += part.take(stacked[source]).flatten().tolist()
-        assert all(sorted(values) == list(range(stacked[n].numel())) for n, values in taken.items())
-
-
-def test_mxfp4_values_are_those_of_the_definition():
-    blocks = torch.tensor(
-        [[0x10, 0x32, 0x54, 0x76], [0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8
-    ).repeat(1, 4)
-    scales = torch.tensor([130, 0], dtype=torch.uint8)
-    values = unpack_mxfp4(blocks.view(1, 2, 16), scales.view(1, 2))
-    assert values.dtype == torch.bfloat16 and values.shape == (1, 64)
-    assert values[0, :8].tolist() == [0, 4, 8, 12, 16, 24, 32, 48]
-    assert (values[0, 32:40].double() * 2.0**127).tolist() == [0, -0.5, -1, -1.5, -2, -3, -4, -6]
-
-
-def test_pools_are_formed_by_layer_and_projection(tiny_model: Build):
-    source = MemorySource(tiny_model("qwen2_moe"))
-    _, block = source.blocks()[0]
-    assert (
-        pool_key(block, "mlp.experts.3.up_proj")
-        == pool_key(block, "mlp.experts.0.up_proj")
-        == "mlp.experts.*.up_proj"
-    )
-    assert pool_key(block, "mlp.shared_expert.up_proj") is None
-    assert pool_key(block, "self_attn.q_proj") is None

@@ -1,6 +1,9 @@
-"""What a model is made of: linear layers under other names, routers, the output head."""
+"""From a path to an empty model, and what it is made of: blocks, routers, the output head."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +11,21 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
-from ptq.model.structure import find_head, is_router, linearize
+from ptq.model.structure import (
+    build_model,
+    find_blocks,
+    find_head,
+    is_router,
+    linearize,
+    load_config,
+    positions,
+    resolve,
+)
 
 Build = Callable[..., transformers.PreTrainedModel]
+Save = Callable[[str], Path]
 
 
 def test_a_linearized_model_computes_the_same():
@@ -63,10 +77,10 @@ def test_routers_by_name():
             "mlp": nn.ModuleDict({"gate": nn.Linear(4, 4), "up": nn.Linear(4, 4)}),
         }
     )
-    found = {
+    routers = {
         n for n, m in block.named_modules() if isinstance(m, nn.Linear) and is_router(block, n)
     }
-    assert found == {"moe.router.layer", "gated.gate.wg"}
+    assert routers == {"moe.router.layer", "gated.gate.wg"}
 
 
 def test_the_head_is_found_and_a_tied_one_refused(tiny_model: Build):
@@ -75,3 +89,121 @@ def test_the_head_is_found_and_a_tied_one_refused(tiny_model: Build):
         find_head(tiny_model("llama", tie_word_embeddings=True))
     with pytest.raises(ValueError, match="Linear has no linear output head"):
         find_head(nn.Linear(2, 2))
+
+
+def test_blocks_are_the_decoder_of_a_vision_language_model():
+    class Tower(nn.Module):
+        def __init__(self, count: int, size: int):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(size, size) for _ in range(3))})
+                for _ in range(count)
+            )
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision, self.language = Tower(9, 32), Tower(2, 8)
+            self.language.embed = nn.Embedding(5, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.language.get_submodule("embed")
+
+    assert find_blocks(Both()) == ["language.layers.0", "language.layers.1"]
+
+
+def test_models_without_blocks_of_linear_layers_are_refused():
+    with pytest.raises(ValueError, match="Linear has no list of decoder blocks"):
+        find_blocks(nn.Linear(2, 2))
+    convolutions = nn.Sequential(nn.ModuleList([nn.Conv1d(2, 2, 1)]))
+    with pytest.raises(ValueError, match=r"contain no Linear layers \(but Conv1d\)"):
+        find_blocks(convolutions)
+
+
+def test_the_longest_sequence_is_read_off_the_configuration():
+    assert positions(transformers.LlamaConfig(max_position_embeddings=77)) == 77
+    assert positions(transformers.GPT2Config(n_positions=55)) == 55
+    assert positions(transformers.PretrainedConfig()) is None
+
+
+def test_a_name_that_is_neither_directory_nor_hub_model(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*_: object, **__: object) -> str:
+        raise ConnectionError("no route to the hub\nsecond line")
+
+    monkeypatch.setattr("ptq.model.structure.snapshot_download", unreachable)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no directory nobody/nothing.*Hugging Face hub \(no route to the hub\)$",
+    ):
+        resolve("nobody/nothing")
+
+
+def test_a_hub_name_is_looked_up_in_the_cache_first(
+    tiny_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        return str(tiny_checkpoint("llama"))
+
+    monkeypatch.setattr("ptq.model.structure.snapshot_download", snapshot)
+    assert resolve("owner/model") == tiny_checkpoint("llama")
+    assert asked == [("owner/model", True)]
+
+
+def built(path: Path) -> object:
+    directory = resolve(path)
+    return build_model(load_config(directory), directory, torch.float32)
+
+
+DAMAGES = {
+    "missing": (FileNotFoundError, "does not exist"),
+    "file": (FileNotFoundError, "is a file; give the directory"),
+    "no config": (FileNotFoundError, "has no config.json"),
+    "broken config": (ValueError, "config.json cannot be used"),
+    "unknown model": (ValueError, "config.json cannot be used.*nonesuch"),
+    "encoder": (ValueError, "not a causal language model.*BertForMaskedLM"),
+    "translation": (ValueError, "not a causal language model.*T5ForConditionalGeneration"),
+    "contradiction": (ValueError, "config.json cannot be used: .*hidden size"),
+}
+
+
+def damaged(kind: str, path: Path) -> Path:
+    """The directory ``path`` with another configuration, or another path."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    match kind:
+        case "missing":
+            return path / "nowhere"
+        case "file":
+            return path / "model.safetensors"
+        case "no config":
+            file.unlink()
+        case "broken config":
+            file.write_text("{")
+        case "unknown model":
+            file.write_text(json.dumps(config | {"model_type": "nonesuch"}))
+        case "encoder":
+            transformers.BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(path)
+        case "translation":
+            names = ["T5ForConditionalGeneration"]
+            transformers.T5Config(architectures=names).save_pretrained(path)
+        case "contradiction":
+            heads = {"num_attention_heads": 5, "num_key_value_heads": 3, "head_dim": None}
+            file.write_text(json.dumps(config | heads))
+        case _:
+            raise AssertionError(kind)
+    return path
+
+
+@pytest.mark.parametrize("read", [built, CheckpointSource])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_unusable_directories_are_named_in_one_line(
+    kind: str, read: Callable[[Path], object], tiny_checkpoint: Save, tmp_path: Path
+):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    error, message = DAMAGES[kind]
+    with pytest.raises(error, match=message) as caught:
+        read(damaged(kind, tmp_path / "model"))
+    assert "\n" not in str(caught.value)
