@@ -73,9 +73,6 @@ def bench(
         bool,
         typer.Option("--tune", help="Time tiles of the kernels and rewrite the table of this GPU."),
     ] = False,
-    untimed: Annotated[  # for developers: after a change of the rules of thumb
-        bool, typer.Option("--untimed", hidden=True, help="Rewrite all tables by rules of thumb.")
-    ] = False,
     json: Annotated[
         bool,
         typer.Option(
@@ -92,7 +89,7 @@ def bench(
     Without one, the reference path is timed on small layers; --predict says what no kernel on a
     named GPU can be faster than.
     """
-    if tune or untimed:
+    if tune:
         others = {
             "--backend": backend,
             "--rotation": rotation,
@@ -106,7 +103,7 @@ def bench(
                 f"{refused[0]} does not go with --tune, which takes models, --tokens, --format, "
                 "--device"
             )
-        write_untimed(quiet) if untimed else tune_tables(models, tokens, format, device, quiet)
+        tune_tables(models, tokens, format, device, quiet)
         return
 
     from ptq.bench import layers as benchmark
@@ -348,15 +345,3 @@ def tune_tables(
             step(done, len(work), f"{what}: {row.microseconds} µs, {row.tile}")
     if not quiet:
         display.note(f"{len(work)} rows of {file} are timed now")
-
-
-def write_untimed(quiet: bool) -> None:
-    """Rewrite the tables of all architectures by rules of thumb; timed rows are lost."""
-    from ptq.bench import tune
-    from ptq.cli import display
-    from ptq.kernels import gpu
-
-    for arch in gpu.MULTIPROCESSORS:
-        path = tune.write(tune.untimed(arch))
-        if not quiet:
-            display.note(f"{path}: rules of thumb, nothing timed")

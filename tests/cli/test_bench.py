@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from ptq.bench import layers as benchmark
-from ptq.bench import timing, tune
+from ptq.bench import timing
 from ptq.cli import commands as cli
 from ptq.kernels import gpu, tiles
 
@@ -310,34 +309,7 @@ def test_tuning_takes_only_token_counts_of_the_tables(bench: Run, pretended_h200
     assert code == 2 and "no row for 3 tokens; tune 1, 8, 16" in err
 
 
-def test_untimed_tables_are_the_rules_of_thumb(
-    bench: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr(tiles, "CONFIGS", tmp_path)
-    code, out, err = bench("--untimed")
-    assert (code, out) == (0, "") and len(err.splitlines()) == 4
-    for arch in gpu.MULTIPROCESSORS:
-        written = json.loads((tmp_path / f"sm{arch}.json").read_text())
-        assert tiles.Table.from_dict(written) == tune.untimed(arch)
-
-
 # ---------------------------------------------------------------- around the command
-
-
-def test_the_script_is_the_command(root: Path):
-    script = [
-        sys.executable,
-        str(root / "scripts" / "bench_layers.py"),
-        "--predict",
-        "h200",
-        "--tokens",
-        "none",
-    ]
-    done = subprocess.run(script, cwd=root, capture_output=True, text=True, timeout=60)
-    assert (
-        done.returncode == 2
-        and done.stderr == "error: --tokens 'none': give whole numbers, such as 1,16,128\n"
-    )
 
 
 def test_help_names_every_choice(bench: Run):
@@ -345,7 +317,6 @@ def test_help_names_every_choice(bench: Run):
     assert (code, err) == (0, "")
     options = "--tokens --format --backend --rotation --device --predict --sum --out --markdown --plot --tune --json"
     assert [option for option in f"{options} --quiet --debug".split() if option not in out] == []
-    assert "--untimed" not in out
 
 
 @pytest.mark.gpu

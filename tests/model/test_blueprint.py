@@ -133,5 +133,5 @@ def test_foreign_says_what_it_says_of_the_model(
 
 
 def test_what_is_no_model_is_refused_as_reading_it_would_be(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="has no config\\.json"):
         Blueprint.of(tmp_path)

@@ -1,283 +1,115 @@
-"""Laws of RTN, GPTQ, in-loop scales and coordinate descent (G12–G26 and section 12 of the GPTQ
-specification)."""
-
-from itertools import pairwise
+"""Laws that every row of the table of algorithms keeps."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from ptq.numerics.descent import coordinate_descent
+from ptq.numerics.algorithms import ALGORITHMS, Problem, prepare
 from ptq.numerics.errors import output_error, quadratic_form
-from ptq.numerics.factor import IndefiniteHessian, column_order, damped, factorize
+from ptq.numerics.factor import damped
 from ptq.numerics.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4, Format
-from ptq.numerics.gptq import gptq
-from ptq.numerics.rtn import rtn
-from ptq.numerics.scales import Grid, round_to
+from ptq.numerics.scales import Grid
 
+algorithms = pytest.mark.parametrize("name", ALGORITHMS)
 deployed = pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVINT4, MXINT4], ids=lambda f: f.name)
 every = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
 
 
-@pytest.fixture
-def problem() -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, inputs, Hessian): correlated inputs of unequal size, fewer outputs than inputs."""
-    generator = torch.Generator().manual_seed(3)
-    mix = torch.randn(128, 128, generator=generator) / 6
-    x = (
-        torch.randn(1024, 128, generator=generator)
-        @ mix
-        * torch.exp(torch.randn(128, generator=generator) * 0.7)
+def make(w: Tensor, h: Tensor, fmt: Format, **options) -> Problem:
+    return Problem(
+        hessian=h, grid=Grid(fmt, fmt.global_scale(w.abs().amax(), 1.0), "mse"), **options
     )
-    x = x + 0.3 * torch.randn(1024, 128, generator=generator)
-    return torch.randn(48, 128, generator=generator), x, x.double().T @ x.double() / len(x)
 
 
-def grid(w: Tensor, fmt: Format, rule: str = "mse", margin: float = 1.0) -> Grid:
-    return Grid(fmt, fmt.global_scale(w.abs().amax(), margin), rule)
-
-
-def loss(w: Tensor, quantized, h: Tensor) -> float:
-    return float(output_error(w, quantized.dequantize(), h))
-
-
-def straightforward(w: Tensor, h: Tensor, scales, order: Tensor, damping: float) -> Tensor:
-    """The column loop of the paper in float64, one column at a time over the whole rest: codes."""
-    fmt = scales.format
-    factor = torch.linalg.cholesky(
-        torch.linalg.inv(damped(h, damping)[order][:, order]), upper=True
-    )
-    w, step = w[:, order].double(), scales.step().double()
-    codes = torch.empty(w.shape, dtype=torch.uint8)
-    for j in range(w.shape[1]):
-        s = step[:, order[j] // fmt.group_size]
-        codes[:, order[j]] = fmt.element.encode((w[:, j] / s).float())
-        error = (w[:, j] - fmt.element.decode(codes[:, order[j]]).double() * s) / factor[j, j]
-        w[:, j:] -= torch.outer(error, factor[j, j:])
-    return codes
-
-
+@algorithms
 @every
-def test_white_inputs_make_gptq_rtn(fmt: Format, problem) -> None:
-    """G24."""
-    w, _, _ = problem
-    for order in ("natural", "act", "group"):
-        assert torch.equal(
-            gptq(w, torch.eye(128), grid(w, fmt), order=order).codes,
-            rtn(w, torch.eye(128), grid(w, fmt)).codes,
-        )
-
-
-@deployed
-@pytest.mark.parametrize("order", ["natural", "act", "group"])
-def test_gptq_is_the_straightforward_loop(fmt: Format, order: str, problem) -> None:
+def test_results_are_codes_and_scales_that_can_be_stored(name: str, fmt: Format, problem) -> None:
     w, _, h = problem
-    scales = grid(w, fmt).scales(w)
-    expected = straightforward(
-        w, h, scales, column_order(damped(h, 0.01).diagonal(), fmt.group_size, order), 0.01
-    )
-    measured = gptq(w, h, grid(w, fmt), order=order)
-    assert torch.equal(measured.scales.bits, scales.bits)
-    # float32 rounding may move a code next to a tie, which then moves others of its row
-    assert (measured.codes != expected).any(1).float().mean() < 0.1
+    result = prepare(name, make(w, h, fmt)).solve(w)
+    assert result.codes.dtype == result.scales.bits.dtype == torch.uint8
+    assert result.codes.shape == w.shape
+    values = fmt.element.decode(result.codes)
+    assert bool((values.abs() <= fmt.element.max).all())  # neither NaN nor the spare code
+    scales = fmt.decode_scale(result.scales.bits)
+    assert bool((scales > 0).all() and scales.isfinite().all())
+    assert torch.equal(fmt.element.encode(values), result.codes)  # zero is code 0
 
 
+@algorithms
 @deployed
-def test_block_size_does_not_matter(fmt: Format, problem) -> None:
+@pytest.mark.parametrize("descent", [0, 4])
+def test_rows_are_independent_given_the_hessian(
+    name: str, fmt: Format, descent: int, problem
+) -> None:
+    """G25: rows may come in slices and in any order."""
     w, _, h = problem
-    results = [
-        gptq(w, h, grid(w, fmt), in_loop="trial", block_size=size).codes for size in (32, 64, 1000)
-    ]
-    for other in results[1:]:
-        assert (results[0] != other).any(1).float().mean() < 0.1
+    solve = prepare(name, make(w, h, fmt, descent=descent)).solve
+    whole = solve(w)
+    for rows in (slice(0, 7), slice(7, None), slice(None, None, 3)):
+        part = solve(w[rows])
+        assert (part.codes != whole.codes[rows]).float().mean() < 0.01  # sums in another order
+        assert (part.scales.bits != whole.scales.bits[rows]).float().mean() < 0.01
 
 
+@algorithms
 @deployed
-def test_gptq_trades_weight_error_for_output_error(fmt: Format, problem) -> None:
-    w, _, h = problem
-    nearest, swept = rtn(w, h, grid(w, fmt)), gptq(w, h, grid(w, fmt), order="act")
-    assert loss(w, swept, h) < 0.8 * loss(w, nearest, h)
-    assert (w - swept.dequantize()).norm() > (w - nearest.dequantize()).norm()
-
-
-@deployed
-def test_the_loss_is_the_output_error_on_the_same_tokens(fmt: Format, problem) -> None:
-    """G17: un-damped."""
-    w, x, h = problem
-    swept = gptq(w, h, grid(w, fmt))
-    direct = ((w - swept.dequantize()).double() @ x.double().T).square().sum() / (
-        w.double() @ x.double().T
-    ).square().sum()
-    assert abs(loss(w, swept, h) / float(direct) - 1) < 1e-5
-
-
-@deployed
-def test_scales_chosen_in_the_sweep_beat_fixed_ones_in_the_same_order(fmt: Format, problem) -> None:
-    w, _, h = problem
-    fixed = loss(w, gptq(w, h, grid(w, fmt), order="group"), h)
-    trial = loss(w, gptq(w, h, grid(w, fmt, margin=1.5), in_loop="trial"), h)
-    assert trial < fixed
-
-
-@deployed
-def test_scales_of_a_sweep_are_storable_and_codes_never_the_spare_one(fmt: Format, problem) -> None:
-    w, _, h = problem
-    w = w.clone()
-    w[:, 32:64] = 0
-    for quantized in (
-        gptq(w, h, grid(w, fmt, margin=1.5), in_loop="trial"),
-        gptq(w, h, grid(w, fmt), order="act"),
-    ):
-        assert quantized.scales.bits.min() >= 1
-        assert quantized.scales.bits.max() <= (0x7E if fmt.has_global_scale else 254)
-        assert not (quantized.codes == 8).any()
-        assert torch.isfinite(quantized.dequantize()).all()
-
-
-@deployed
-def test_rows_are_independent(fmt: Format, problem) -> None:
-    """G25: a slice of rows gives the same rows."""
-    w, _, h = problem
-    for options in ({"order": "act"}, {"in_loop": "trial"}):
-        whole = gptq(w, h, grid(w, fmt), **options)
-        part = gptq(w[8:40], h, Grid(fmt, grid(w, fmt).global_scale, "mse"), **options)
-        assert (part.codes != whole.codes[8:40]).any(1).float().mean() < 0.1
-
-
-@deployed
-def test_a_zero_column_is_quantized_in_its_own_place(fmt: Format, problem) -> None:
-    """G16 and B2: permuting the layer by hand gives the permuted result."""
-    w, _, h = problem
-    w = w.clone()
-    w[:, 5] = 0
-    order = column_order(damped(h, 0.01).diagonal(), fmt.group_size, "group")
-    by_hand = gptq(w[:, order], h[order][:, order], grid(w, fmt), order="natural")
-    assert (gptq(w, h, grid(w, fmt), order="group").codes[:, order] != by_hand.codes).any(
-        1
-    ).float().mean() < 0.1
-
-
-def test_silent_inputs_are_rounded_to_nearest(problem) -> None:
-    """G15: not zeroed, and they neither give nor take compensation."""
-    w, x, _ = problem
-    x = x.clone()
-    x[:, [3, 77]] = 0
-    quantized = gptq(w, x.T @ x / len(x), grid(w, NVFP4), order="act")
-    nearest = round_to(w, quantized.scales)
-    assert torch.equal(quantized.codes[:, [3, 77]], nearest.codes[:, [3, 77]])
-    assert (quantized.codes[:, 3] != 0).any()
-
-
-@deployed
-def test_more_damping_comes_closer_to_rtn(fmt: Format, problem) -> None:
-    w, _, h = problem
-    nearest = rtn(w, h, grid(w, fmt)).codes
-    differing = [
-        (gptq(w, h, grid(w, fmt), damping=d).codes != nearest).float().mean()
-        for d in (0.01, 1.0, 1e6)
-    ]
-    assert differing[0] > differing[1] > differing[2]
-    assert differing[2] < 1e-2
-
-
-@deployed
-def test_coordinate_descent_never_raises_the_damped_loss(fmt: Format, problem) -> None:
-    w, _, h = problem
-    for start in (rtn(w, h, grid(w, fmt)), gptq(w, h, grid(w, fmt), order="act")):
-        losses = [
-            quadratic_form(w - q.dequantize(), damped(h, 0.01))
-            for q in (
-                start,
-                *(coordinate_descent(w, h, start, sweeps=n, block_size=32) for n in (1, 2, 8)),
-            )
-        ]
-        for before, after in pairwise(losses):
-            assert (after <= before * (1 + 1e-5)).all()
-        assert losses[-1].sum() < losses[0].sum()
-        refined = coordinate_descent(w, h, start, sweeps=50)
-        assert torch.equal(refined.scales.bits, start.scales.bits)
-        assert torch.equal(
-            coordinate_descent(w, h, refined, sweeps=1).codes, refined.codes
-        )  # a fixed point
-
-
-def test_block_size_of_the_descent_does_not_matter(problem) -> None:
-    w, _, h = problem
-    start = rtn(w, h, grid(w, NVFP4))
-    one, other = (coordinate_descent(w, h, start, sweeps=2, block_size=size) for size in (16, 128))
-    assert (one.codes != other.codes).any(1).float().mean() < 0.1
-
-
-def test_nothing_is_modified(problem) -> None:
+def test_inputs_are_not_modified(name: str, fmt: Format, problem) -> None:
     w, _, h = problem
     before = w.clone(), h.clone()
-    for result in (
-        rtn(w, h, grid(w, NVFP4)),
-        gptq(w, h, grid(w, NVFP4)),
-        gptq(w, h, grid(w, NVFP4), in_loop="trial"),
-    ):
-        coordinate_descent(w, h, result)
-    assert torch.equal(w, before[0])
-    assert torch.equal(h, before[1])
+    prepare(name, make(w, h, fmt, descent=2)).solve(w)
+    assert torch.equal(w, before[0]) and torch.equal(h, before[1])
 
 
-def test_the_factor_is_the_cholesky_factor_of_the_inverse(problem) -> None:
-    """One factorisation and one triangular inverse give the U of the usual three steps (G12)."""
-    h = damped(problem[2], 0.01)
-    expected = torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
-    factor = factorize(problem[2], 16, order="natural", damping=0.01)
-    assert torch.equal(factor.perm, torch.arange(len(h)))
-    # rounded once, from float64: cond(A) may reach 1 + in/damping
-    torch.testing.assert_close(factor.upper, expected, rtol=2e-7, atol=1e-11)
+@algorithms
+@every
+def test_white_inputs_leave_nothing_but_rounding(name: str, fmt: Format, problem) -> None:
+    """G24: where no input says anything of another, the nearest code is the best."""
+    w = problem[0]
+    result = prepare(name, make(w, torch.eye(128), fmt)).solve(w)
+    assert torch.equal(result.codes, prepare("rtn", make(w, torch.eye(128), fmt)).solve(w).codes)
 
 
-def test_orders(problem) -> None:
-    diagonal = torch.rand(64)
-    act, by_group = column_order(diagonal, 16, "act"), column_order(diagonal, 16, "group")
-    assert (diagonal[act].diff() <= 0).all()
-    assert column_order(diagonal, 16, "natural").tolist() == list(range(64))
-    groups = by_group.unflatten(0, (-1, 16))
-    assert (groups // 16 == groups[:, :1] // 16).all()  # groups stay together
-    assert (diagonal[groups].mean(1).diff() <= 0).all()
-    assert (diagonal[groups].diff(dim=1) <= 0).all()
-
-
-def test_an_indefinite_hessian_is_an_error_and_damping_cures_it(problem) -> None:
-    """B3: never a silent fall-back."""
+@algorithms
+@every
+def test_no_algorithm_is_much_worse_than_rounding(name: str, fmt: Format, problem) -> None:
     w, _, h = problem
-    shifted = h - 0.02 * h.diagonal().mean() * torch.eye(128, dtype=h.dtype)
-    with pytest.raises(IndefiniteHessian, match="raise the damping"):
-        gptq(w, shifted, grid(w, NVFP4), damping=0.001)
-    gptq(w, shifted, grid(w, NVFP4), damping=0.1)
+    errors = {
+        which: float(output_error(w, prepare(which, make(w, h, fmt)).solve(w).dequantize(), h))
+        for which in (name, "rtn")
+    }
+    assert errors[name] <= 1.01 * errors["rtn"]
 
 
-@pytest.mark.parametrize(
-    ("poison", "message"),
-    [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "no tokens")],
-)
-def test_hessians_without_sense_are_refused(problem, poison: float, message: str) -> None:
+@algorithms
+@pytest.mark.parametrize("fmt", [MXFP4, MXINT4], ids=lambda f: f.name)
+def test_powers_of_two_pass_through(name: str, fmt: Format, problem) -> None:
+    """Weights twice as large have the same codes and scale bytes one higher."""
     w, _, h = problem
-    bad = (
-        torch.zeros_like(h)
-        if poison == 0
-        else h.clone().index_put_((torch.tensor(3), torch.tensor(4)), torch.tensor(poison).double())
-    )
-    with pytest.raises(ValueError, match=message):
-        gptq(w, bad, grid(w, NVFP4))
+    one, two = (prepare(name, make(x, h, fmt)).solve(x) for x in (w, 2 * w))
+    assert torch.equal(one.codes, two.codes)
+    assert torch.equal(one.scales.bits + 1, two.scales.bits)
 
 
-def test_in_loop_scales_need_whole_groups(problem) -> None:
+@algorithms
+@deployed
+def test_descent_never_raises_the_damped_loss(name: str, fmt: Format, problem) -> None:
     w, _, h = problem
-    with pytest.raises(ValueError, match="order 'act'"):
-        gptq(w, h, grid(w, NVFP4), order="act", in_loop="trial")
-    with pytest.raises(ValueError, match="nonsense"):
-        gptq(w, h, grid(w, NVFP4), in_loop="nonsense")
-    with pytest.raises(ValueError, match="unknown column order"):
-        gptq(w, h, grid(w, NVFP4), order="nonsense")
+    before = prepare(name, make(w, h, fmt)).solve(w)
+    after = prepare(name, make(w, h, fmt, descent=4)).solve(w)
+    h = damped(h, 0.01)
+    losses = [quadratic_form(w.double() - q.dequantize().double(), h) for q in (before, after)]
+    assert bool((losses[1] <= losses[0] * (1 + 1e-5)).all())
 
 
-def test_rank_one_hessians_succeed(problem) -> None:
-    """B4."""
-    w, x, _ = problem
-    quantized = gptq(w, x[:1].T @ x[:1], grid(w, MXFP4), damping=0.01)
-    assert torch.isfinite(quantized.dequantize()).all()
+def test_damping_is_raised_until_there_is_a_factor(problem) -> None:
+    """G13, and reported."""
+    w, _, h = problem
+    bad = h.clone()
+    bad[0, 1] = bad[1, 0] = 1.02 * float((bad[0, 0] * bad[1, 1]).sqrt())
+    prepared = prepare("gptq", make(w, bad, NVFP4, damping=1e-4))
+    assert prepared.damping > 1e-4 and prepare("gptq", make(w, h, NVFP4)).damping == 0.01
+
+
+def test_an_unknown_name_lists_the_table(problem) -> None:
+    with pytest.raises(ValueError, match="unknown algorithm 'awq'; choose from rtn, gptq"):
+        prepare("awq", make(*problem[::2], NVFP4))

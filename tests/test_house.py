@@ -1,0 +1,196 @@
+"""The plan of the house: contracts that hold and are seen to fail, and what no linter checks."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+WINGS = {
+    "numerics": "ptq/numerics",
+    "model": "ptq/model",
+    "text": "ptq/text",
+    "calib": "calib",
+    "checkpoint": "ptq/checkpoint",
+    "runtime": "ptq/runtime",
+    "pipeline": "ptq/pipeline",
+    "bench": "ptq/bench",
+    "kernels": "kernels",
+    "cli": "ptq/cli",
+}
+# (contract, module that breaks it, what it imports)
+VIOLATIONS = [
+    ("five layers", "ptq/runtime/load.py", "ptq.pipeline.recipe"),
+    ("five layers", "ptq/pipeline/plan.py", "ptq.bench.shapes"),
+    ("five layers", "ptq/checkpoint/writer.py", "ptq.calib.hessian"),
+    ("five layers", "ptq/model/structure.py", "ptq.text.builtin"),
+    ("a checkpoint runs without what made it", "ptq/runtime/evaluate.py", "ptq.calib.hessian"),
+    ("calibration knows models, and nothing else of ptq", "calib/fold.py", "ptq.numerics.scales"),
+    ("numerics is pure", "ptq/numerics/gptq.py", "json"),
+    ("numerics is pure", "ptq/numerics/formats.py", "ptq.model.source"),
+    ("kernels stand alone", "kernels/tiles.py", "ptq.numerics.formats"),
+    ("transformers in model, text, runtime and pipeline only", "calib/walk.py", "transformers"),
+    ("only the command line prints", "ptq/pipeline/run.py", "rich"),
+]
+# Modules whose tests are elsewhere; this list only shrinks.
+TESTED_ELSEWHERE = {
+    "kernels/dequantize": "by the operator that launches it",
+    "kernels/epilogue": "by the operators that launch it",
+    "kernels/grouped": "by the operator that launches it",
+    "kernels/quantize": "by the operator that launches it",
+    "kernels/w4a16": "by the operator that launches it",
+    "kernels/w4a4": "by the operator that launches it",
+    "model/source": "a Protocol: by its two classes",
+    "checkpoint/dialect": "a record: by every dialect",
+    "checkpoint/dialects": "a table: by the reader and the choice",
+    "checkpoint/model_card": "by the writer's checkpoints",
+    "checkpoint/progress_file": "by the writer, interrupted everywhere",
+    "checkpoint/shards": "by the writer's files",
+    "pipeline/tasks": "by runs",
+    "pipeline/balancing": "by runs, tests/calib/test_balance.py",
+    "pipeline/blocks_on_disk": "by interrupted runs",
+    "pipeline/emulated_inputs": "by runs of W4A4",
+    "bench/shapes": "by the layers that are timed",
+    "bench/speed_report": "by the layers that are timed",
+    "cli/options": "by the commands",
+    "cli/errors": "by the commands",
+}
+# Test files of no module of their name.
+WITHOUT_MODULE = {"kernels/test_on_gpu", "checkpoint/test_golden"}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    return {
+        f"{wing}/{path.stem}": path
+        for wing, folder in WINGS.items()
+        for path in sorted((root / folder).glob("*.py"))
+        if path.stem != "__init__"
+    }
+
+
+@pytest.fixture(scope="module")
+def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library without its model, and pyproject.toml."""
+    target = tmp_path_factory.mktemp("house")
+    for name in ("ptq", "kernels", "calib"):
+        shutil.copytree(
+            root / name,
+            target / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("demo", "__pycache__"),
+        )
+    shutil.copy(root / "pyproject.toml", target)
+    return target
+
+
+def broken(folder: Path) -> list[str]:
+    """The contracts that do not hold for the code in ``folder``."""
+    command = [
+        sys.executable, "-c",
+        "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; "
+        "sys.argv = ['lint-imports', '--no-cache']; lint_imports_command()",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert any(" KEPT" in line or " BROKEN" in line for line in lines), done.stdout + done.stderr
+    return [line.removesuffix(" BROKEN") for line in lines if line.endswith(" BROKEN")]
+
+
+def test_all_contracts_hold(copy: Path) -> None:
+    assert broken(copy) == []
+
+
+@pytest.mark.parametrize(("contract", "module", "imported"), VIOLATIONS)
+def test_a_planted_violation_breaks_its_contract(
+    copy: Path, contract: str, module: str, imported: str
+) -> None:
+    file = copy / module
+    before = file.read_text("utf-8")
+    try:
+        file.write_text(f"{before}\nimport {imported}\n", "utf-8")
+        assert contract in broken(copy)
+    finally:
+        file.write_text(before, "utf-8")
+
+
+def test_every_contract_has_a_planted_violation(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    names = {contract["name"] for contract in project["tool"]["importlinter"]["contracts"]}
+    assert names == {contract for contract, _, _ in VIOLATIONS}
+
+
+def test_every_module_says_what_it_is_for(root: Path) -> None:
+    silent = [
+        name
+        for name, path in modules(root).items()
+        if not ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    ]
+    assert silent == []
+
+
+def test_tests_mirror_modules(root: Path) -> None:
+    names = set(modules(root))
+    tests = {
+        f"{path.parent.name}/{path.stem}"
+        for wing in WINGS
+        for path in (root / "tests" / wing).glob("test_*.py")
+    }
+    expected = {f"{name.split('/')[0]}/test_{name.split('/')[1]}" for name in names}
+    assert tests - expected == WITHOUT_MODULE
+    untested = {t.replace("/test_", "/") for t in expected - tests}
+    assert untested - TESTED_ELSEWHERE.keys() == set(), "give these a test file"
+    assert TESTED_ELSEWHERE.keys() - untested == set(), "these have one now: shorten the list"
+
+
+def decorated(function: ast.FunctionDef, word: str) -> bool:
+    return any(word in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_no_function_has_more_than_twelve_parameters(root: Path) -> None:
+    """But for Triton kernels, and the commands of the command line, whose parameters are options."""
+    wide = []
+    for name, path in modules(root).items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or decorated(node, "triton.jit"):
+                continue
+            if name.startswith("cli/") and (decorated(node, "guarded") or node.name == "bench"):
+                continue
+            arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            if len([a for a in arguments if a.arg not in ("self", "cls")]) > 12:
+                wide.append(f"{name}.{node.name}")
+    assert wide == []
+
+
+def test_only_the_command_line_prints(root: Path) -> None:
+    printing = [
+        f"{name}:{node.lineno}"
+        for name, path in modules(root).items()
+        if not name.startswith("cli/") and name != "bench/compile_check"  # a program of its own
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert printing == []
+
+
+def test_nothing_compares_with_the_name_of_a_format(root: Path) -> None:
+    """What differs between formats is in their records, and in tables that are keyed by them."""
+    from ptq.numerics.formats import FORMATS
+
+    # which cases the compile check covers is a list of names
+    spared = ("bench/compile_cases", "bench/compile_check")
+    compared = [
+        f"{name}:{node.lineno}"
+        for name, path in modules(root).items()
+        if name not in spared
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Compare)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in FORMATS
+    ]
+    # gpt-oss says "mxfp4" for its own packing: quant_method of a source, no format of ours
+    assert [place for place in compared if not place.startswith("model/checkpoint_source")] == []
