@@ -1,4 +1,4 @@
-"""Factors per channel that move from what layers read into what produces it (accuracy.md, 1).
+"""Factors per channel that move from what layers read into what produces it (A1).
 
 ``x' = x · a`` and ``W' = W / a`` leave a layer as it was. The factor of x is free if it folds into
 the producer of x: the gain of a norm, or the rows of another linear layer (``v_proj`` before

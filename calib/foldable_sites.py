@@ -1,4 +1,4 @@
-"""Where factors fold in a block, found by trial (accuracy.md, 1)."""
+"""Where factors fold in a block, found by trial (A1)."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Second moments of what a layer reads (gptq.md G1-G3)."""
+"""Second moments of what a layer reads (G1, G3)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,5 @@
 """What the Linears of a block read: hooks that group them by input and accumulate statistics
-(gptq.md G1-G5)."""
+(G1, G3, G5)."""
 
 import math
 import weakref

@@ -1,4 +1,4 @@
-"""Experts that saw few tokens borrow statistics from the others (gptq.md G30)."""
+"""Experts that saw few tokens borrow statistics from the others (G30)."""
 
 from collections.abc import Iterable
 

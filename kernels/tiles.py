@@ -1,5 +1,5 @@
 """Which kernel and which tile: by architecture, format and shape, from tables that ship with the
-package.
+package (K3).
 
 Pure Python: importing this needs neither Triton nor a device, and nothing is tuned at run time. A
 table (``configs/sm90.json``) has rows for (kernel, format, tokens, out, in); tokens are rounded up

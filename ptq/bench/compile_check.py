@@ -1,5 +1,5 @@
 """The gate against slow or broken kernels without a GPU: compile what the tables launch, and judge
-it.
+it (K2).
 
     python -m ptq.bench.compile_check 90                     # registers, spills, instructions
     python -m ptq.bench.compile_check 80 90 100 120 --all --json

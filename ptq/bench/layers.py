@@ -2,8 +2,8 @@
 GPU's roofline.
 
 Facts are stored as JSONL (``Measurement``), opinions (TB/s, ratios to bf16, percentages) are
-derived from them, here and in ``ptq/speed_report.py``. What is timed and how is in
-``kernels/timing.py``. Spec: kernels.md §14, §15.
+derived from them, here and in :mod:`ptq.bench.speed_report`. What is timed, and how, is in
+:mod:`ptq.bench.timing` (K4).
 """
 
 import importlib.metadata

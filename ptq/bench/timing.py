@@ -3,7 +3,7 @@ its weight.
 
 A time is that of a replay of one graph with a call per copy of the weight, the copies together
 larger than twice the L2 cache (timers that repeat one weight flatter 20–60 MB ones). Backends take
-turns, so that they share thermal drift. On a CPU calls are timed one by one, in fp32.
+turns, so that they share thermal drift (K4). On a CPU calls are timed one by one, in fp32.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Which dialect can carry a result exactly, and why another cannot.
+"""Which dialect can carry a result exactly, and why another cannot (C1).
 
 An export that its reader would compute wrongly without an error is refused, with the reason and a
 way out. All of this needs only descriptions of the layers: it is asked before quantization, and

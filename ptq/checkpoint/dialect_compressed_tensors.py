@@ -255,7 +255,8 @@ def _scale_refusal(layers: Layers, scales: Tensors) -> str | None:
 
 
 def _engines(layers: Layers) -> list[str]:
-    """Of layers that :func:`ct_refusal` lets through; what other engines do was read, not run."""
+    """Of layers that :func:`ct_refusal` lets through; what other engines do was read, not run
+    (C2)."""
     rotated = any(info.rotation > 1 for info in layers.values())
     inputs = any(info.quantize_inputs for info in layers.values())
     fmt = CT_FORMATS[next(iter(layers.values())).format]

@@ -1,4 +1,4 @@
-"""Fused experts become modules of Linears, and rare experts borrow statistics (gptq.md G30).
+"""Fused experts become modules of Linears, and rare experts borrow statistics (G30).
 
 transformers keeps the experts of a layer as 3-D parameters (``gate_up_proj`` [E, 2I, H],
 ``down_proj`` [E, H, I]): there is no ``nn.Linear`` whose input could be observed or whose weight

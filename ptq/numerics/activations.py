@@ -1,8 +1,7 @@
 """What happens to an activation on its way into a quantized layer: the oracle of the
 ``rotate_quantize`` kernel.
 
-In float32, one correctly rounded division per group and one product per element (spec kernels.md,
-section 3):
+In float32, one correctly rounded division per group and one product per element (K1):
 
     y = (x · H) · size^-½
     E4M3:  s = e4m3(clamp(amax · c, 2^-9, 448)),  c = (1/t) · (1/Q);   z = y · ((1/t) / s)

@@ -1,4 +1,4 @@
-"""The scale rules of spec F6–F15: a format says which scales can be stored, a rule says which are.
+"""The scale rules (F6, F15): a format says which scales can be stored, a rule says which are.
 
 A rule maps groups of numbers to scale bytes. Every search runs over storable bytes, never over
 unrounded scales, and every comparison of exponents is an exact operation on the bits of a float32.

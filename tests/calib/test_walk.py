@@ -1,4 +1,4 @@
-"""Laws of the walk (gptq.md sections 1, 7, 8): what is fed, what is measured, what is kept in
+"""Laws of the walk (G1, G28, G30): what is fed, what is measured, what is kept in
 memory."""
 
 import gc

@@ -115,7 +115,7 @@ def test_the_sum_has_a_row_per_decoder_block(bench: Run):
     assert "gate_up" not in out and "qwen3-8b on H200" in out
     assert (
         cells(out[out.index("llama-3.1-8b") :], "block", 1, "w4a16")[1] == "28.6"
-    )  # kernels.md §15
+    )  # by hand, from bandwidth
 
 
 def test_json_is_lines_of_measurements_and_nothing_else(bench: Run, tmp_path: Path):

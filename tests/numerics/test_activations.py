@@ -1,4 +1,4 @@
-"""The law of quantized activations (kernels specification, section 3), checked in float64 and step
+"""The law of quantized activations (K1), checked in float64 and step
 by step."""
 
 import pytest
