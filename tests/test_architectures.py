@@ -35,7 +35,8 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.structure import build_model, is_router
 from ptq.pipeline.forecast import forecast
-from ptq.pipeline.recipe import Recipe, chosen_layers
+from ptq.pipeline.plan import Plan
+from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import Progress, quantize_model
 from ptq.runtime.load import load
 from ptq.runtime.quant_linear import QuantLinear
@@ -468,12 +469,12 @@ def test_a_rule_for_routers_alone_quantizes_them(quantized, tiny_text: Path) -> 
     source = CheckpointSource(quantized("Qwen2-MoE")[0])
     gate = "model.layers.0.mlp.shared_expert_gate"
 
-    def chosen(**given: Any) -> dict[str, nn.Linear]:
-        return chosen_layers(source.blocks(), quick(tiny_text, "nvfp4", **given))
+    def planned(**given: Any) -> bool:
+        return gate in Plan.of(source, quick(tiny_text, "nvfp4", **given)).layers
 
-    assert gate not in chosen() and gate not in chosen(rules=(("*", "mxfp8"),))
-    assert gate in chosen(rules=(("shared_expert_gate", "mxfp8"),))
-    assert gate not in chosen(rules=(("shared_expert_gate", "skip"),))
+    assert not planned() and not planned(rules=(("*", "mxfp8"),))
+    assert planned(rules=(("shared_expert_gate", "mxfp8"),))
+    assert not planned(rules=(("shared_expert_gate", "skip"),))
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-NeoX, Pythia", "Cohere", "OPT", "Gemma 3"])

@@ -1,8 +1,7 @@
 """A model from its configuration alone: every module on the meta device, no weights needed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -107,22 +106,13 @@ class Blueprint:
 
 def _groups(model: nn.Module, arguments: dict[str, Tensor]) -> list[tuple[str, ...]]:
     """The Linears of ``model`` by what they read; none if it cannot run on the meta device."""
-    readers: dict[int, list[str]] = {}
-    inputs: list[Tensor] = []  # kept, so that an id stays that of one tensor
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append(args[0])
-            readers.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
+    readings = _Readings()
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(note(name)))
+            hooks.append(module.register_forward_pre_hook(partial(readings.note, name)))
         elif isinstance(module, Experts):
-            module.__dict__["forward"] = _every_expert(module)
+            module.__dict__["forward"] = partial(_every_expert, module)
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():
@@ -135,15 +125,25 @@ def _groups(model: nn.Module, arguments: dict[str, Tensor]) -> list[tuple[str, .
         for module in model.modules():
             if isinstance(module, Experts):
                 del module.__dict__["forward"]
-    return [tuple(names) for names in readers.values()]
+    return [tuple(names) for names in readings.readers.values()]
 
 
-def _every_expert(experts: Experts) -> Callable[..., Tensor]:
+class _Readings:
+    """Which Linears read which tensor. Tensors are kept, so that an id stays that of one."""
+
+    def __init__(self) -> None:
+        self.readers: dict[int, list[str]] = {}
+        self._inputs: list[Tensor] = []
+
+    def note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._inputs.append(args[0])
+        self.readers.setdefault(id(args[0]), []).append(name)
+
+
+def _every_expert(
+    experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """A forward in which each expert reads tokens of its own, as routing would have it."""
-
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        for index in range(experts.num_experts):
-            experts.get_submodule(str(index))(hidden_states.clone(), experts.gating)
-        return torch.empty_like(hidden_states)
-
-    return forward
+    for index in range(experts.num_experts):
+        experts.get_submodule(str(index))(hidden_states.clone(), experts.gating)
+    return torch.empty_like(hidden_states)

@@ -85,6 +85,7 @@ class NameMap:
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
         self._prefix = model.base_model_prefix
         self.config = model.config
+        self._stored: dict[str, str] = {}  # names in checkpoints, blocks and experts being number 0
         self._state = dict(model.state_dict())  # meta tensors: names and nothing else
 
     def get_parameter(self, name: str) -> Tensor:
@@ -162,10 +163,14 @@ class NameMap:
     def stored_name(self, name: str) -> str:
         """What checkpoints of this model call a parameter of the model or of split experts, by
         renaming alone."""
-        reverse = (renaming.reverse_transform() for renaming in self._renamings)
-        renamings = [r for r in reverse if isinstance(r, WeightRenaming)]
-        renamed, _ = rename_source_key(name, renamings, [])
-        return renamed
+        numbers = [part for part in name.split(".") if part.isdecimal()]
+        pattern = ".".join("0" if part.isdecimal() else part for part in name.split("."))
+        if pattern not in self._stored:  # the blocks and experts of a model are alike
+            reverse = (renaming.reverse_transform() for renaming in self._renamings)
+            renamings = [r for r in reverse if isinstance(r, WeightRenaming)]
+            self._stored[pattern], _ = rename_source_key(pattern, renamings, [])
+        parts, left = self._stored[pattern].split("."), iter(numbers)
+        return ".".join(next(left) if part.isdecimal() else part for part in parts)
 
     def candidates(self, name: str) -> tuple[str, ...]:
         """What the model may call a tensor of a checkpoint, also one that only quantized layers

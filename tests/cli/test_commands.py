@@ -580,7 +580,11 @@ def test_a_directory_that_is_not_empty(quantize: Run, tiny_llama: Path, tmp_path
     (tmp_path / "q" / "notes.txt").write_text("mine")
     assert "--overwrite" in quantize(tiny_llama).error
     assert (tmp_path / "q" / "notes.txt").read_text() == "mine"
-    assert quantize(tiny_llama, "--overwrite").code == 0
+    refused = quantize(tiny_llama, "--overwrite")  # not a checkpoint of ours
+    assert refused.code == 2 and "it holds notes.txt" in refused.error
+    assert (tmp_path / "q" / "notes.txt").read_text() == "mine"
+    (tmp_path / "q" / "notes.txt").unlink()
+    assert quantize(tiny_llama).code == 0 and quantize(tiny_llama, "--overwrite").code == 0
     assert (tmp_path / "q" / "config.json").is_file()
 
 
