@@ -1,9 +1,9 @@
 """Tokens a second of a randomly initialised model at batch size 1: bf16, and with quantized layers,
 in one run.
 
-    python scripts/bench_generation.py --model llama-3.1-8b --formats nvfp4 mxfp4 nvint4 --out runs.jsonl
-    python scripts/bench_generation.py --checkpoint DIR           # and its shape in bf16, with random weights
-    python scripts/bench_generation.py --device cpu --small       # the reference path of a tiny model
+    bench_generation.py --model llama-3.1-8b --formats nvfp4 mxfp4 nvint4 --out runs.jsonl
+    bench_generation.py --checkpoint DIR        # and its shape in bf16, with random weights
+    bench_generation.py --device cpu --small    # the reference path of a tiny model
 
 Every linear layer of the decoder gets random codes and scales, made where they lie; the head stays
 in bf16, and the rotation is the format's default. Timed is ``ptq.runtime.generate.generate`` from
@@ -40,22 +40,46 @@ from ptq.runtime.quant_linear import QuantLinear
 # Rotary settings are left out: they do not change the time.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
     "llama-3.1-8b": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
     },
     "qwen3-8b": {
-        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-        "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "head_dim": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
     },
-}  # fmt: skip
+}
 SMALL = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 1024,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+}
 # tokens that are not timed: the prompt's, the watched step's, those of compiling and recording
 WARM_UP = 5
 
@@ -74,8 +98,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--formats", nargs="+", default=["nvfp4", "mxfp4", "nvint4"], choices=list(FORMATS)
     )
-    parser.add_argument("--decode", nargs="+", default=[], choices=get_args(Decode)[1:], help="default: captured; "
-                        "on a CPU static. See ptq/decoding.py")  # fmt: skip
+    parser.add_argument(
+        "--decode",
+        nargs="+",
+        default=[],
+        choices=get_args(Decode)[1:],
+        help="default: captured; on a CPU static. See ptq/decoding.py",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of one repeat")
     parser.add_argument("--repeats", type=int, default=7)
@@ -213,11 +242,19 @@ def bench(options: argparse.Namespace) -> None:
             seconds = seconds_per_token(model, decode, options)
             base.setdefault(decode, seconds)
             found = {
-                "model": name, "weights": weights, "decode": decode, "tokens_per_second": 1 / seconds,
-                "ms_per_token": 1e3 * seconds, "times_bf16": base[decode] / seconds, "cache_tokens": length,
-                "linear_bytes": linear_bytes(model), "rotation": rotation, "layers": len(layers),
-                "layers_in_kernels": in_kernels, **machine,
-            }  # fmt: skip
+                "model": name,
+                "weights": weights,
+                "decode": decode,
+                "tokens_per_second": 1 / seconds,
+                "ms_per_token": 1e3 * seconds,
+                "times_bf16": base[decode] / seconds,
+                "cache_tokens": length,
+                "linear_bytes": linear_bytes(model),
+                "rotation": rotation,
+                "layers": len(layers),
+                "layers_in_kernels": in_kernels,
+                **machine,
+            }
             cells = f"{1 / seconds:.1f} | {1e3 * seconds:.3f} | {found['linear_bytes'] / 1e9:.3g}"
             print(
                 f"| {weights} | {in_kernels} of {len(layers)} | {decode} | {cells} | "

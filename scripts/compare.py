@@ -64,9 +64,14 @@ def main() -> None:
         for scheme in ("w4a16", "w4a4"):
             for name, fields in methods(fmt).items():
                 recipe = Recipe.default(
-                    fmt, scheme=scheme, calibration=args.calibration, samples=args.samples, seq_len=args.seq_len,
-                    batch_size=8, **fields,
-                )  # fmt: skip
+                    fmt,
+                    scheme=scheme,
+                    calibration=args.calibration,
+                    samples=args.samples,
+                    seq_len=args.seq_len,
+                    batch_size=8,
+                    **fields,
+                )
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                 quantized = quantize_model(model, recipe=recipe, tokenizer=tokenizer, device="cpu")
                 result = evaluate(

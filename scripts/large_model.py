@@ -30,17 +30,30 @@ def write_model(path: Path, gigabytes: float, hidden: int, intermediate: int) ->
     bytes."""
     kv = hidden // 4
     shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden), "mlp.down_proj": (hidden, intermediate),
-    }  # fmt: skip
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
     blocks = round(gigabytes * 1e9 / sum(2 * o * i for o, i in shapes.values()))
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 512, head_dim=128,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        head_dim=128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     path.mkdir(parents=True)
     weight_map, total = {}, 0
     for block in range(-1, blocks):

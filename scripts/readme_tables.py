@@ -44,7 +44,10 @@ def row(fmt: Format) -> str:
 
 def table() -> str:
     """The formats in markdown, one row each."""
-    head = "| format | element, magnitudes | group | scale of a group | bits per weight | default rotation |"
+    head = (
+        "| format | element, magnitudes | group | scale of a group | bits per weight "
+        "| default rotation |"
+    )
     return "\n".join([head, "|---|---|---|---|---|---|", *(row(fmt) for fmt in FORMATS.values())])
 
 

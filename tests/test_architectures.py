@@ -43,10 +43,17 @@ from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import load_tokenizer
 
 BASE: dict[str, Any] = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None,
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
     "eos_token_id": None,
-}  # fmt: skip
+}
 WINDOWED: dict[str, Any] = {
     "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
@@ -54,16 +61,30 @@ MOE: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
 LATENT: dict[str, Any] = {
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
-}  # fmt: skip
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 ATTENTION = "q_proj k_proj v_proj o_proj"
 GATED = "gate_proj up_proj down_proj"
 PLAIN = f"{ATTENTION} {GATED}"
 EXPERT = "experts.*.gate_proj experts.*.up_proj experts.*.down_proj"
 SHARED = "shared_expert.gate_proj shared_expert.up_proj shared_expert.down_proj"
-DEEP = f"{GATED} {EXPERT} {SHARED.replace('expert.', 'experts.')} kv_a_proj_with_mqa kv_b_proj q_a_proj q_b_proj o_proj"
+DEEP = (
+    f"{GATED} {EXPERT} {SHARED.replace('expert.', 'experts.')} "
+    "kv_a_proj_with_mqa kv_b_proj q_a_proj q_b_proj o_proj"
+)
 
 
 @dataclass(frozen=True)
@@ -82,42 +103,76 @@ FAMILIES: dict[str, Family] = {
     "Mistral": Family("mistral", PLAIN, {}),
     "Qwen2": Family("qwen2", PLAIN, {}, "bias on q, k, v"),
     "Qwen3": Family("qwen3", PLAIN, {"head_dim": 16}),
-    "Phi-3": Family("phi3", "qkv_proj o_proj gate_up_proj down_proj", {}, "q, k, v and gate, up in one matrix each"),
+    "Phi-3": Family(
+        "phi3",
+        "qkv_proj o_proj gate_up_proj down_proj",
+        {},
+        "q, k, v and gate, up in one matrix each",
+    ),
     "Gemma 2": Family("gemma2", PLAIN, WINDOWED),
     "Gemma 3": Family("gemma3_text", PLAIN, WINDOWED),
     "OLMo 2": Family("olmo2", PLAIN, {}),
     "GPT-NeoX, Pythia": Family(
-        "gpt_neox", "query_key_value attention.dense dense_h_to_4h dense_4h_to_h", {}, format="mxfp4"
+        "gpt_neox",
+        "query_key_value attention.dense dense_h_to_4h dense_4h_to_h",
+        {},
+        format="mxfp4",
     ),
     "GPT-2": Family(
-        "gpt2", "c_attn attn.c_proj c_fc mlp.c_proj",
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, "Conv1D becomes Linear", "mxfp4",
+        "gpt2",
+        "c_attn attn.c_proj c_fc mlp.c_proj",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "Conv1D becomes Linear",
+        "mxfp4",
     ),
-    "OPT": Family("opt", "q_proj k_proj v_proj out_proj fc1 fc2", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "Falcon": Family("falcon", "query_key_value self_attention.dense dense_h_to_4h dense_4h_to_h", {}),
+    "OPT": Family(
+        "opt", "q_proj k_proj v_proj out_proj fc1 fc2", {"ffn_dim": 96, "word_embed_proj_dim": 64}
+    ),
+    "Falcon": Family(
+        "falcon", "query_key_value self_attention.dense dense_h_to_4h dense_4h_to_h", {}
+    ),
     "StableLM": Family("stablelm", PLAIN, {}),
     "Cohere": Family("cohere", PLAIN, {}),
     "Mixtral": Family(
-        "mixtral", f"{ATTENTION} experts.*.w1 experts.*.w2 experts.*.w3", MOE, "experts by the hub's names"
+        "mixtral",
+        f"{ATTENTION} experts.*.w1 experts.*.w2 experts.*.w3",
+        MOE,
+        "experts by the hub's names",
     ),
     "Qwen2-MoE": Family(
-        "qwen2_moe", f"{ATTENTION} {EXPERT} {SHARED}", {**MOE, "shared_expert_intermediate_size": 32}
+        "qwen2_moe",
+        f"{ATTENTION} {EXPERT} {SHARED}",
+        {**MOE, "shared_expert_intermediate_size": 32},
     ),
-    "Qwen3-MoE": Family("qwen3_moe", f"{ATTENTION} {EXPERT}", {**MOE, "head_dim": 16}, format="mxfp4"),
-    "DeepSeek-V2": Family("deepseek_v2", DEEP, {**LATENT, "topk_method": "greedy"}, "latent attention"),
+    "Qwen3-MoE": Family(
+        "qwen3_moe", f"{ATTENTION} {EXPERT}", {**MOE, "head_dim": 16}, format="mxfp4"
+    ),
+    "DeepSeek-V2": Family(
+        "deepseek_v2", DEEP, {**LATENT, "topk_method": "greedy"}, "latent attention"
+    ),
     "DeepSeek-V3": Family("deepseek_v3", DEEP, LATENT, "latent attention, sigmoid router"),
-    "gpt-oss": Family("gpt_oss", f"{ATTENTION} {EXPERT}", {**MOE, **WINDOWED}, "biased experts; also from MXFP4"),
-    "Granite-MoE": Family("granitemoe", f"{ATTENTION} {EXPERT}", MOE, "experts are one tensor in the source"),
+    "gpt-oss": Family(
+        "gpt_oss", f"{ATTENTION} {EXPERT}", {**MOE, **WINDOWED}, "biased experts; also from MXFP4"
+    ),
+    "Granite-MoE": Family(
+        "granitemoe", f"{ATTENTION} {EXPERT}", MOE, "experts are one tensor in the source"
+    ),
     "LLaVA (vision-language)": Family("llava", PLAIN, {}, "language part"),
-}  # fmt: skip
+}
 
 
 def config_of(family: Family) -> transformers.PretrainedConfig:
     if family.type == "llava":
         tower = {
-            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32,
-        }  # fmt: skip
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+            "projection_dim": 32,
+        }
         text = {"model_type": "llama", **BASE}
         return AutoConfig.for_model(
             "llava", text_config=text, vision_config=tower, image_token_index=255
@@ -219,9 +274,7 @@ def outcome(model: Path, out: Path) -> Outcome:
             assert not any(part in name for part in ("layers.", "h.")) or "vision" in name, stored
             why = f"outside the decoder: `{next(p for p in name.split('.') if p != 'model')}`"
         alone[stored] = why
-    unbalanced = {
-        generic(str(report["layer"])) for report in checkpoint.reports if not report["balance"]
-    }
+    unbalanced = {generic(report.name) for report in checkpoint.reports if not report.balance}
     return Outcome({name: generic(name) for name in checkpoint.layer_names()}, alone, unbalanced)
 
 
@@ -500,7 +553,7 @@ def test_the_output_head_is_quantized_on_request(
     checkpoint = Checkpoint(tmp_path / "out")
     head = CheckpointSource(model).checkpoint_name("lm_head.weight").removesuffix(".weight")
     assert head in checkpoint.layer_names() and f"{head}.weight" not in checkpoint.names()
-    assert [r["tokens"] for r in checkpoint.reports if r["layer"] == head] == [4 * 32]
+    assert [r.tokens for r in checkpoint.reports if r.name == head] == [4 * 32]
     assert forecast(model, recipe).layers == len(checkpoint.layer_names())
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "out")(tokens).logits, in_memory(tokens).logits)
@@ -514,17 +567,15 @@ def test_all_tokens_through_all_experts_on_request(
     quantize_model(model, tmp_path / "out", recipe=recipe, device="cpu", dialect="ptq")
 
     def tokens_of(path: Path) -> list[int]:
-        return [
-            int(str(r["tokens"])) for r in Checkpoint(path).reports if "experts" in str(r["layer"])
-        ]
+        return [r.tokens for r in Checkpoint(path).reports if "experts" in r.name]
 
     assert set(tokens_of(tmp_path / "out")) == {4 * 32}
     assert (
         sum(tokens_of(out)) == 2 * 3 * 2 * 4 * 32
     )  # two experts of a token, three projections, two blocks
-    assert not any(r["topped_up"] for r in Checkpoint(tmp_path / "out").reports)
-    rare = [r for r in Checkpoint(out).reports if r["topped_up"]]
-    assert rare and all(int(str(r["tokens"])) < int(str(r["in"])) for r in rare)
+    assert not any(r.topped_up for r in Checkpoint(tmp_path / "out").reports)
+    rare = [r for r in Checkpoint(out).reports if r.topped_up]
+    assert rare and all(r.tokens < r.in_features for r in rare)
 
 
 @pytest.mark.parametrize(

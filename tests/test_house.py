@@ -150,7 +150,8 @@ def decorated(function: ast.FunctionDef, word: str) -> bool:
 
 
 def test_no_function_has_more_than_twelve_parameters(root: Path) -> None:
-    """But for Triton kernels, and the commands of the command line, whose parameters are options."""
+    """But for Triton kernels, and the commands of the command line, whose parameters are
+    options."""
     wide = []
     for name, path in modules(root).items():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -1,8 +1,8 @@
 """Our formats as compressed-tensors stores them: a record each, with what engines make of it.
 
-FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. NVINT4 becomes int4 with groups of 16:
-``weight_packed`` I32 (out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the global
-scale multiplied in (exact: it is a power of two), ``weight_shape`` I64 [2].
+FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. NVINT4 becomes int4 with groups of
+16: ``weight_packed`` I32 (out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the
+global scale multiplied in (exact: it is a power of two), ``weight_shape`` I64 [2].
 """
 
 from collections.abc import Callable, Mapping
@@ -157,7 +157,8 @@ REFUSALS = (
     ),
     Refusal(
         lambda layer: layer.rotated and layer.info.rotation not in SIZES,
-        "engines rotate in blocks of {sizes}, not {layer.info.rotation}; choose one of those, or use "
+        "engines rotate in blocks of {sizes}, not {layer.info.rotation}; choose one of those, or "
+        "use "
         "dialect ptq",
     ),
     Refusal(
@@ -183,7 +184,8 @@ _NVFP4 = CtFormat(
             lambda layer: (
                 layer.rotated and not layer.info.quantize_inputs and "vLLM" in layer.engines
             ),
-            "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, or "
+            "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, "
+            "or "
             "dialect ptq",
         ),
         Refusal(
@@ -196,7 +198,9 @@ _NVFP4 = CtFormat(
             "NVFP4 inputs need a calibrated global scale; calibrate it, or use dialect ptq",
         ),
     ),
-    experts_in_transformers="**silently wrong**, it drops the global scale of NVFP4 experts (#48371)",
+    experts_in_transformers=(
+        "**silently wrong**, it drops the global scale of NVFP4 experts (#48371)"
+    ),
     sglang="right",
     tensorrt={False: "stops with an error", True: "right"},
 )
@@ -207,8 +211,10 @@ _MXFP4 = CtFormat(
     | {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
     sglang="stops with an error",
     tensorrt={False: "right", True: "right, with 16-bit activations"},
-    weight_only="vLLM on Blackwell GPUs quantizes the activations too, although this model was made "
-    "for 16 bit.",
+    weight_only=(
+        "vLLM on Blackwell GPUs quantizes the activations too, although this model was made for "
+        "16 bit."
+    ),
 )
 _NVINT4 = CtFormat(
     format=NVINT4,

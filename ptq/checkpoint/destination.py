@@ -14,8 +14,8 @@ def check_destination(out: Path | str, model: Path | None = None, *, overwrite: 
         overwrite: allow a directory that holds a checkpoint of ours, to be replaced.
 
     Raises:
-        ValueError: an empty path; one that is, contains or lies in the model or is, or contains, the
-            working directory; with ``overwrite`` a directory that holds something else than a
+        ValueError: an empty path; one that is, contains or lies in the model or is, or contains,
+            the working directory; with ``overwrite`` a directory that holds something else than a
             checkpoint of ours.
         FileExistsError: a file, or without ``overwrite`` a directory that is not empty.
     """

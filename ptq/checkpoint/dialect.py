@@ -2,8 +2,8 @@
 them.
 
 Everything that differs between dialects is in one :class:`Dialect`, in a file of its own; the table
-of them is :mod:`ptq.checkpoint.dialects`. Reader, writer and model card ask the record, so that a new
-dialect is a file and a row.
+of them is :mod:`ptq.checkpoint.dialects`. Reader, writer and model card ask the record, so that a
+new dialect is a file and a row.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,8 +40,8 @@ class Export:
 class Conversion:
     """How a dialect stores the tensors of a layer, if not as the ``ptq`` dialect does.
 
-    Law: ``read(write(tensors))`` stands for the same numbers. Keys of both are names without that of
-    the layer, such as ``weight_scale``; a bias is passed on.
+    Law: ``read(write(tensors))`` stands for the same numbers. Keys of both are names without that
+    of the layer, such as ``weight_scale``; a bias is passed on.
 
     Attributes:
         leaves: what must be on disk for ``read``.
@@ -63,8 +63,8 @@ class Dialect:
             the names of its other linear layers.
         parse: the inverse of ``config``; raises ValueError for what it does not know, and therefore
             might read wrongly.
-        refusal: why an export would be computed wrongly without an error, and what to do; None if it
-            is right.
+        refusal: why an export would be computed wrongly without an error, and what to do; None if
+            it is right.
         engines: Markdown for the model card, a sentence or two for each engine: right, wrong, or an
             error.
         why_import: what goes wrong with such layers in transformers without ``import ptq.hf``, for

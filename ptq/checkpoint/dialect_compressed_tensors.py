@@ -4,8 +4,8 @@ Its ``quantization_config`` is theirs; what only ptq needs stands under ``ptq`` 
 ``transform_config``, with a ±1 matrix stored under the first rotated layer of each block size. How
 each format is stored: :mod:`ptq.checkpoint.compressed_tensors_formats`.
 
-What is said here about other programs was read in compressed-tensors 0.17 to 0.20, transformers 5.16
-to 5.23 and vLLM 0.33.
+What is said here about other programs was read in compressed-tensors 0.17 to 0.20, transformers
+5.16 to 5.23 and vLLM 0.33.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,8 +34,8 @@ GUARD_TEXT = "`import ptq.hf` before from_pretrained"
 
 
 def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str]) -> JsonDict:
-    """The ``quantization_config`` of a model that :func:`ct_refusal` lets through: of one format, with
-    inputs quantized everywhere or nowhere.
+    """The ``quantization_config`` of a model that :func:`ct_refusal` lets through: of one format,
+    with inputs quantized everywhere or nowhere.
 
     Args:
         others: the linear layers that are not quantized.
@@ -215,7 +215,8 @@ def ct_refusal(export: Export) -> str | None:
         return reason
     if "transformers" in export.engines and export.dtype != "bfloat16":
         return (
-            f"the dtype of the model is {export.dtype}, and other engines compute FP4 checkpoints in "
+            f"the dtype of the model is {export.dtype}, and other engines compute FP4 checkpoints "
+            "in "
             "bfloat16"
         )
     return None
@@ -234,7 +235,8 @@ def _fused_refusal(layers: Layers, scales: Tensors) -> str | None:
         shared = CT_FORMATS[layers[first].format].keeps_global_scale
         if shared and any(not torch.equal(known[0], scale) for scale in known[1:]):
             return (
-                f"{', '.join(group)} are one matmul in engines, with two global scales; requantize, "
+                f"{', '.join(group)} are one matmul in engines, with two global scales; "
+                "requantize, "
                 "or use dialect ptq"
             )
     return None

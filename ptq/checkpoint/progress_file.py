@@ -1,4 +1,5 @@
-"""progress.json in an unfinished checkpoint: which run it is of, and every block that is finished."""
+"""progress.json in an unfinished checkpoint: which run it is of, and every block that is
+finished."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ class Block:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; raises ValueError or KeyError on what it does not know."""
+        """The inverse of :meth:`to_dict`; raises ValueError or KeyError on what it does not
+        know."""
         return cls(
             file=data["file"],
             sha256=data["sha256"],

@@ -75,7 +75,10 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left while writing {path}: free some and run the same command again, it continues"
+            message = (
+                f"no space left while writing {path}: free some and run the same command again, "
+                "it continues"
+            )
             raise OSError(error.errno, message) from error
         raise
     return digest.hexdigest()

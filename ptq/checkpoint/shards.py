@@ -13,8 +13,8 @@ SHARD_BYTES = 5 * 1000**3
 def write_shards(
     folder: Path, parts: Iterable[Mapping[str, Entry]], shard_bytes: int
 ) -> dict[str, Entry]:
-    """Merge consecutive ``parts`` into files of at most ``shard_bytes``, named as the hub does, with an
-    index; return all tensors."""
+    """Merge consecutive ``parts`` into files of at most ``shard_bytes``, named as the hub does,
+    with an index; return all tensors."""
     shards: list[dict[str, Entry]] = [{}]
     for part in parts:
         size = sum(entry.bytes for entry in [*shards[-1].values(), *part.values()])

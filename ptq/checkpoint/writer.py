@@ -1,7 +1,7 @@
 """CheckpointWriter: a checkpoint written block by block, which survives interruption and appears
 when it is complete.
 
-    <out>.partial/progress.json              what the run is, and every finished block (progress_file)
+    <out>.partial/progress.json              the run, and its finished blocks (progress_file)
     <out>.partial/block-<name>.safetensors   a finished block, as the ``ptq`` dialect stores it
     <out>.partial/finished/                  made by finish(); renamed to <out> as the last step
 

@@ -31,7 +31,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="llama-3.1-8b (if left out), llama-3.1-70b, qwen3-8b, qwen3-32b, 'demo', or a directory with a "
+            help="llama-3.1-8b (if left out), llama-3.1-70b, qwen3-8b, qwen3-32b, 'demo', or a "
+            "directory with a "
             "config.json, quantized or not.",
             show_default=False,
         ),

@@ -76,7 +76,8 @@ def quantize(
     rotation: Annotated[
         str | None,
         typer.Option(
-            help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256, or auto: measured by layer."
+            help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256, or auto: measured by "
+            "layer."
         ),
     ] = None,
     balance: Annotated[
@@ -119,7 +120,8 @@ def quantize(
     dialect: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors, ptq, or auto: the former where other engines compute it exactly."
+            help="compressed-tensors, ptq, or auto: the former where other engines compute it "
+            "exactly."
         ),
     ] = "auto",
     activations: Annotated[

@@ -135,7 +135,8 @@ def evaluating(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 def print_evaluation(model: str, reference: str | None, text: str, result: Evaluation) -> None:
     """One table: the reference first, if there is one, then the model."""
     table = Table(
-        title=f"{text}: {result.tokens} predictions in {result.windows} windows of {result.seq_len} tokens",
+        title=f"{text}: {result.tokens} predictions in {result.windows} windows of "
+        f"{result.seq_len} tokens",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("model", overflow="fold")

@@ -16,7 +16,8 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of the computation: float32 (usual on a CPU), bfloat16, float16. Else the model's own."
+        help="Of the computation: float32 (usual on a CPU), bfloat16, float16. Else the model's "
+        "own."
     ),
 ]
 Field = Annotated[

@@ -1,10 +1,10 @@
 """Logits token by token, from a cache that grows or from one of fixed size whose step a CUDA graph
 replays.
 
-    dynamic     transformers' DynamicCache: every model, every device; Python launches each kernel of each step
-    static      transformers' StaticCache: keys and values stay where they are, every step has the same shapes
+    dynamic     transformers' DynamicCache: every model and device; Python launches each kernel
+    static      transformers' StaticCache: keys and values stay in place, shapes are the same
     captured    a static step that is recorded as a CUDA graph: one launch a token, the same kernels
-    compiled    captured, of the step as torch.compile makes it: what lies between the matmuls is fused
+    compiled    captured, of the step as torch.compile makes it: fused between the matmuls
 
 ``auto`` is captured on a CUDA device and dynamic elsewhere. Two rules say where it cannot be
 captured, and both are logged: a model that :func:`static_cache` refuses decodes with a dynamic

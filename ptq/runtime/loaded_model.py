@@ -118,8 +118,8 @@ def load_model(
 
 
 def _load_original(path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A model of transformers as it is. ``CheckpointSource`` looks first, because its errors name the file
-    and the remedy."""
+    """A model of transformers as it is. ``CheckpointSource`` looks first, because its errors name
+    the file and the remedy."""
     source = CheckpointSource(path)
     source.skeleton()
     loaded = AutoModelForCausalLM.from_pretrained(

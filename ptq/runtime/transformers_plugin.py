@@ -301,8 +301,8 @@ class _Rotate:
         return (self.rotation.rotate(args[0]), *args[1:])
 
 
-# What reads a dialect in transformers: its configuration and its quantizer. Dialects without a row are
-# read by transformers alone, or not at all.
+# What reads a dialect in transformers: its configuration and its quantizer. Dialects without a row
+# are read by transformers alone, or not at all.
 HANDLERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {
     PTQ.name: (PtqConfig, PtqQuantizer),
     COMPRESSED_TENSORS.name: (RotatedConfig, RotatedQuantizer),

@@ -94,10 +94,13 @@ def test_a_config_without_such_shapes_is_an_error(
 
 # one decoder layer, microseconds, worked out by hand from bandwidth and peak
 SPEC = [
-    ("h200", "llama-3.1-8b", 1, 101.5, 28.6, None), ("h200", "llama-3.1-8b", 64, 103.5, 35.3, None),
-    ("h200", "llama-3.1-8b", 512, 283.0, 283.0, None), ("b200", "llama-3.1-8b", 128, 63.1, 38.5, 18.8),
-    ("b200", "llama-3.1-70b", 2048, 2417.0, 2417.0, 754.0), ("rtx5090", "llama-3.1-8b", 16, 274.0, 78.1, 77.7),
-]  # fmt: skip
+    ("h200", "llama-3.1-8b", 1, 101.5, 28.6, None),
+    ("h200", "llama-3.1-8b", 64, 103.5, 35.3, None),
+    ("h200", "llama-3.1-8b", 512, 283.0, 283.0, None),
+    ("b200", "llama-3.1-8b", 128, 63.1, 38.5, 18.8),
+    ("b200", "llama-3.1-70b", 2048, 2417.0, 2417.0, 754.0),
+    ("rtx5090", "llama-3.1-8b", 16, 274.0, 78.1, 77.7),
+]
 
 
 @pytest.mark.parametrize(("gpu", "model", "tokens", "bf16", "w4a16", "w4a4"), SPEC)

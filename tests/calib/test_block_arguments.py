@@ -44,7 +44,8 @@ def test_arguments_equal_for_all_batches_are_stored_once(tiny_model: Build, batc
 
 
 class Chain(nn.Module):
-    """A model of four blocks, called in the way of ``kind``; only "plain" can be cut into blocks."""
+    """A model of four blocks, called in the way of ``kind``; only "plain" can be cut into
+    blocks."""
 
     def __init__(self, kind: str):
         super().__init__()

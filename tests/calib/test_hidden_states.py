@@ -1,4 +1,5 @@
-"""Where hidden states wait: the same values from every place, as copies, and nothing left behind."""
+"""Where hidden states wait: the same values from every place, as copies, and nothing left
+behind."""
 
 import tempfile
 from pathlib import Path

@@ -196,8 +196,10 @@ def test_a_small_model_is_timed_as_it_is(bench: Run, tiny: Path):
     found = [json.loads(line) for line in out.splitlines()]
     assert (code, err) == (0, "") and not any(m["predicted"] for m in found)
     assert [(m["layer"], m["backend"], m["shape"]) for m in found[:3]] == [
-        ("qkv", "fp32", [1, 128, 64]), ("qkv", "reference", [1, 128, 64]), ("o", "fp32", [1, 64, 64]),
-    ]  # fmt: skip
+        ("qkv", "fp32", [1, 128, 64]),
+        ("qkv", "reference", [1, 128, 64]),
+        ("o", "fp32", [1, 64, 64]),
+    ]
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
@@ -315,7 +317,10 @@ def test_tuning_takes_only_token_counts_of_the_tables(bench: Run, pretended_h200
 def test_help_names_every_choice(bench: Run):
     code, out, err = bench("--help")
     assert (code, err) == (0, "")
-    options = "--tokens --format --backend --rotation --device --predict --sum --out --markdown --plot --tune --json"
+    options = (
+        "--tokens --format --backend --rotation --device --predict --sum --out --markdown --plot "
+        "--tune --json"
+    )
     assert [option for option in f"{options} --quiet --debug".split() if option not in out] == []
 
 

@@ -102,9 +102,8 @@ def _assembly(function: str) -> dict[str, str]:
 
 
 def _run(block: str, word: torch.Tensor) -> list[torch.Tensor]:
-    """What the PTX computes from 32-bit words held in int64: an interpreter of shl, shr, and, xor and lop3 0xEA (a & b
-    | c).
-    """
+    """What the PTX computes from 32-bit words held in int64: an interpreter of
+    shl, shr, and, xor and lop3 0xEA (a & b | c)."""
     registers: dict[str, torch.Tensor] = {"$4": word}
 
     def value(operand: str) -> torch.Tensor | int:
