@@ -280,7 +280,7 @@ def stored(layer: QuantLinear) -> StoredLinear:
 def test_quantized_inputs_meet_the_weight_on_fp4_tensor_cores(
     name: str, keep, arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Triton's interpreter, for few tokens and for so many that sm_100 wants scales in blocks."""
+    """In the interpreter, for few tokens and for so many that sm_100 wants scales in blocks."""
     pytest.importorskip("triton")
     from ptq.kernels import op_matmul, operator
 
