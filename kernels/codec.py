@@ -1,4 +1,4 @@
-"""Leaf functions of the kernels: codes and scale bytes to numbers and back, in Triton.
+"""Leaf functions of the kernels, in Triton: from codes and scale bytes to numbers, and back.
 
 Elements are named as in ``ptq.numerics.formats``: ``e2m1`` (0bSEEM) and ``int4`` (two's
 complement); scale bytes are ``e4m3`` or ``e8m0``. Two codes share a byte, the even column in the
@@ -70,9 +70,8 @@ def encode_e2m1(x):
     rounds to zero gives code 8."""
     magnitude = tl.minimum(tl.abs(x), 6.0)
     exponent = as_bits(tl.maximum(magnitude, 1.0)) & 0x7F800000  # (127 + e) << 23 with e in 0 … 2
-    rounder = (
-        exponent + 0x0B400000
-    )  # the bits of 1.5 · 2^(e + 22): adding it rounds to multiples of 2^(e - 1)
+    # the bits of 1.5 · 2^(e + 22): adding it rounds to multiples of 2^(e - 1)
+    rounder = exponent + 0x0B400000
     steps = as_bits(magnitude + as_float(rounder)) - rounder
     return (steps + ((exponent - 0x3F800000) >> 22)) | ((as_bits(x) >> 28) & 8)
 
@@ -119,9 +118,8 @@ def encode_pairs_by_cvt(even, odd):
 def round_to_e4m3(x):
     """fp32 → the nearest E4M3 number of 2^-9 … 448, ties to even, as fp32."""
     x = tl.clamp(x, 0.001953125, 448.0)
-    exponent = (
-        as_bits(tl.maximum(x, 0.015625)) & 0x7F800000
-    )  # numbers below 2^-6 share the step of that binade
+    # numbers below 2^-6 share the step of that binade
+    exponent = as_bits(tl.maximum(x, 0.015625)) & 0x7F800000
     rounder = as_float(exponent + (20 << 23))  # 2^(e + 20): its unit in the last place is 2^(e - 3)
     return (x + rounder) - rounder
 
@@ -203,9 +201,8 @@ def operand_scale(
     leaves bf16.
     """
     if HALF == tl.float16:
-        scale = (byte.to(tl.uint16) << 7).to(
-            tl.float16, bitcast=True
-        )  # value · 2^-8, subnormals included
+        # value · 2^-8, subnormals included
+        scale = (byte.to(tl.uint16) << 7).to(tl.float16, bitcast=True)
         if ELEMENT == "e2m1" and not CVT:
             scale = scale * 16384.0
     elif SCALE == "e8m0":

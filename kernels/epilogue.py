@@ -74,11 +74,9 @@ def finish(
         tl.debug_barrier()
         if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if (
-                ROWS * COLUMNS <= 4096
-                # all parts in flight at once; with wide tiles that would take more registers than
-                # there are
-            ):
+            # all parts in flight at once; with wide tiles that would take more registers than there
+            # are
+            if ROWS * COLUMNS <= 4096:
                 for other in tl.static_range(SPLIT):
                     total += tl.load(place + other * (ROWS * COLUMNS), cache_modifier=".cg")
             else:

@@ -201,9 +201,8 @@ def rotate_quantize_kernel(
             if SCALE == "e4m3":
                 scale = round_to_e4m3(amax * constant)
                 byte = encode_e4m3(scale)
-                to_code = tl.div_rn(
-                    inverse + tl.zeros_like(scale), scale
-                )  # div_rn does not broadcast
+                # div_rn does not broadcast
+                to_code = tl.div_rn(inverse + tl.zeros_like(scale), scale)
             else:
                 byte = encode_e8m0(amax, EXPONENT, MANTISSA)
                 to_code = as_float((254 - byte) << 23)

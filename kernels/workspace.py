@@ -19,15 +19,15 @@ def workspace(device: torch.device, elements: int, tickets: int) -> tuple[Tensor
     """fp32 scratch and int32 tickets, all zero, of the current stream; allocated on first use: run
     once before capturing."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    held = _workspaces.get((device, stream))
-    if held is None or len(held[0]) < elements or len(held[1]) < tickets:
-        if held is not None:
-            _outgrown.append(held)
+    pair = _workspaces.get((device, stream))
+    if pair is None or len(pair[0]) < elements or len(pair[1]) < tickets:
+        if pair is not None:
+            _outgrown.append(pair)
         elements, tickets = max(elements, ELEMENTS), max(tickets, TICKETS)
         scratch = torch.empty(elements, dtype=torch.float32, device=device)
-        held = (scratch, torch.zeros(tickets, dtype=torch.int32, device=device))
-        _workspaces[device, stream] = held
-    return held
+        pair = (scratch, torch.zeros(tickets, dtype=torch.int32, device=device))
+        _workspaces[device, stream] = pair
+    return pair
 
 
 def split_workspace(out: Tensor, tile: Tile, tiles: int) -> tuple[Tensor, Tensor]:

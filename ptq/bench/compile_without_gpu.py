@@ -78,16 +78,16 @@ class Compiled:
     def problems(self, mma: str = "", *, spill: int = 0) -> list[str]:
         """What disqualifies the kernel: shared memory, more spilled bytes than ``spill``, another
         MMA, flushing."""
-        limit, found = SHARED_MEMORY[self.architecture], []
+        limit, problems = SHARED_MEMORY[self.architecture], []
         if self.shared > limit:
-            found.append(f"shared memory {self.shared} > {limit}")
+            problems.append(f"shared memory {self.shared} > {limit}")
         if self.spill > spill:
-            found.append(f"spills {self.spill} bytes")
+            problems.append(f"spills {self.spill} bytes")
         if mma and not any(mma in name for name in self.mma):
-            found.append(f"no {mma} but {', '.join(self.mma) or 'no tensor-core instruction'}")
+            problems.append(f"no {mma} but {', '.join(self.mma) or 'no tensor-core instruction'}")
         if ".ftz" in self.ptx:
-            found.append("flushes subnormals to zero")
-        return found
+            problems.append("flushes subnormals to zero")
+        return problems
 
 
 def compile_for(
@@ -137,21 +137,20 @@ def compile_for(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # on an assembler error Triton prints the whole PTX
+    # on an assembler error Triton prints the whole PTX
+    with contextlib.redirect_stdout(io.StringIO()):
         built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
-    found = _USAGE.search(usage)
-    assert found, usage
+    counts = _USAGE.search(usage)
+    assert counts, usage
     return Compiled(
         architecture=architecture,
-        registers=int(found[1]),
-        spill=int(found[2]) + int(found[4]),
+        registers=int(counts[1]),
+        spill=int(counts[2]) + int(counts[4]),
         shared=built.metadata.shared,
         warps=built.metadata.num_warps,
         mma=tuple(sorted(set(_MMA.findall(built.asm["ptx"])))),
@@ -167,7 +166,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _count(lines: list[str]) -> Counter[str]:
-    return Counter(found[1] for line in lines if (found := _INSTRUCTION.search(line)))
+    return Counter(match[1] for line in lines if (match := _INSTRUCTION.search(line)))
 
 
 def _main_loop(sass: str) -> list[str]:
@@ -201,19 +200,18 @@ def _control_flow(sass: str) -> tuple[list[list[str]], dict[int, set[int]]]:
     """Basic blocks of the disassembly, and where each may continue."""
     blocks: list[list[str]] = [[]]
     labels: dict[str, int] = {}
-    ends: dict[
-        int, tuple[str | None, bool]
-    ] = {}  # block → (target of its branch, whether it may fall through)
+    # block → (target of its branch, whether it may fall through)
+    ends: dict[int, tuple[str | None, bool]] = {}
     for line in sass.splitlines():
-        if found := _LABEL.match(line):
+        if label := _LABEL.match(line):
             if blocks[-1]:
                 blocks.append([])
-            labels[found[1]] = len(blocks) - 1
+            labels[label[1]] = len(blocks) - 1
             continue
-        if not (found := _INSTRUCTION.search(line)):
+        if not (instruction := _INSTRUCTION.search(line)):
             continue
         blocks[-1].append(line)
-        name = found[1].split(".")[0]
+        name = instruction[1].split(".")[0]
         if name in ("BRA", "EXIT", "RET"):
             conditional = bool(_CONDITION.search(line))
             branch = _BRANCH.search(line)

@@ -222,7 +222,7 @@ class QuantLinear(nn.Module):
         from ptq.kernels.quantize import swizzle_scales
 
         if self._blocked_scales is None:
-            self._blocked_scales = swizzle_scales(self.weight_scale)
+            self._blocked_scales = swizzle_scales(self.scales.bits)
         return self._blocked_scales
 
     def _reference(self, x: Tensor) -> Tensor:

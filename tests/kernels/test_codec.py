@@ -66,9 +66,8 @@ def test_encoding_is_that_of_the_formats() -> None:
     x = _numbers()
     e2m1, int4, e4m3 = (torch.zeros(len(x), dtype=torch.int32, device=DEVICE) for _ in range(3))
     _encode_all[(len(x) // 4096,)](x, e2m1, int4, e4m3, 4096)
-    e2m1 = torch.where(
-        e2m1 == 8, 0, e2m1
-    )  # F4: a kernel may keep the sign of a number that rounds to zero
+    # F4: a kernel may keep the sign of a number that rounds to zero
+    e2m1 = torch.where(e2m1 == 8, 0, e2m1)
     assert torch.equal(e2m1.to(torch.uint8), E2M1.encode(x))
     assert torch.equal(int4.to(torch.uint8), INT4.encode(x))
     assert torch.equal(e4m3.to(torch.uint8), NVFP4.encode_scale(x.abs()))
@@ -102,8 +101,8 @@ def _assembly(function: str) -> dict[str, str]:
 
 
 def _run(block: str, word: torch.Tensor) -> list[torch.Tensor]:
-    """What the PTX computes from 32-bit words held in int64: an interpreter of
-    shl, shr, and, xor and lop3 0xEA (a & b | c)."""
+    """What the PTX computes from 32-bit words in an int64 tensor: an interpreter of shl, shr, and,
+    xor and lop3 0xEA (a & b | c)."""
     registers: dict[str, torch.Tensor] = {"$4": word}
 
     def value(operand: str) -> torch.Tensor | int:
@@ -180,9 +179,8 @@ def test_every_product_of_code_and_scale_is_exact_in_16_bits(name: str, dtype: t
     scale = fmt.decode_scale(bits).double()[None, :]
     if fmt.element is E2M1:
         left, right = (2.0**-126, 2.0**118) if dtype == torch.bfloat16 else (2.0**-14, 2.0**6)
-        keep = (
-            scale >= 2.0**-118
-        )  # E8M0 bytes below 10 lose bits of subnormals; no weight is that small
+        # E8M0 bytes below 10 lose bits of subnormals; no weight is that small
+        keep = scale >= 2.0**-118
         factor, operand = (scale * right).to(dtype), (value * left).to(dtype)
         assert torch.isfinite(factor).all() and torch.equal(factor.double(), scale * right)
         exact = operand.double() * factor.double()

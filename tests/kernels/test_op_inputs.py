@@ -39,10 +39,10 @@ def exact_inputs(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16
 
 def same_codes(packed: torch.Tensor, codes: torch.Tensor, fmt: Format) -> bool:
     """Equal but for the sign of zero, which a kernel may keep in E2M1 (F4)."""
-    got = unpack(packed.cpu(), fmt)
+    kernel = unpack(packed.cpu(), fmt)
     if fmt.element.name == "e2m1":
-        got = torch.where(got == 8, 0, got)
-    return torch.equal(got, codes.cpu())
+        kernel = torch.where(kernel == 8, 0, kernel)
+    return torch.equal(kernel, codes.cpu())
 
 
 @pytest.mark.parametrize("rotation", [1, 16, 32, 64, 128])
@@ -53,16 +53,16 @@ def test_codes_and_scales_equal_the_oracle(
     x = exact_inputs(tokens, features)
     t = torch.tensor(0.0123, device=DEVICE)
     for known in (t, None) if fmt.has_global_scale else (None,):
-        got = rotate_quantize(x, rotation, encoding(fmt), known)
+        inputs = rotate_quantize(x, rotation, encoding(fmt), known)
         expected = quantize_inputs(
             x.cpu(), fmt, Rotation(rotation), None if known is None else known.cpu()
         )
-        assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
-        assert same_codes(got.packed, expected.codes, fmt)
+        assert torch.equal(inputs.scale_bits.cpu(), expected.scales.bits)
+        assert same_codes(inputs.packed, expected.codes, fmt)
         if fmt.has_global_scale:
-            assert torch.equal(got.global_scale.cpu(), expected.scales.global_scale)
+            assert torch.equal(inputs.global_scale.cpu(), expected.scales.global_scale)
         else:
-            assert got.global_scale is None
+            assert inputs.global_scale is None
 
 
 @pytest.mark.parametrize("rotation", [1, 128])
@@ -71,10 +71,10 @@ def test_a_global_scale_per_token_may_be_given(name: str, rotation: int, tokens:
     """Each row is what it would be alone with its scale: of an expert, for instance."""
     fmt, x = FORMATS[name], exact_inputs(tokens, 384)
     scales = torch.logspace(-4, 1, tokens, device=DEVICE)[:, None]
-    got = rotate_quantize(x, rotation, encoding(fmt), scales)
-    assert got.global_scale is scales
+    inputs = rotate_quantize(x, rotation, encoding(fmt), scales)
+    assert inputs.global_scale is scales
     for row, t, packed, bits in zip(
-        x.cpu(), scales.cpu()[:, 0], got.packed.cpu(), got.scale_bits.cpu(), strict=True
+        x.cpu(), scales.cpu()[:, 0], inputs.packed.cpu(), inputs.scale_bits.cpu(), strict=True
     ):
         expected = quantize_inputs(row[None], fmt, Rotation(rotation), t)
         assert torch.equal(bits[None], expected.scales.bits)
@@ -100,10 +100,10 @@ def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
     )
     x = torch.zeros(len(near), 32).bfloat16()
     x[:, 5] = (near * torch.where(torch.arange(len(near)) % 2 == 0, 1.0, -1.0)).bfloat16()
-    got = rotate_quantize(x.to(DEVICE), 1, encoding(fmt, rule))
+    inputs = rotate_quantize(x.to(DEVICE), 1, encoding(fmt, rule))
     expected = quantize_inputs(x, fmt, Rotation(1), None, rule)
-    assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
-    assert same_codes(got.packed, expected.codes, fmt)
+    assert torch.equal(inputs.scale_bits.cpu(), expected.scales.bits)
+    assert same_codes(inputs.packed, expected.codes, fmt)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,9 +112,9 @@ def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype)
     within 1e-5 of a tie."""
     x = (torch.randn(19, 512) * torch.logspace(-1, 1, 512)).to(dtype)
     t = torch.tensor(0.02)
-    got = rotate_quantize(x.to(DEVICE), 128, encoding(fmt), t.to(DEVICE))
+    inputs = rotate_quantize(x.to(DEVICE), 128, encoding(fmt), t.to(DEVICE))
     expected = quantize_inputs(x, fmt, Rotation(128), t)
-    same = got.scale_bits.cpu() == expected.scales.bits
+    same = inputs.scale_bits.cpu() == expected.scales.bits
     assert same.float().mean() > 0.995
     z = (
         Rotation(128).exact(x).unflatten(1, (-1, fmt.group_size))
@@ -124,7 +124,7 @@ def test_random_inputs_differ_next_to_ties_only(fmt: Format, dtype: torch.dtype)
         fmt.element.round((z * (1 + 1e-5)).contiguous()),
         fmt.element.round((z * (1 - 1e-5)).contiguous()),
     )
-    value = fmt.element.decode(unpack(got.packed.cpu(), fmt)).view_as(z)
+    value = fmt.element.decode(unpack(inputs.packed.cpu(), fmt)).view_as(z)
     assert ((value == a) | (value == b))[same].all()
 
 
@@ -133,11 +133,11 @@ def test_the_kernel_multiplies_by_any_block(fmt: Format, monkeypatch: pytest.Mon
     block = torch.randint(-3, 4, (16, 16)).bfloat16()
     monkeypatch.setattr(op_inputs, "hadamard", lambda size, dtype, device: block.to(device))
     x, t = exact_inputs(5, 96), torch.tensor(0.5)
-    got = rotate_quantize(x, 16, encoding(fmt), t.to(DEVICE))
+    inputs = rotate_quantize(x, 16, encoding(fmt), t.to(DEVICE))
     y = (x.cpu().float().unflatten(1, (-1, 16)) @ block.float()).flatten(1) * 16**-0.5
     expected = quantize_inputs(y, fmt, Rotation(1), t)
-    assert torch.equal(got.scale_bits.cpu(), expected.scales.bits)
-    assert same_codes(got.packed, expected.codes, fmt)
+    assert torch.equal(inputs.scale_bits.cpu(), expected.scales.bits)
+    assert same_codes(inputs.packed, expected.codes, fmt)
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
@@ -155,12 +155,12 @@ def test_blocked_scales_are_those_of_the_twin(tokens: int, features: int) -> Non
     t = torch.tensor(0.1, device=DEVICE)
     plain = rotate_quantize(x, 16, NVFP4, t)
     blocked = rotate_quantize(x, 16, NVFP4, t, swizzle=True)
-    got = blocked.scale_bits.cpu()
+    bits = blocked.scale_bits.cpu()
     assert torch.equal(blocked.packed, plain.packed)
-    assert torch.equal(got, swizzle_scales(plain.scale_bits.cpu()))
+    assert torch.equal(bits, swizzle_scales(plain.scale_bits.cpu()))
     # F25, spelled out: row 33, group 2 is at 1·16 + 1·4 + 2 of the first block
     if tokens > 33:
-        assert got.flatten()[1 * 16 + 1 * 4 + 2] == plain.scale_bits[33, 2]
+        assert bits.flatten()[1 * 16 + 1 * 4 + 2] == plain.scale_bits[33, 2]
 
 
 @pytest.mark.parametrize("rotation", [16, 32, 64, 128])
@@ -226,16 +226,16 @@ def test_a_prologue_and_the_rotation_in_one_launch() -> None:
 
 
 def test_zeros_give_zero_codes_and_the_smallest_scale(fmt: Format) -> None:
-    got = rotate_quantize(torch.zeros(3, 64).bfloat16().to(DEVICE), 32, encoding(fmt))
-    assert not got.packed.any() and (got.scale_bits == 1).all()
-    assert got.global_scale is None or (got.global_scale == 1).all()
+    inputs = rotate_quantize(torch.zeros(3, 64).bfloat16().to(DEVICE), 32, encoding(fmt))
+    assert not inputs.packed.any() and (inputs.scale_bits == 1).all()
+    assert inputs.global_scale is None or (inputs.global_scale == 1).all()
 
 
 def test_no_tokens_no_work() -> None:
-    got = rotate_quantize(
+    inputs = rotate_quantize(
         torch.zeros(0, 64).bfloat16().to(DEVICE), 16, NVFP4, torch.ones((), device=DEVICE)
     )
-    assert got.packed.shape == (0, 32) and got.scale_bits.shape == (0, 4)
+    assert inputs.packed.shape == (0, 32) and inputs.scale_bits.shape == (0, 4)
 
 
 def test_mistakes_are_named() -> None:

@@ -53,10 +53,8 @@ def test_w4a16_is_the_product_with_the_dequantized_weight(
     fmt: Format, order, m, n, k, split, random_weight
 ) -> None:
     weight, packed = random_weight(fmt, n, k)
-    x, bias = (
-        torch.randn(m, k).bfloat16(),
-        torch.randn(n, 2).bfloat16()[:, 0],
-    )  # every other number of its memory
+    x = torch.randn(m, k).bfloat16()
+    bias = torch.randn(n, 2).bfloat16()[:, 0]  # every other number of its memory
     tile = Tile(
         kernel="w4a16", block_m=16, block_n=64, block_k=128, split=split, order=order, stages=2
     )

@@ -3,14 +3,17 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint
-from ptq.runtime.load import load
+from ptq.kernels import gpu
+from ptq.runtime.load import load, settle_inputs
 from ptq.runtime.quant_linear import QuantLinear
 
 ON_DISK = dict.fromkeys(
@@ -140,6 +143,29 @@ def test_inputs_are_as_asked(written, token_ids, caplog):
     assert not torch.equal(logits(quantized, token_ids), logits(full, token_ids))
     with pytest.raises(ValueError, match="auto, quantized, full"):
         load(written, inputs="some")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("capability", "rounds"),
+    [((9, 0), False), ((10, 0), True), ((11, 0), False), ((12, 0), True)],
+    ids=lambda value: str(value),
+)
+def test_inputs_are_rounded_where_a_kernel_multiplies_fp4(
+    capability: tuple[int, int], rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on every GPU that is new: there are no kernels for sm_110, and without them rounded inputs
+    are emulated."""
+    pytest.importorskip("triton")
+    layer = QuantLinear(64, 32, LayerInfo(format="nvfp4", quantize_inputs=True))
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(QuantLinear, "weight_packed", on_gpu, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu._capability.cache_clear()
+    settle_inputs(layer, "auto")
+    gpu._capability.cache_clear()
+    assert layer.quantize_inputs == rounds
 
 
 def test_a_cache_changes_no_bit(written, token_ids):

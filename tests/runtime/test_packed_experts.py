@@ -142,10 +142,8 @@ def test_grouped_experts_are_the_loop(kind: str, name: str, inputs: str, rotatio
     if inputs != "w4a16" and not gpu.multiplies_fp4(DEVICE):
         pytest.skip("this GPU has no FP4 tensor cores")
     model, case = make(kind, name, inputs, rotation), routed()
-    loop, exact = (
-        model["experts"](*case),
-        one_by_one(model["experts"], *case),
-    )  # in the reference path of layers
+    # in the reference path of layers
+    loop, exact = model["experts"](*case), one_by_one(model["experts"], *case)
     prepare_kernels(model, torch.bfloat16)
     assert isinstance(model["experts"], PackedExperts)
     y = model["experts"](*case)

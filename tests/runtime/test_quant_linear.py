@@ -18,6 +18,7 @@ from ptq.numerics.rtn import rtn
 from ptq.numerics.scales import Grid, round_to
 from ptq.numerics.tensor import QuantizedTensor, Scales
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
+from ptq.runtime.transformers_plugin import StoredLinear
 
 OUT, IN = 24, 64
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -251,9 +252,62 @@ def test_the_kernel_path_computes_what_the_reference_computes(
     assert measured.shape == expected.shape
     assert measured.dtype == expected.dtype
     assert float((measured.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
-    assert (
-        layer(x.float()).dtype == torch.float32
-    )  # not the dtype that the kernels were prepared for
+    # not the dtype that the kernels were prepared for
+    assert layer(x.float()).dtype == torch.float32
+
+
+def stored(layer: QuantLinear) -> StoredLinear:
+    """The layer as transformers keeps it: fp8 scales, global scales that divide."""
+    on_disk = StoredLinear(layer.info, layer.in_features, layer.out_features, torch.bfloat16)
+    fp8 = layer.format.has_global_scale
+    tensors = {
+        "weight_packed": layer.weight_packed,
+        "weight_scale": layer.weight_scale.view(torch.float8_e4m3fn) if fp8 else layer.weight_scale,
+        "weight_global_scale": layer.weight_global_scale,
+        "input_global_scale": layer.input_global_scale,
+        "bias": None if layer.bias is None else layer.bias.bfloat16(),
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            held = (1 / tensor).reshape(1) if name.endswith("global_scale") else tensor
+            setattr(on_disk, name, nn.Parameter(held, requires_grad=False))
+    return on_disk
+
+
+@pytest.mark.parametrize("arch", [100, 120])
+@pytest.mark.parametrize("keep", [lambda layer: layer, stored], ids=["memory", "stored"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_quantized_inputs_meet_the_weight_on_fp4_tensor_cores(
+    name: str, keep, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the interpreter, for few tokens and for so many that sm_100 wants scales in blocks."""
+    pytest.importorskip("triton")
+    from ptq.kernels import op_matmul, operator
+
+    if not operator.INTERPRETED:
+        pytest.skip("for the interpreter; tests/kernels/test_on_gpu.py is for devices")
+    if arch == 100 and not op_matmul.NEW_ASSEMBLER:
+        pytest.skip("the interpreter of Triton 3.6 fails at run-time loop bounds")
+    monkeypatch.setattr(gpu, "available", lambda device: True)
+    monkeypatch.setattr(gpu, "architecture", lambda device: arch)
+    fmt, w = FORMATS[name], torch.randn(64, 128)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "mse")
+    layer = QuantLinear.from_quantized(
+        round_to(w, grid.scales(w)),
+        Rotation(16),
+        torch.randn(64),
+        quantize_inputs=True,
+        input_global_scale=torch.tensor(0.002) if fmt.has_global_scale else None,
+    )
+    layer = keep(layer)
+    for tokens in (3, 66):
+        x = torch.randint(-8, 9, (tokens, 128)).bfloat16()
+        expected = layer(x).float()
+        assert layer.prepare(torch.bfloat16) is None
+        measured = layer(x).float()
+        layer.kernel_dtype = None
+        assert float((measured - expected).norm() / expected.norm()) < 4e-3
+    assert (layer._blocked_scales is not None) == (arch == 100)
 
 
 def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
