@@ -463,17 +463,16 @@ def test_gpt_oss_in_mxfp4_is_quantized_as_its_values_are(
         json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
     )
     for folder in (packed, unpacked):
-        quantize_model(folder, folder / "out", recipe=recipe, device="cpu", dialect="ptq")
-    one, other = Checkpoint(packed / "out"), Checkpoint(unpacked / "out")
+        out = tmp_path / f"{folder.name}-out"
+        quantize_model(folder, out, recipe=recipe, device="cpu", dialect="ptq")
+    one, other = (Checkpoint(tmp_path / f"{kind}-out") for kind in ("packed", "unpacked"))
     assert one.names() == other.names() and not any(n.endswith("_blocks") for n in one.names())
     for name in one.names():
         assert torch.equal(
             one.tensor(name).view(torch.uint8), other.tensor(name).view(torch.uint8)
         ), name
     with torch.no_grad():
-        assert torch.equal(
-            load(packed / "out")(tokens).logits, load(unpacked / "out")(tokens).logits
-        )
+        assert torch.equal(load(one.path)(tokens).logits, load(other.path)(tokens).logits)
     kept = quick(tiny_text, "nvfp4", ignore=("*.experts.*",))
     quantize_model(packed, tmp_path / "kept", recipe=kept, device="cpu")
     assert any(n.endswith("_blocks") for n in Checkpoint(tmp_path / "kept").names())  # as they were

@@ -1,7 +1,7 @@
 """The command line: argv → recipe and paths → one call → exit code. Heavy imports happen inside the
 commands.
 
-Numbers go to stdout, progress and messages to stderr; exit codes are those of ``ptq/guard.py``.
+Numbers go to stdout, progress and messages to stderr; exit codes are those of ``ptq/cli/errors.py``.
 """
 
 import os

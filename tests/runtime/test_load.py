@@ -153,7 +153,7 @@ def test_inputs_are_as_asked(written, token_ids, caplog):
 def test_inputs_are_rounded_where_a_kernel_multiplies_fp4(
     capability: tuple[int, int], rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not on every GPU that is new: there are no kernels for sm_110, and without them rounded inputs
+    """Not on every new GPU: there are no kernels for sm_110, and without them rounded inputs
     are emulated."""
     pytest.importorskip("triton")
     layer = QuantLinear(64, 32, LayerInfo(format="nvfp4", quantize_inputs=True))
