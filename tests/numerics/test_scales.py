@@ -225,3 +225,83 @@ def test_a_rule_that_the_scales_do_not_have_is_refused(fmt: Format, rule: str) -
 def test_ragged_columns_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"172 input features .* group size 32 .*--ignore"):
         Grid(MXFP4, ONE, "mse").scales(torch.randn(2, 172))
+
+
+# ---------------------------------------------------------------- laws of every rule
+
+
+def pairs() -> list[tuple[str, Format]]:
+    """Every rule with every format whose scales it chooses."""
+    amax, one = torch.ones(1, 1), torch.ones(())
+
+    def serves(rule: str, fmt: Format) -> bool:
+        try:
+            RULES[rule](amax.expand(1, 1, fmt.group_size), fmt, one, None)
+        except ValueError:
+            return False
+        return True
+
+    return [(rule, fmt) for rule in RULES for fmt in FORMATS.values() if serves(rule, fmt)]
+
+
+every_pair = pytest.mark.parametrize(
+    ("rule", "fmt"), [pytest.param(r, f, id=f"{r}-{f.name}") for r, f in pairs()]
+)
+
+
+def some_groups(fmt: Format) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    spread = torch.exp(torch.randn(6, 9, 1, generator=generator))
+    return torch.randn(6, 9, fmt.group_size, generator=generator) * spread
+
+
+@every_pair
+def test_a_rule_gives_bytes_that_can_be_stored_and_modifies_nothing(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    groups[2, 3] = 0  # F19
+    before, t = groups.clone(), fmt.global_scale(groups.abs().amax())
+    bits = RULES[rule](groups, fmt, t, None)
+    assert bits.dtype == torch.uint8 and bits.shape == groups.shape[:2]
+    scales = fmt.decode_scale(bits)
+    assert bool((scales > 0).all() and scales.isfinite().all())
+    assert torch.equal(groups, before)
+
+
+@every_pair
+def test_groups_do_not_see_one_another(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    whole = RULES[rule](groups, fmt, t, None)
+    assert torch.equal(RULES[rule](groups[1:4, ::2], fmt, t, None), whole[1:4, ::2])
+
+
+@every_pair
+def test_equal_importance_is_none(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    ones = torch.ones(groups.shape[1:])
+    assert torch.equal(RULES[rule](groups, fmt, t, ones), RULES[rule](groups, fmt, t, None))
+
+
+@every_pair
+def test_a_power_of_two_passes_through(rule: str, fmt: Format) -> None:
+    """Through the bytes of E8M0 scales, or through the global scale of E4M3 ones."""
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    once = RULES[rule](groups, fmt, t, None)
+    if fmt.has_global_scale:
+        assert torch.equal(RULES[rule](4 * groups, fmt, 4 * t, None), once)
+    else:
+        assert torch.equal(RULES[rule](4 * groups, fmt, t, None), once + 2)
+
+
+@pytest.mark.parametrize("rule", ["mse", "four_six"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
+def test_a_search_is_never_worse_than_absmax(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    losses = [
+        squared_error(groups, fmt, fmt.decode_scale(RULES[r](groups, fmt, t, None)) * t, None)
+        for r in (rule, "absmax")
+    ]
+    assert bool((losses[0] <= losses[1]).all())
