@@ -76,15 +76,15 @@ class Recorder:
         arguments.
         """
         name = type(self.model).__name__
-        made: list[Tensor] = []
+        handed_on: list[Tensor] = []
 
         def other(hidden: Tensor) -> Tensor:
-            made.append(hidden * 0.5 + 1)
-            return made[-1]
+            handed_on.append(hidden * 0.5 + 1)
+            return handed_on[-1]
 
         _, plain = self._run(tokens, len(self.blocks), lambda hidden: hidden, to_the_end=True)
         states, changed = self._run(tokens, len(self.blocks), other)
-        for i, (before, after) in enumerate(zip(made, states[1:], strict=True)):
+        for i, (before, after) in enumerate(zip(handed_on, states[1:], strict=True)):
             if before.shape != after.shape or not torch.equal(before, after):
                 raise ValueError(
                     f"{name} changes the hidden states between blocks {i} and {i + 1}: it cannot "
@@ -107,8 +107,8 @@ class Recorder:
         answers = iter([None] * (len(self.blocks) - 1) + [last])
 
         def answer(hidden: Tensor) -> Tensor:
-            given = next(answers)
-            return hidden if given is None else given
+            states = next(answers)
+            return hidden if states is None else states
 
         self._run(tokens, len(self.blocks), answer, to_the_end=True)
 

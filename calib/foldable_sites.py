@@ -34,11 +34,11 @@ def find_sites(
     linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n in watched}
     alike = _alike(groups)
     expert = {name for members in alike if len(members) > 1 for group in members for name in group}
-    found: list[Site] = []
+    sites: list[Site] = []
     for members in alike:
         first = members[0][0]
-        taken = {reader for site in found for reader in site.readers}
-        if f"{first}.weight" in taken:
+        served = {reader for site in sites for reader in site.readers}
+        if f"{first}.weight" in served:
             continue
         parent = first.rpartition(".")[0]
         beside = [
@@ -52,8 +52,8 @@ def find_sites(
         candidates = (
             s for s in _candidates(block, linears, near, groups, members, trial) if trial.holds(s)
         )
-        found += next(candidates, [])
-    return found
+        sites += next(candidates, [])
+    return sites
 
 
 class _Trial:
@@ -77,10 +77,10 @@ class _Trial:
         factors folded."""
         factors = [(site, torch.exp2(self._exponents(site).float())) for site in sites]
         with _scaled(self.block, factors):
-            found = self._results()
+            results = self._results()
         producers = {site.producer for site in sites}
         return all(
-            _distance(found[name], result)
+            _distance(results[name], result)
             <= 4 * self.noise[name] + self.tolerance * _distance(result)
             for name, result in self.expected.items()
             if name not in producers
@@ -283,12 +283,16 @@ def _readers(
 
 def _norms(block: nn.Module, features: int) -> list[str]:
     """Modules whose parameters are vectors of so many features, from the last to the first."""
-    found = []
+    names = []
     for name, module in block.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own and not list(module.children()) and all(p.shape == (features,) for p in own):
-            found.append(name)
-    return found[::-1]
+        parameters = list(module.parameters(recurse=False))
+        if (
+            parameters
+            and not list(module.children())
+            and all(p.shape == (features,) for p in parameters)
+        ):
+            names.append(name)
+    return names[::-1]
 
 
 def _slices(

@@ -346,8 +346,8 @@ def held_out(sizes: Sequence[int], every: int = 8) -> list[Tensor | None]:
     total = sum(sizes)
     if every < 1 or total < every:
         return [None] * len(sizes)
-    chosen = torch.arange(1, total + 1) % every == 0
-    return [part if part.any() else None for part in chosen.split(list(sizes))]
+    mask = torch.arange(1, total + 1) % every == 0
+    return [part if part.any() else None for part in mask.split(list(sizes))]
 
 
 @contextmanager

@@ -127,30 +127,30 @@ def bench(
         )
         for name, own in layers.items()
     ]
-    chosen = plans[0].chosen(place)
+    backends = plans[0].chosen(place).values()
     if plot:
-        speed_report.check_plot(plot, [name for names in chosen.values() for name in names])
+        speed_report.check_plot(plot, [name for names in backends for name in names])
     for path in (out, markdown, plot):
         if path:
             require_writable(path)
 
     limits = place if isinstance(place, benchmark.Limits) else benchmark.measured_limits(place)
-    found: list[Measurement] = []
+    timed: list[Measurement] = []
     for measurement in measurements(plans, place, limits, quiet):
-        found.append(measurement)
+        timed.append(measurement)
         if out:
             benchmark.append(out, [measurement])  # a run that is interrupted keeps what it has
         if json and not blocks:
             print(measurement.to_json(), flush=True)
-    shown = benchmark.block_sums(found) if blocks else found
+    rows = benchmark.block_sums(timed) if blocks else timed
     if json and blocks:
-        print("\n".join(m.to_json() for m in shown))
+        print("\n".join(m.to_json() for m in rows))
     elif not json:
-        print_tables(shown, limits)
+        print_tables(rows, limits)
     if markdown:
-        markdown.write_text(speed_report.markdown(shown, limits), encoding="utf-8")
+        markdown.write_text(speed_report.markdown(rows, limits), encoding="utf-8")
     if plot:
-        speed_report.plot(found, plot)
+        speed_report.plot(timed, plot)
     if not quiet and (written := [str(path) for path in (out, markdown, plot) if path]):
         display.note(f"written: {', '.join(written)}")
 

@@ -1,7 +1,7 @@
 """The command line: argv → recipe and paths → one call → exit code. Heavy imports happen inside the
 commands.
 
-Numbers go to stdout, progress and messages to stderr; exit codes are those of ``ptq/cli/errors.py``.
+Numbers go to stdout, progress and messages to stderr; exit codes are those of ptq/cli/errors.py.
 """
 
 import os
@@ -274,11 +274,11 @@ def inspect(
     from ptq.cli import display
     from ptq.runtime import inspect as report
 
-    found = report.inspect(checkpoint)
+    described = report.inspect(checkpoint)
     if json:
-        display.print_json(found.to_dict())
+        display.print_json(described.to_dict())
     else:
-        display.print_report(found, layers=True)
+        display.print_report(described, layers=True)
 
 
 @app.command()
@@ -307,7 +307,7 @@ def generate(
 
     subject = models.load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
     encoded = subject.encode(prompt)
-    made: list[int] = []
+    new_tokens: list[int] = []
     pieces: list[str] = []
     start = time.perf_counter()
     tokens = tokens_after(
@@ -318,7 +318,7 @@ def generate(
         seed=seed,
         stop=subject.ends,
     )
-    for piece in stream_text(subject.decode, encoded, record(tokens, made)):
+    for piece in stream_text(subject.decode, encoded, record(tokens, new_tokens)):
         if not json:
             print(piece if pieces else prompt + piece, end="", flush=True)
         pieces.append(piece)
@@ -328,14 +328,14 @@ def generate(
             {
                 "prompt": prompt,
                 "text": "".join(pieces),
-                "tokens": len(made),
-                "tokens_per_second": len(made) / seconds,
+                "tokens": len(new_tokens),
+                "tokens_per_second": len(new_tokens) / seconds,
             }
         )
     else:
         print("" if pieces else prompt)
         if not quiet:
-            display.note(f"{len(made)} tokens, {len(made) / seconds:.1f} tokens/s")
+            display.note(f"{len(new_tokens)} tokens, {len(new_tokens) / seconds:.1f} tokens/s")
 
 
 app.command()(bench)

@@ -171,9 +171,9 @@ class CheckpointSource:
             if len(left) == len(parameters) and not divided:
                 yield from ((name, self.tensor(name)) for name in whole.names)
             elif left:
-                made = whole.load(self.tensor, self._names)
+                tensors = whole.load(self.tensor, self._names)
                 yield from (
-                    (name, _select(self._origins[name], made, name).clone()) for name in left
+                    (name, _select(self._origins[name], tensors, name).clone()) for name in left
                 )
 
     def fill(
@@ -194,10 +194,10 @@ class CheckpointSource:
             if missing and (origin := self._origin(prefix + name, is_buffer)):
                 by_origin.setdefault(origin.whole(), []).append((origin, name, owner, is_buffer))
         for whole, users in by_origin.items():
-            made = whole.load(self.tensor, self._names)
+            tensors = whole.load(self.tensor, self._names)
             for origin, name, owner, is_buffer in users:
                 self._assign(
-                    owner, prefix + name, _select(origin, made, prefix + name), device, is_buffer
+                    owner, prefix + name, _select(origin, tensors, prefix + name), device, is_buffer
                 )
         for owner in module.modules() if recurse else (module,):
             for name, buffer in owner.named_buffers(recurse=False):

@@ -210,16 +210,16 @@ class Recipe:
         given = {k: v for k, v in given.items() if v is not None}
         scheme = given.get("scheme", "w4a16")
         _choice("scheme", scheme, SCHEMES)
-        chosen = {**_defaults(format, scheme), **given}
+        choices = {**_defaults(format, scheme), **given}
         if (
-            chosen["algorithm"] == "rtn"
+            choices["algorithm"] == "rtn"
         ):  # what belongs to the sweep has no meaning for round to nearest
             for name, value in (("scales", "mse"), ("descent", 0), ("balance", 0.0)):
                 if name not in given:
-                    chosen[name] = value
-        elif chosen["scales"] not in IN_LOOP and "scales" in given and "order" not in given:
-            chosen["order"] = "act"
-        return cls.from_dict(chosen)
+                    choices[name] = value
+        elif choices["scales"] not in IN_LOOP and "scales" in given and "order" not in given:
+            choices["order"] = "act"
+        return cls.from_dict(choices)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.reader import Checkpoint, read_config
 from ptq.model.checkpoint_source import CheckpointSource
-from ptq.model.structure import resolve
+from ptq.model.structure import positions, resolve
 from ptq.runtime.load import load
 from ptq.text.windows import load_text, load_tokenizer
 
@@ -61,21 +62,15 @@ class Loaded:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model is made for, if its configuration says."""
-        config = self.module.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        value = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "n_positions", None
-        )
-        return value if isinstance(value, int) and value > 0 else None
+        return positions(self.module.config)  # pyright: ignore[reportArgumentType]
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         settings = getattr(self.module, "generation_config", None)
-        found = getattr(settings, "eos_token_id", None)
-        found = self.tokenizer.eos_token_id if found is None else found
-        return frozenset(
-            t for t in (found if isinstance(found, list) else [found]) if isinstance(t, int)
-        )
+        ids = getattr(settings, "eos_token_id", None)
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
 
     def window(self, seq_len: int | None) -> int:
         """The length of evaluation windows: ``seq_len``, or what is usual and the model can take.
@@ -109,7 +104,7 @@ def load_model(
         dtype = torch.float32
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in ("ptq", "compressed-tensors"):
+    if method in DIALECTS:
         cache = 4 * Checkpoint(path).sizes["weights"] <= CACHE_BYTES  # the same bits, in less time
         module = load(path, device, dtype=dtype, inputs="quantized", cache=cache)
     else:
