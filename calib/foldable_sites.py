@@ -34,11 +34,11 @@ def find_sites(
     linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n in watched}
     alike = _alike(groups)
     expert = {name for members in alike if len(members) > 1 for group in members for name in group}
-    found: list[Site] = []
+    sites: list[Site] = []
     for members in alike:
         first = members[0][0]
-        taken = {reader for site in found for reader in site.readers}
-        if f"{first}.weight" in taken:
+        served = {reader for site in sites for reader in site.readers}
+        if f"{first}.weight" in served:
             continue
         parent = first.rpartition(".")[0]
         beside = [
@@ -52,8 +52,8 @@ def find_sites(
         candidates = (
             s for s in _candidates(block, linears, near, groups, members, trial) if trial.holds(s)
         )
-        found += next(candidates, [])
-    return found
+        sites += next(candidates, [])
+    return sites
 
 
 class _Trial:
@@ -77,10 +77,10 @@ class _Trial:
         factors folded."""
         factors = [(site, torch.exp2(self._exponents(site).float())) for site in sites]
         with _scaled(self.block, factors):
-            found = self._results()
+            results = self._results()
         producers = {site.producer for site in sites}
         return all(
-            _distance(found[name], result)
+            _distance(results[name], result)
             <= 4 * self.noise[name] + self.tolerance * _distance(result)
             for name, result in self.expected.items()
             if name not in producers
@@ -168,15 +168,15 @@ class _Trial:
         return read[-1]
 
 
-def _distance(found: list[Tensor], expected: list[Tensor] | None = None) -> float:
-    """‖found − expected‖, or ‖found‖; infinite where the shapes differ or numbers are not
+def _distance(tensors: list[Tensor], expected: list[Tensor] | None = None) -> float:
+    """‖tensors − expected‖, or ‖tensors‖; infinite where shapes differ or numbers are not
     finite."""
-    if expected is not None and [f.shape for f in found] != [e.shape for e in expected]:
+    if expected is not None and [t.shape for t in tensors] != [e.shape for e in expected]:
         return math.inf
     differences = (
-        found
+        tensors
         if expected is None
-        else [f.double() - e.double() for f, e in zip(found, expected, strict=True)]
+        else [t.double() - e.double() for t, e in zip(tensors, expected, strict=True)]
     )
     squares = sum(float(d.double().square().sum()) for d in differences)
     return math.sqrt(squares) if math.isfinite(squares) else math.inf
@@ -283,12 +283,13 @@ def _readers(
 
 def _norms(block: nn.Module, features: int) -> list[str]:
     """Modules whose parameters are vectors of so many features, from the last to the first."""
-    found = []
+    norms = []
     for name, module in block.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own and not list(module.children()) and all(p.shape == (features,) for p in own):
-            found.append(name)
-    return found[::-1]
+        parameters = list(module.parameters(recurse=False))
+        vectors = bool(parameters) and all(p.shape == (features,) for p in parameters)
+        if vectors and not list(module.children()):
+            norms.append(name)
+    return norms[::-1]
 
 
 def _slices(

@@ -203,8 +203,8 @@ class Observer:
         group.hessian.update(fit)
         if held is not None:
             group.holdout.update(rows[held])
-        taken = self._samples.setdefault(id(group), [])
-        quota = min(self._quota, SAMPLE - sum(map(len, taken)), len(fit))
+        parts = self._samples.setdefault(id(group), [])
+        quota = min(self._quota, SAMPLE - sum(map(len, parts)), len(fit))
         if quota > 0:
             spread = torch.linspace(0, len(fit) - 1, quota, device=fit.device).long()
-            taken.append(fit[spread].to(group.sample.dtype))
+            parts.append(fit[spread].to(group.sample.dtype))

@@ -68,9 +68,10 @@ class Origin:
         for pattern, members in self.sources:
             for name in members:
                 converter.add_tensor(self.target, name, pattern, lambda name=name: read(name))  # pyright: ignore[reportArgumentType]
-        made = converter.convert(self.target, model=names, config=names.config)
+        tensors = converter.convert(self.target, model=names, config=names.config)
         return {
-            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+            name: tensor[0] if isinstance(tensor, list) else tensor
+            for name, tensor in tensors.items()
         }
 
 
@@ -230,9 +231,9 @@ def _by_expert(origin: Origin | None) -> list[dict[int, str]] | None:
     None for others."""
     if origin is None or origin.converter is None or not _is_plain_merge(origin.converter):
         return None
-    found = dict(origin.sources)
+    by_pattern = dict(origin.sources)
     matches = (
-        [(re.search(r"\.(\d+)\.\w+\.weight$", name), name) for name in found.get(pattern, ())]
+        [(re.search(r"\.(\d+)\.\w+\.weight$", name), name) for name in by_pattern.get(pattern, ())]
         for pattern in origin.converter.source_patterns
     )
     return [{int(match[1]): name for match, name in pairs if match} for pairs in matches]
