@@ -1,5 +1,4 @@
-"""Diagonal balancing: inputs and weights share their dynamic range, channel by channel
-(A1).
+"""Diagonal balancing: inputs and weights share their dynamic range, channel by channel (A1).
 
 x'_j = x_j · a_j and W'_j = W_j / a_j with a_j = (rms_W,j / rms_x,j)^p, of geometric mean 1: a
 channel with large inputs gets smaller ones, and larger weights. The factors fold into the weights

@@ -1,4 +1,4 @@
-"""With what a model calls its decoder blocks.
+"""The arguments that a model calls its decoder blocks with.
 
 The model's own forward is run with the blocks' forwards replaced by stand-ins that note their
 arguments and hand the hidden states on. So masks, position embeddings, and whatever else an
@@ -45,10 +45,12 @@ def hidden_states(output: object) -> Tensor:
 
 @dataclass
 class Recorder:
-    """Notes the calls of ``blocks`` in ``model``.
+    """Notes with what ``model`` calls its ``blocks``, without running them.
 
-    ``returned`` is what a block really returned once: its form is imitated. Arguments equal to
-    those of other batches or blocks are stored once; others go to ``keep_on``.
+    Attributes:
+        keep_on: the device for arguments that differ from batch to batch; those that are equal in
+            several batches or blocks are stored once, where they are.
+        returned: what a block really returned once; stand-ins return hidden states in that form.
     """
 
     model: nn.Module
@@ -70,21 +72,20 @@ class Recorder:
     def check(self, tokens: Tensor) -> None:
         """Raise ValueError if this model cannot be run block by block.
 
-        That is so if it runs them several times, changes the hidden states between blocks, hands
-        other results on from block to block, or if the arguments of a block depend on what earlier
-        blocks returned in another way: then two runs with different stand-ins show different
-        arguments.
+        It cannot if it calls a block several times, changes the hidden states between blocks, or
+        hands other results on from block to block; nor if the arguments of a block depend on what
+        earlier blocks returned, which two runs show whose stand-ins return different states.
         """
         name = type(self.model).__name__
-        handed_on: list[Tensor] = []
+        answers: list[Tensor] = []
 
         def other(hidden: Tensor) -> Tensor:
-            handed_on.append(hidden * 0.5 + 1)
-            return handed_on[-1]
+            answers.append(hidden * 0.5 + 1)
+            return answers[-1]
 
         _, plain = self._run(tokens, len(self.blocks), lambda hidden: hidden, to_the_end=True)
         states, changed = self._run(tokens, len(self.blocks), other)
-        for i, (before, after) in enumerate(zip(handed_on, states[1:], strict=True)):
+        for i, (before, after) in enumerate(zip(answers, states[1:], strict=True)):
             if before.shape != after.shape or not torch.equal(before, after):
                 raise ValueError(
                     f"{name} changes the hidden states between blocks {i} and {i + 1}: it cannot "
@@ -98,17 +99,16 @@ class Recorder:
                 )
 
     def reach_head(self, tokens: Tensor, last: Tensor) -> None:
-        """Go on from ``last``, which the last block returned for ``tokens``, to the output layer
-        the model's own way.
+        """Do what the model does between its last block, which returned ``last`` for ``tokens``,
+        and its output layer.
 
-        The output layer itself is not computed; forward pre-hooks that it has see what it would
-        read.
+        The output layer is not computed: its forward pre-hooks see what it would read.
         """
         answers = iter([None] * (len(self.blocks) - 1) + [last])
 
         def answer(hidden: Tensor) -> Tensor:
-            states = next(answers)
-            return hidden if states is None else states
+            state = next(answers)
+            return hidden if state is None else state
 
         self._run(tokens, len(self.blocks), answer, to_the_end=True)
 
@@ -153,10 +153,8 @@ class Recorder:
         return states, calls
 
     def _check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        name, extras = (
-            type(self.model).__name__,
-            self.returned[1:] if isinstance(self.returned, (tuple, list)) else (),
-        )
+        name = type(self.model).__name__
+        extras = self.returned[1:] if isinstance(self.returned, (tuple, list)) else ()
         for value in (*args, *kwargs.values()):
             if is_cache(value):
                 raise ValueError(

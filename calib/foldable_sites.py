@@ -168,15 +168,15 @@ class _Trial:
         return read[-1]
 
 
-def _distance(found: list[Tensor], expected: list[Tensor] | None = None) -> float:
-    """‖found − expected‖, or ‖found‖; infinite where the shapes differ or numbers are not
+def _distance(tensors: list[Tensor], expected: list[Tensor] | None = None) -> float:
+    """‖tensors − expected‖, or ‖tensors‖; infinite where shapes differ or numbers are not
     finite."""
-    if expected is not None and [f.shape for f in found] != [e.shape for e in expected]:
+    if expected is not None and [t.shape for t in tensors] != [e.shape for e in expected]:
         return math.inf
     differences = (
-        found
+        tensors
         if expected is None
-        else [f.double() - e.double() for f, e in zip(found, expected, strict=True)]
+        else [t.double() - e.double() for t, e in zip(tensors, expected, strict=True)]
     )
     squares = sum(float(d.double().square().sum()) for d in differences)
     return math.sqrt(squares) if math.isfinite(squares) else math.inf
@@ -283,16 +283,13 @@ def _readers(
 
 def _norms(block: nn.Module, features: int) -> list[str]:
     """Modules whose parameters are vectors of so many features, from the last to the first."""
-    names = []
+    norms = []
     for name, module in block.named_modules():
         parameters = list(module.parameters(recurse=False))
-        if (
-            parameters
-            and not list(module.children())
-            and all(p.shape == (features,) for p in parameters)
-        ):
-            names.append(name)
-    return names[::-1]
+        vectors = bool(parameters) and all(p.shape == (features,) for p in parameters)
+        if vectors and not list(module.children()):
+            norms.append(name)
+    return norms[::-1]
 
 
 def _slices(

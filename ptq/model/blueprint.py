@@ -51,8 +51,8 @@ class Blueprint:
         config = load_config(directory)
         dtype = getattr(config, "dtype", None)
         with init_empty_weights(include_buffers=False):
-            wanted = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-            model = build_model(config, directory, wanted)
+            known = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+            model = build_model(config, directory, known)
         names = NameMap(model)
         transposed = linearize(model)
         stacked = [path for path in unfuse(model, names.expert_names) if names.stacked(path)]

@@ -69,8 +69,8 @@ class Experts(nn.Module):
             if self.everywhere
             else None
         )
-        indices = range(self.num_experts) if self.everywhere else top_k_index.unique().tolist()
-        for expert in indices:  # ascending: sums in the order of the fused module
+        called = range(self.num_experts) if self.everywhere else top_k_index.unique().tolist()
+        for expert in called:  # ascending: sums in the order of the fused module
             if expert >= self.num_experts:  # a marker for "nowhere"
                 continue
             slot, token = torch.where(
@@ -104,7 +104,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     Raises ValueError, with the class, for modules with fused experts that are no stack of plain
     gated MLPs: with other parameters, without gate, or normed afterwards.
     """
-    fused_modules = {}
+    modules = {}
     for name, module in model.named_modules():
         fused = {k: p for k, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if (
@@ -119,8 +119,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
                 "is not supported "
                 "(only gated experts in gate_up_proj and down_proj are)"
             )
-        fused_modules[name] = module
-    return fused_modules
+        modules[name] = module
+    return modules
 
 
 def _unlike_plain(module: nn.Module) -> str | None:

@@ -231,9 +231,9 @@ def _by_expert(origin: Origin | None) -> list[dict[int, str]] | None:
     None for others."""
     if origin is None or origin.converter is None or not _is_plain_merge(origin.converter):
         return None
-    sources = dict(origin.sources)
+    by_pattern = dict(origin.sources)
     matches = (
-        [(re.search(r"\.(\d+)\.\w+\.weight$", name), name) for name in sources.get(pattern, ())]
+        [(re.search(r"\.(\d+)\.\w+\.weight$", name), name) for name in by_pattern.get(pattern, ())]
         for pattern in origin.converter.source_patterns
     )
     return [{int(match[1]): name for match, name in pairs if match} for pairs in matches]

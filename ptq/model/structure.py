@@ -55,7 +55,7 @@ def resolve(path: str | Path) -> Path:
             RuntimeError,
         ) as error:
             if not offline:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = _first_line(error)
                 raise FileNotFoundError(
                     f"no directory {path}, and no such model could be fetched from the Hugging "
                     f"Face hub ({reason})"
@@ -100,10 +100,9 @@ def build_model(config: PretrainedConfig, path: Path, dtype: torch.dtype) -> Pre
         auto: _class_of(auto, config)
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
     }
-    suited = [auto for auto, made in classes.items() if made == architecture]
-    suited += [
-        auto for auto, made in classes.items() if made is not None and _is_causal(architecture)
-    ]
+    suited = [auto for auto, name in classes.items() if name == architecture]
+    if _is_causal(architecture):
+        suited += [auto for auto, name in classes.items() if name is not None]
     if not suited:
         kind = f"architecture {architecture}, model type {config.model_type!r}"
         raise ValueError(f"{path} is not a causal language model ({kind})")
@@ -120,9 +119,9 @@ def _class_of(
     auto: type[AutoModelForCausalLM | AutoModelForImageTextToText], config: PretrainedConfig
 ) -> str | None:
     mapping = auto._model_mapping
-    model_class = mapping.get(type(config), None)
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    return None if model_class is None else model_class.__name__
+    models = mapping.get(type(config), None)
+    model = models[0] if isinstance(models, tuple) else models
+    return None if model is None else model.__name__
 
 
 def _is_causal(architecture: str) -> bool:

@@ -213,5 +213,6 @@ def test_experts_cost_no_run_each(tiny_model: Build, batches: Batches):
         find_sites(block.module, groups(block), counted)
         runs.append(count)
 
-    prepared(MemorySource(tiny_model("qwen3_moe", num_experts=32)), batches, prepare, is_router)
-    assert max(runs) < 40
+    model = tiny_model("qwen3_moe", num_experts=32, num_hidden_layers=1)
+    prepared(MemorySource(model), batches, prepare, is_router)
+    assert len(runs) == 1 and runs[0] < 40
