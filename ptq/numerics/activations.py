@@ -27,7 +27,7 @@ def default_rule(fmt: Format) -> str:
 
 def row_scale(y: Float32[Tensor, "tokens in"], fmt: Format) -> Float32[Tensor, "tokens 1"]:
     """A global scale for every token: its largest magnitude at the top of the range; 1 for a token
-    of zeros."""
+    of zeros (F14)."""
     amax = y.abs().amax(-1, keepdim=True)
     return torch.where(
         amax > 0,

@@ -26,8 +26,8 @@ class Element:
     """A codebook: ``values[code]`` is the number that a code stands for.
 
     Encoding picks the nearest value, sends ties to the even code (the even mantissa, the even
-    integer) and saturates at ±``max``. Values beyond ±max (the -8 of INT4) are decoded but never
-    written, and zero is always code 0.
+    integer) and saturates at ±``max`` (F1). Values beyond ±max (the -8 of INT4) are decoded but
+    never written (F3), and zero is always code 0 (F4). Kernels and packing do the same (F5).
     """
 
     name: str
@@ -195,7 +195,7 @@ class Format:
         nothing is clipped.
 
         ``scale`` is finite and not negative; it is clamped before the cast, because casts of
-        out-of-range numbers to fp8 saturate in some library versions and give NaN in others.
+        out-of-range numbers to fp8 saturate in some library versions and give NaN in others (F11).
         """
         if self.has_global_scale:
             return (
@@ -222,7 +222,7 @@ class Format:
         a tensor of zeros.
 
         It is passed through a double reciprocal: checkpoints store the divisor 1/t, and 1/(1/t) ==
-        t then holds exactly.
+        t then holds exactly (F24).
         """
         if not self.has_global_scale:
             return torch.ones_like(amax)

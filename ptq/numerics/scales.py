@@ -27,7 +27,7 @@ ScaleRule = Callable[
 ]
 
 # `theta` clips numbers up to theta/Q, which pays for elements with few values: measured optimum on
-# Gaussian blocks (F6, section 9).
+# Gaussian blocks (F6, F29).
 THETA = {"e2m1": 7.25, "int4": 9.5}
 # E4M3 codes tried around the absmax code: 3 either way loses 0.4 dB on NVFP4, 12 gains 0.01 dB
 # (F10).
@@ -71,8 +71,8 @@ def scale_bytes(
 
     Args:
         rule: for E8M0 scales ``ceil`` (also called ``absmax``), ``ocp``, ``theta`` or ``round``;
-            for E4M3 scales ``absmax`` (nearest) or ``up`` (the smallest storable scale that clips
-            nothing).
+            for E4M3 scales ``absmax`` (nearest, which may clip: F12) or ``up`` (the smallest
+            storable scale that clips nothing).
 
     Raises:
         ValueError: the rule does not exist for the scales of this format.

@@ -16,6 +16,7 @@ class Scales:
     row).
 
     Both multiply: what one unit of the element is worth is ``decode_scale(bits) * global_scale``.
+    The factor is never rounded to 16 bits (F18).
     """
 
     bits: UInt8[Tensor, "rows groups"]
@@ -75,8 +76,8 @@ def ungroup(x: Float[Tensor, "rows groups size"]) -> Float[Tensor, "rows in"]:
 
 
 def pack(codes: UInt8[Tensor, "rows in"], fmt: Format) -> UInt8[Tensor, "rows bytes"]:
-    """Two 4-bit codes to a byte, the even column in the low nibble; wider codes stay one to a
-    byte."""
+    """Two 4-bit codes to a byte, the even column in the low nibble (F22); wider codes stay one to
+    a byte."""
     if not fmt.packed:
         return codes
     return codes[:, 0::2] | codes[:, 1::2] << 4

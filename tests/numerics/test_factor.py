@@ -36,7 +36,7 @@ def test_orders(problem) -> None:
 
 
 def test_an_indefinite_hessian_is_an_error_and_damping_cures_it(problem) -> None:
-    """B3: never a silent fall-back."""
+    """G13: never a silent fall-back."""
     w, _, h = problem
     shifted = h - 0.02 * h.diagonal().mean() * torch.eye(128, dtype=h.dtype)
     with pytest.raises(IndefiniteHessian, match="raise the damping"):
@@ -49,6 +49,7 @@ def test_an_indefinite_hessian_is_an_error_and_damping_cures_it(problem) -> None
     [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "no tokens")],
 )
 def test_hessians_without_sense_are_refused(problem, poison: float, message: str) -> None:
+    """G14, G15."""
     w, _, h = problem
     bad = (
         torch.zeros_like(h)

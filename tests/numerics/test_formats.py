@@ -1,5 +1,4 @@
-"""Elements and scale bytes against an independent implementation and the vectors of the format
-specification."""
+"""Elements and scale bytes against an independent implementation and worked vectors."""
 
 import json
 import math
@@ -54,7 +53,8 @@ def test_codes_decode_to_the_golden_values(element: Element, golden) -> None:
     np.testing.assert_array_equal(decoded, expected)
 
 
-def test_ties_of_the_specification() -> None:
+def test_ties_worked_out_by_hand() -> None:
+    """F2, and the same for the other elements."""
     ties = {
         0.25: 0,
         0.75: 1,
@@ -164,7 +164,7 @@ def test_scale_bytes_are_never_zero_or_nan(fmt) -> None:
 @formats
 @given(st.floats(2.0**-100, 2.0**100, width=32))
 def test_a_global_scale_survives_the_disk(fmt, amax: float) -> None:
-    """The divisor 1/t is stored: 1/(1/t) must be t."""
+    """F24: the divisor 1/t is stored, and 1/(1/t) must be t."""
     t = fmt.global_scale(torch.tensor(amax))
     assert torch.equal(1 / (1 / t), t)
     if fmt.power_of_two_global:

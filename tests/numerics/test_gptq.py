@@ -54,6 +54,7 @@ def test_white_inputs_make_gptq_rtn(fmt: Format, problem) -> None:
 @deployed
 @pytest.mark.parametrize("order", ["natural", "act", "group"])
 def test_gptq_is_the_straightforward_loop(fmt: Format, order: str, problem) -> None:
+    """With scales fixed before it, in every order (G19)."""
     w, _, h = problem
     scales = grid(w, fmt).scales(w)
     expected = straightforward(
@@ -118,7 +119,7 @@ def test_rows_are_independent(fmt: Format, problem) -> None:
 
 @deployed
 def test_a_zero_column_is_quantized_in_its_own_place(fmt: Format, problem) -> None:
-    """G16 and B2: permuting the layer by hand gives the permuted result."""
+    """G16: permuting the layer by hand gives the permuted result."""
     w, _, h = problem
     w = w.clone()
     w[:, 5] = 0
@@ -176,7 +177,7 @@ def test_in_loop_scales_need_whole_groups(problem) -> None:
 
 
 def test_rank_one_hessians_succeed(problem) -> None:
-    """B4."""
+    """One token and a little damping are enough for a factor (G13)."""
     w, x, _ = problem
     quantized = gptq(w, x[:1].T @ x[:1], grid(w, MXFP4), damping=0.01)
     assert torch.isfinite(quantized.dequantize()).all()

@@ -1,7 +1,8 @@
-"""Scale rules: the vectors and the Gaussian oracle of the format specification, and the laws of
-searches."""
+"""Scale rules: worked vectors (F30), the Gaussian oracle (F29), and laws that every row of
+``RULES`` keeps."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,11 +19,32 @@ from ptq.numerics.scales import (
     smallest_exponent,
     squared_error,
 )
-from ptq.numerics.tensor import group
+from ptq.numerics.tensor import Scales, group
 
 ONE = torch.ones(())
+# Searches look at the numbers and weigh their errors; every other rule looks at the largest alone.
+SEARCHES = ("mse", "four_six")
+# Rules that only one kind of scale has; the others have a meaning for both.
+FOR_E8M0, FOR_E4M3 = ("ceil", "ocp", "theta", "round"), ("up",)
+
+
+def exists(fmt: Format, rule: str) -> bool:
+    return rule not in (FOR_E8M0 if fmt.has_global_scale else FOR_E4M3)
+
+
+def pairs(keep: Callable[[Format, str], bool]) -> pytest.MarkDecorator:
+    every = [(fmt, rule) for fmt in FORMATS.values() for rule in RULES if keep(fmt, rule)]
+    return pytest.mark.parametrize(
+        ("fmt", "rule"), [pytest.param(fmt, rule, id=f"{fmt.name}-{rule}") for fmt, rule in every]
+    )
+
+
+rules = pairs(exists)
+searches = pairs(lambda fmt, rule: exists(fmt, rule) and rule in SEARCHES)
+plain_rules = pairs(lambda fmt, rule: exists(fmt, rule) and rule not in SEARCHES)
+missing_rules = pairs(lambda fmt, rule: not exists(fmt, rule))
 # amax: (k, resulting code value of amax itself) for MXFP4 ceil, ocp, theta and MXINT4 ceil, ocp,
-# theta (formats spec, 7.3)
+# theta (F30)
 E8M0_VECTORS = {
     0.7: [(-3, 6)] * 6,
     1.0: [(-2, 4), (-2, 4), (-2, 4), (-2, 4), (-2, 4), (-3, 7)],
@@ -72,7 +94,7 @@ def test_e8m0_vectors(amax: float) -> None:
     ],
 )
 def test_e4m3_vectors(fmt: Format, largest: float, groups: dict[float, tuple[int, float]]) -> None:
-    """Section 7.5, with the unrestricted global scale amax / (448 Q)."""
+    """F30, with the unrestricted global scale amax / (448 Q)."""
     t = torch.tensor(largest) / (448 * fmt.element.max)
     for amax, (byte, value) in groups.items():
         x = torch.zeros(1, 16)
@@ -82,8 +104,7 @@ def test_e4m3_vectors(fmt: Format, largest: float, groups: dict[float, tuple[int
         assert float(fmt.element.decode(quantized.codes)[0, 3]) == value, amax
 
 
-# Gaussian blocks z·2^u, u uniform in [0, 1) (formats spec, section 8): measured there over 6 seeds
-# of 50 000 blocks, ±0.1 dB
+# Gaussian blocks z·2^u, u uniform in [0, 1) (F29): decibels, the mean of 6 seeds of 50 000 blocks
 ORACLE = {
     "mxint8": {"ceil": 41.89, "ocp": 41.96, "theta": 41.89, "mse": 42.03},
     "mxfp8": {"ceil": 31.54, "ocp": 30.42, "theta": 31.54, "mse": 31.54},
@@ -151,6 +172,7 @@ def test_a_search_is_at_least_as_good_as_every_candidate(fmt: Format) -> None:
 
 
 def test_up_never_clips_and_is_the_smallest_that_does_not() -> None:
+    """Where the nearest scale may clip (F12)."""
     amax = torch.rand(10_000) * 100 + 1e-3
     t = NVFP4.global_scale(amax.amax())
     bits = scale_bytes(amax, NVFP4, t, "up")
@@ -160,24 +182,132 @@ def test_up_never_clips_and_is_the_smallest_that_does_not() -> None:
     assert (NVFP4.decode_scale(bits[lower] - 1) < wanted[lower]).all()
 
 
-@pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
-def test_groups_and_tensors_of_zeros_are_zeros(fmt: Format) -> None:
+# ---------------------------------------------------------------- laws of every rule
+
+
+def layer() -> torch.Tensor:
+    """Rows of sizes six orders of magnitude apart, heavy tails within them, some groups zero."""
+    w = torch.randn(24, 128) * torch.exp(torch.randn(24, 128)) * torch.logspace(-3, 3, 24)[:, None]
+    w[3], w[5, 32:96] = 0, 0
+    return w
+
+
+def errors(w: torch.Tensor, scales: Scales, importance: torch.Tensor | None) -> torch.Tensor:
+    """The weighted squared error of every group."""
+    weights = (
+        None if importance is None else importance.unflatten(0, (-1, scales.format.group_size))
+    )
+    return squared_error(group(w, scales.format), scales.format, scales.step(), weights)
+
+
+@rules
+def test_bytes_are_legal_for_any_finite_numbers(fmt: Format, rule: str) -> None:
+    """F11, F13: neither zero nor NaN, at the ends of float32 and between."""
+    sizes = (0.0, 1e-45, 1e-38, 1e-20, 1.0, 448.00003, 1e20, 3.4e38)
+    whole = torch.cat([torch.rand(2, 64).sub(0.5) * 2 * size for size in sizes])
+    highest = 0x7E if fmt.has_global_scale else 254
+    for w in (layer(), whole, *whole.split(2)):
+        bits = Grid(fmt, fmt.global_scale(w.abs().amax()), rule).scales(w).bits
+        assert bits.dtype == torch.uint8
+        assert bits.min() >= 1 and bits.max() <= highest
+
+
+@rules
+def test_numbers_and_importance_are_not_modified(fmt: Format, rule: str) -> None:
+    w, importance = layer(), torch.rand(128)
+    before = w.clone(), importance.clone()
+    Grid(fmt, fmt.global_scale(w.abs().amax()), rule).scales(w, importance)
+    assert torch.equal(w, before[0]) and torch.equal(importance, before[1])
+
+
+@rules
+@pytest.mark.parametrize("power", [-20, 3])
+def test_powers_of_two_move_exponents_and_no_code(fmt: Format, rule: str, power: int) -> None:
+    """They go into E8M0 bytes or, where there is one, into the global scale."""
+    w = torch.randn(16, 64)
+    one, other = (
+        round_to(x, Grid(fmt, fmt.global_scale(x.abs().amax()), rule).scales(x))
+        for x in (w, w * 2.0**power)
+    )
+    assert torch.equal(one.codes, other.codes)
+    shift = 0 if fmt.has_global_scale else power
+    assert torch.equal(one.scales.bits.int() + shift, other.scales.bits.int())
+    assert torch.equal(other.dequantize(), one.dequantize() * 2.0**power)
+
+
+@rules
+def test_signs_do_not_matter(fmt: Format, rule: str) -> None:
+    """F3: elements are symmetric."""
+    w = layer()
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    one, other = (round_to(x, grid.scales(x)) for x in (w, -w))
+    assert torch.equal(one.scales.bits, other.scales.bits)
+    assert torch.equal(one.dequantize(), -other.dequantize())
+
+
+@rules
+def test_rows_and_groups_are_independent(fmt: Format, rule: str) -> None:
+    """G25: a row in another order, or a group alone, has the same byte."""
+    w, order = layer(), torch.randperm(24)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    bits = grid.scales(w).bits
+    assert torch.equal(grid.scales(w[order]).bits, bits[order])
+    assert torch.equal(grid.scales(w[7:9]).bits, bits[7:9])
+    alone = [grid.scales(columns).bits for columns in w.split(fmt.group_size, dim=1)]
+    assert torch.equal(torch.cat(alone, 1), bits)
+
+
+@rules
+def test_importance_counts_in_searches_alone_and_its_size_never(fmt: Format, rule: str) -> None:
+    w = layer()
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    plain = grid.scales(w).bits
+    assert torch.equal(grid.scales(w, torch.ones(128)).bits, plain)
+    importance = torch.exp(3 * torch.randn(128))
+    weighted = grid.scales(w, importance).bits
+    assert torch.equal(grid.scales(w, 16 * importance).bits, weighted)
+    if rule not in SEARCHES:
+        assert torch.equal(weighted, plain)
+
+
+@searches
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_search_is_never_worse_than_absmax(fmt: Format, rule: str, weighted: bool) -> None:
+    """In no group, by the error that it was told to weigh."""
+    w, importance = layer(), torch.exp(3 * torch.randn(128)) if weighted else None
+    t = fmt.global_scale(w.abs().amax())
+    searched, absmax = (
+        errors(w, Grid(fmt, t, which).scales(w, importance), importance)
+        for which in (rule, "absmax")
+    )
+    assert (searched <= absmax).all()
+
+
+@plain_rules
+def test_larger_numbers_never_have_a_smaller_scale(fmt: Format, rule: str) -> None:
+    """Where there is no search, which may put a larger number on a lower code."""
+    amax = torch.logspace(-30, 30, 10_001).sort().values
+    bits = scale_bytes(amax, fmt, fmt.global_scale(torch.tensor(1.0)), rule)
+    assert (bits.int().diff() >= 0).all()
+
+
+@rules
+def test_groups_and_tensors_of_zeros_are_zeros(fmt: Format, rule: str) -> None:
     """F19."""
     for w in (torch.zeros(2, 64), torch.cat((torch.zeros(1, 64), torch.randn(1, 64)))):
-        grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "mse")
+        grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
         quantized = round_to(w, grid.scales(w))
         assert (quantized.codes[0] == 0).all()
         assert (quantized.scales.bits[0] == 1).all()
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, MXINT4], ids=lambda f: f.name)
-@pytest.mark.parametrize("power", [-20, 3])
-def test_scaling_by_a_power_of_two_moves_exponents_and_no_code(fmt: Format, power: int) -> None:
-    w = torch.randn(16, 64)
-    for rule in ("ceil", "ocp", "theta", "mse"):
-        one, other = (round_to(x, Grid(fmt, ONE, rule).scales(x)) for x in (w, w * 2.0**power))
-        assert torch.equal(one.codes, other.codes)
-        assert torch.equal(one.scales.bits.int() + power, other.scales.bits.int())
+@missing_rules
+def test_a_rule_that_the_scales_do_not_have_is_refused(fmt: Format, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"{rule}.*{fmt.name} has"):
+        Grid(fmt, ONE, rule).scales(torch.randn(2, 64))
+
+
+# ---------------------------------------------------------------- rounding, and the rest
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVINT4], ids=lambda f: f.name)
@@ -195,14 +325,6 @@ def test_rounding_errs_by_at_most_half_a_local_gap(fmt: Format) -> None:
     assert ((z - fmt.element.decode(quantized.codes)).abs() <= gap / 2 * (1 + 1e-6)).all()
 
 
-def test_permuting_rows_commutes_with_quantization() -> None:
-    w, order = torch.randn(16, 64), torch.randperm(16)
-    grid = Grid(NVFP4, NVFP4.global_scale(w.abs().amax()), "mse")
-    assert torch.equal(
-        round_to(w[order], grid.scales(w[order])).codes, round_to(w, grid.scales(w)).codes[order]
-    )
-
-
 def test_alternating_scales_never_raise_the_error() -> None:
     w = torch.randn(64, 128) * torch.exp(torch.randn(64, 128))
     for fmt in (NVFP4, NVINT4):
@@ -214,12 +336,6 @@ def test_alternating_scales_never_raise_the_error() -> None:
         assert after <= before
         assert torch.equal(1 / (1 / refitted.global_scale), refitted.global_scale)
     assert math.isclose(float(alternate(w, Grid(MXFP4, ONE, "mse")).global_scale), 1)
-
-
-@pytest.mark.parametrize(("fmt", "rule"), [(MXFP4, "up"), (NVFP4, "ocp"), (NVFP4, "theta")])
-def test_a_rule_that_the_scales_do_not_have_is_refused(fmt: Format, rule: str) -> None:
-    with pytest.raises(ValueError, match=rule):
-        Grid(fmt, ONE, rule).scales(torch.randn(2, 64))
 
 
 def test_ragged_columns_are_refused_with_the_remedy() -> None:

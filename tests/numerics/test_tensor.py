@@ -10,7 +10,7 @@ from ptq.numerics.tensor import QuantizedTensor, Scales, pack, unpack
 
 
 def test_golden_bytes() -> None:
-    """Section 7.1: the even column in the low nibble; zeros are +0."""
+    """F22, F4: the even column in the low nibble; zeros are +0."""
     row = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]])
     assert pack(NVFP4.element.encode(row), NVFP4).tolist() == [
         [0x10, 0x32, 0x54, 0x76, 0x90, 0xBA, 0xDC, 0xFE]
