@@ -180,3 +180,244 @@ def test_up_never_clips_and_is_the_smallest_that_does_not() -> None:
     assert (NVFP4.decode_scale(bits) >= wanted).logical_or(bits == 0x7E).all()
     lower = bits > 1
     assert (NVFP4.decode_scale(bits[lower] - 1) < wanted[lower]).all()
+
+
+# ---------------------------------------------------------------- laws of every rule
+
+
+def layer() -> torch.Tensor:
+    """Rows of sizes six orders of magnitude apart, heavy tails within them, some groups zero."""
+    w = torch.randn(24, 128) * torch.exp(torch.randn(24, 128)) * torch.logspace(-3, 3, 24)[:, None]
+    w[3], w[5, 32:96] = 0, 0
+    return w
+
+
+def errors(w: torch.Tensor, scales: Scales, importance: torch.Tensor | None) -> torch.Tensor:
+    """The weighted squared error of every group."""
+    weights = (
+        None if importance is None else importance.unflatten(0, (-1, scales.format.group_size))
+    )
+    return squared_error(group(w, scales.format), scales.format, scales.step(), weights)
+
+
+@rules
+def test_bytes_are_legal_for_any_finite_numbers(fmt: Format, rule: str) -> None:
+    """F11, F13: neither zero nor NaN, at the ends of float32 and between."""
+    sizes = (0.0, 1e-45, 1e-38, 1e-20, 1.0, 448.00003, 1e20, 3.4e38)
+    whole = torch.cat([torch.rand(2, 64).sub(0.5) * 2 * size for size in sizes])
+    highest = 0x7E if fmt.has_global_scale else 254
+    for w in (layer(), whole, *whole.split(2)):
+        bits = Grid(fmt, fmt.global_scale(w.abs().amax()), rule).scales(w).bits
+        assert bits.dtype == torch.uint8
+        assert bits.min() >= 1 and bits.max() <= highest
+
+
+@rules
+def test_numbers_and_importance_are_not_modified(fmt: Format, rule: str) -> None:
+    w, importance = layer(), torch.rand(128)
+    before = w.clone(), importance.clone()
+    Grid(fmt, fmt.global_scale(w.abs().amax()), rule).scales(w, importance)
+    assert torch.equal(w, before[0]) and torch.equal(importance, before[1])
+
+
+@rules
+@pytest.mark.parametrize("power", [-20, 3])
+def test_powers_of_two_move_exponents_and_no_code(fmt: Format, rule: str, power: int) -> None:
+    """They go into E8M0 bytes or, where there is one, into the global scale."""
+    w = torch.randn(16, 64)
+    one, other = (
+        round_to(x, Grid(fmt, fmt.global_scale(x.abs().amax()), rule).scales(x))
+        for x in (w, w * 2.0**power)
+    )
+    assert torch.equal(one.codes, other.codes)
+    shift = 0 if fmt.has_global_scale else power
+    assert torch.equal(one.scales.bits.int() + shift, other.scales.bits.int())
+    assert torch.equal(other.dequantize(), one.dequantize() * 2.0**power)
+
+
+@rules
+def test_signs_do_not_matter(fmt: Format, rule: str) -> None:
+    """F3: elements are symmetric."""
+    w = layer()
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    one, other = (round_to(x, grid.scales(x)) for x in (w, -w))
+    assert torch.equal(one.scales.bits, other.scales.bits)
+    assert torch.equal(one.dequantize(), -other.dequantize())
+
+
+@rules
+def test_rows_and_groups_are_independent(fmt: Format, rule: str) -> None:
+    """G25: a row in another order, or a group alone, has the same byte."""
+    w, order = layer(), torch.randperm(24)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    bits = grid.scales(w).bits
+    assert torch.equal(grid.scales(w[order]).bits, bits[order])
+    assert torch.equal(grid.scales(w[7:9]).bits, bits[7:9])
+    alone = [grid.scales(columns).bits for columns in w.split(fmt.group_size, dim=1)]
+    assert torch.equal(torch.cat(alone, 1), bits)
+
+
+@rules
+def test_importance_counts_in_searches_alone_and_its_size_never(fmt: Format, rule: str) -> None:
+    w = layer()
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+    plain = grid.scales(w).bits
+    assert torch.equal(grid.scales(w, torch.ones(128)).bits, plain)
+    importance = torch.exp(3 * torch.randn(128))
+    weighted = grid.scales(w, importance).bits
+    assert torch.equal(grid.scales(w, 16 * importance).bits, weighted)
+    if rule not in SEARCHES:
+        assert torch.equal(weighted, plain)
+
+
+@searches
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_search_is_never_worse_than_absmax(fmt: Format, rule: str, weighted: bool) -> None:
+    """In no group, by the error that it was told to weigh."""
+    w, importance = layer(), torch.exp(3 * torch.randn(128)) if weighted else None
+    t = fmt.global_scale(w.abs().amax())
+    searched, absmax = (
+        errors(w, Grid(fmt, t, which).scales(w, importance), importance)
+        for which in (rule, "absmax")
+    )
+    assert (searched <= absmax).all()
+
+
+@plain_rules
+def test_larger_numbers_never_have_a_smaller_scale(fmt: Format, rule: str) -> None:
+    """Where there is no search, which may put a larger number on a lower code."""
+    amax = torch.logspace(-30, 30, 10_001).sort().values
+    bits = scale_bytes(amax, fmt, fmt.global_scale(torch.tensor(1.0)), rule)
+    assert (bits.int().diff() >= 0).all()
+
+
+@rules
+def test_groups_and_tensors_of_zeros_are_zeros(fmt: Format, rule: str) -> None:
+    """F19."""
+    for w in (torch.zeros(2, 64), torch.cat((torch.zeros(1, 64), torch.randn(1, 64)))):
+        grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
+        quantized = round_to(w, grid.scales(w))
+        assert (quantized.codes[0] == 0).all()
+        assert (quantized.scales.bits[0] == 1).all()
+
+
+@missing_rules
+def test_a_rule_that_the_scales_do_not_have_is_refused(fmt: Format, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"{rule}.*{fmt.name} has"):
+        Grid(fmt, ONE, rule).scales(torch.randn(2, 64))
+
+
+# ---------------------------------------------------------------- rounding, and the rest
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVINT4], ids=lambda f: f.name)
+def test_rounding_errs_by_at_most_half_a_local_gap(fmt: Format) -> None:
+    w = torch.randn(32, 64)
+    quantized = round_to(
+        w, Grid(fmt, fmt.global_scale(w.abs().amax()), "ceil" if fmt is MXFP4 else "up").scales(w)
+    )
+    z = (group(w, fmt) / quantized.scales.step().unsqueeze(-1)).flatten(1)
+    gap = (
+        torch.where(z.abs() < 2, 0.5, torch.where(z.abs() < 4, 1.0, 2.0))
+        if fmt.element.name == "e2m1"
+        else torch.ones_like(z)
+    )
+    assert ((z - fmt.element.decode(quantized.codes)).abs() <= gap / 2 * (1 + 1e-6)).all()
+
+
+def test_alternating_scales_never_raise_the_error() -> None:
+    w = torch.randn(64, 128) * torch.exp(torch.randn(64, 128))
+    for fmt in (NVFP4, NVINT4):
+        grid = Grid(fmt, fmt.global_scale(w.abs().amax(), 1.3), "absmax")
+        refitted = alternate(w, grid)
+        before, after = (
+            (w - round_to(w, g.scales(w)).dequantize()).square().sum() for g in (grid, refitted)
+        )
+        assert after <= before
+        assert torch.equal(1 / (1 / refitted.global_scale), refitted.global_scale)
+    assert math.isclose(float(alternate(w, Grid(MXFP4, ONE, "mse")).global_scale), 1)
+
+
+def test_ragged_columns_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"172 input features .* group size 32 .*--ignore"):
+        Grid(MXFP4, ONE, "mse").scales(torch.randn(2, 172))
+
+
+# ---------------------------------------------------------------- laws of every rule
+
+
+def pairs() -> list[tuple[str, Format]]:
+    """Every rule with every format whose scales it chooses."""
+    amax, one = torch.ones(1, 1), torch.ones(())
+
+    def serves(rule: str, fmt: Format) -> bool:
+        try:
+            RULES[rule](amax.expand(1, 1, fmt.group_size), fmt, one, None)
+        except ValueError:
+            return False
+        return True
+
+    return [(rule, fmt) for rule in RULES for fmt in FORMATS.values() if serves(rule, fmt)]
+
+
+every_pair = pytest.mark.parametrize(
+    ("rule", "fmt"), [pytest.param(r, f, id=f"{r}-{f.name}") for r, f in pairs()]
+)
+
+
+def some_groups(fmt: Format) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    spread = torch.exp(torch.randn(6, 9, 1, generator=generator))
+    return torch.randn(6, 9, fmt.group_size, generator=generator) * spread
+
+
+@every_pair
+def test_a_rule_gives_bytes_that_can_be_stored_and_modifies_nothing(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    groups[2, 3] = 0  # F19
+    before, t = groups.clone(), fmt.global_scale(groups.abs().amax())
+    bits = RULES[rule](groups, fmt, t, None)
+    assert bits.dtype == torch.uint8 and bits.shape == groups.shape[:2]
+    scales = fmt.decode_scale(bits)
+    assert bool((scales > 0).all() and scales.isfinite().all())
+    assert torch.equal(groups, before)
+
+
+@every_pair
+def test_groups_do_not_see_one_another(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    whole = RULES[rule](groups, fmt, t, None)
+    assert torch.equal(RULES[rule](groups[1:4, ::2], fmt, t, None), whole[1:4, ::2])
+
+
+@every_pair
+def test_equal_importance_is_none(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    ones = torch.ones(groups.shape[1:])
+    assert torch.equal(RULES[rule](groups, fmt, t, ones), RULES[rule](groups, fmt, t, None))
+
+
+@every_pair
+def test_a_power_of_two_passes_through(rule: str, fmt: Format) -> None:
+    """Through the bytes of E8M0 scales, or through the global scale of E4M3 ones."""
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    once = RULES[rule](groups, fmt, t, None)
+    if fmt.has_global_scale:
+        assert torch.equal(RULES[rule](4 * groups, fmt, 4 * t, None), once)
+    else:
+        assert torch.equal(RULES[rule](4 * groups, fmt, t, None), once + 2)
+
+
+@pytest.mark.parametrize("rule", ["mse", "four_six"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
+def test_a_search_is_never_worse_than_absmax(rule: str, fmt: Format) -> None:
+    groups = some_groups(fmt)
+    t = fmt.global_scale(groups.abs().amax())
+    losses = [
+        squared_error(groups, fmt, fmt.decode_scale(RULES[r](groups, fmt, t, None)) * t, None)
+        for r in (rule, "absmax")
+    ]
+    assert bool((losses[0] <= losses[1]).all())
