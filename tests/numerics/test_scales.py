@@ -22,24 +22,14 @@ from ptq.numerics.scales import (
 from ptq.numerics.tensor import Scales, group
 
 ONE = torch.ones(())
+# Searches look at the numbers and weigh their errors; every other rule looks at the largest alone.
+SEARCHES = ("mse", "four_six")
+# Rules that only one kind of scale has; the others have a meaning for both.
+FOR_E8M0, FOR_E4M3 = ("ceil", "ocp", "theta", "round"), ("up",)
 
 
 def exists(fmt: Format, rule: str) -> bool:
-    """Whether the scales of the format have this rule."""
-    try:
-        RULES[rule](torch.ones(1, 1, fmt.group_size), fmt, ONE, None)
-    except ValueError:
-        return False
-    return True
-
-
-def searches(fmt: Format, rule: str) -> bool:
-    """Whether the rule weighs errors of numbers; others look at the largest magnitude alone."""
-    generator = torch.Generator().manual_seed(5)
-    groups = torch.randn(200, 1, fmt.group_size, generator=generator)
-    importance = torch.exp(5 * torch.randn(1, fmt.group_size, generator=generator))
-    t = fmt.global_scale(groups.abs().amax())
-    return not torch.equal(*(RULES[rule](groups, fmt, t, w) for w in (None, importance)))
+    return rule not in (FOR_E8M0 if fmt.has_global_scale else FOR_E4M3)
 
 
 def pairs(keep: Callable[[Format, str], bool]) -> pytest.MarkDecorator:
@@ -50,10 +40,9 @@ def pairs(keep: Callable[[Format, str], bool]) -> pytest.MarkDecorator:
 
 
 rules = pairs(exists)
-searching = pairs(lambda fmt, rule: exists(fmt, rule) and searches(fmt, rule))
-plain = pairs(lambda fmt, rule: exists(fmt, rule) and not searches(fmt, rule))
-missing = pairs(lambda fmt, rule: not exists(fmt, rule))
-
+searches = pairs(lambda fmt, rule: exists(fmt, rule) and rule in SEARCHES)
+plain_rules = pairs(lambda fmt, rule: exists(fmt, rule) and rule not in SEARCHES)
+missing_rules = pairs(lambda fmt, rule: not exists(fmt, rule))
 # amax: (k, resulting code value of amax itself) for MXFP4 ceil, ocp, theta and MXINT4 ceil, ocp,
 # theta (F30)
 E8M0_VECTORS = {
@@ -269,16 +258,19 @@ def test_rows_and_groups_are_independent(fmt: Format, rule: str) -> None:
 
 
 @rules
-def test_only_ratios_of_importance_count(fmt: Format, rule: str) -> None:
+def test_importance_counts_in_searches_alone_and_its_size_never(fmt: Format, rule: str) -> None:
     w = layer()
     grid = Grid(fmt, fmt.global_scale(w.abs().amax()), rule)
-    assert torch.equal(grid.scales(w, torch.ones(128)).bits, grid.scales(w).bits)
+    plain = grid.scales(w).bits
+    assert torch.equal(grid.scales(w, torch.ones(128)).bits, plain)
     importance = torch.exp(3 * torch.randn(128))
     weighted = grid.scales(w, importance).bits
     assert torch.equal(grid.scales(w, 16 * importance).bits, weighted)
+    if rule not in SEARCHES:
+        assert torch.equal(weighted, plain)
 
 
-@searching
+@searches
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_search_is_never_worse_than_absmax(fmt: Format, rule: str, weighted: bool) -> None:
     """In no group, by the error that it was told to weigh."""
@@ -291,17 +283,7 @@ def test_a_search_is_never_worse_than_absmax(fmt: Format, rule: str, weighted: b
     assert (searched <= absmax).all()
 
 
-def test_what_searches_and_what_does_not() -> None:
-    for fmt in FORMATS.values():
-        found = {rule for rule in RULES if exists(fmt, rule)}
-        assert found >= {"absmax", "mse", "four_six"} | (
-            {"up"} if fmt.has_global_scale else {"ceil", "ocp", "theta", "round"}
-        )
-        assert not searches(fmt, "absmax")
-    assert searches(NVFP4, "mse") and searches(NVFP4, "four_six") and searches(MXFP4, "mse")
-
-
-@plain
+@plain_rules
 def test_larger_numbers_never_have_a_smaller_scale(fmt: Format, rule: str) -> None:
     """Where there is no search, which may put a larger number on a lower code."""
     amax = torch.logspace(-30, 30, 10_001).sort().values
@@ -319,7 +301,7 @@ def test_groups_and_tensors_of_zeros_are_zeros(fmt: Format, rule: str) -> None:
         assert (quantized.scales.bits[0] == 1).all()
 
 
-@missing
+@missing_rules
 def test_a_rule_that_the_scales_do_not_have_is_refused(fmt: Format, rule: str) -> None:
     with pytest.raises(ValueError, match=f"{rule}.*{fmt.name} has"):
         Grid(fmt, ONE, rule).scales(torch.randn(2, 64))
