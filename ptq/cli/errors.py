@@ -2,7 +2,7 @@
 is told on stderr.
 
 Exit codes: 0 done; 1 an error in the program; 2 what the user can put right, in one line on stderr;
-130 interrupted. Without ``--debug`` the libraries' own chatter is off.
+128 + n ended by signal n. Without ``--debug`` the libraries' own chatter is off.
 """
 
 import functools
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, red if that is a terminal, and the end of the program."""
@@ -30,7 +32,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """``command``, with what users can put right told in one line: ValueError, OSError, memory,
-    Ctrl-C."""
+    Ctrl-C and other requests to end."""
 
     @functools.wraps(command)
     def run(*args, **options) -> None:
@@ -46,7 +48,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 if interrupts or isinstance(error, KeyboardInterrupt):
                     kept = options.get("out") and Path(f"{options['out']}.partial").is_dir()
                     then = "; the same command continues after the finished blocks" if kept else ""
-                    fail("interrupted" + then, 130)
+                    number = interrupts[0] if interrupts else signal.SIGINT
+                    fail("interrupted" + then, 128 + number)
                 if not isinstance(error, (ValueError, OSError, MemoryError)) and not out_of_memory(
                     error
                 ):
@@ -60,23 +63,24 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def listening() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt, as always, and is noted: libraries turn some into errors of
-    their own."""
+    """Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, so that files are closed and removed on
+    the way out, and are noted: libraries turn some into errors of their own."""
     interrupts: list[int] = []
 
     def interrupt(number: int, frame: object) -> NoReturn:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:  # ignored, or somebody else's
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    usual = {number: signal.getsignal(number) for number in SIGNALS}
+    # what is ignored (nohup), or somebody else's, stays so
+    ours = {n: h for n, h in usual.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -667,7 +667,9 @@ def deep_llama(make_tiny_model: Callable[..., Path]) -> Path:
     return make_tiny_model("llama", num_hidden_layers=24)
 
 
-def interrupted(deep_llama: Path, tiny_text: Path, out: Path, number: int) -> subprocess.Popen[str]:
+def interrupted(
+    deep_llama: Path, tiny_text: Path, out: Path, number: int, *more: str
+) -> subprocess.Popen[str]:
     """A run that got ``number`` as soon as it had started to write."""
     options = ["--calibration", str(tiny_text), "--samples", "64", "--seq-len", "128"]
     command = [
@@ -686,7 +688,7 @@ def interrupted(deep_llama: Path, tiny_text: Path, out: Path, number: int) -> su
     # respects that
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    run = subprocess.Popen([*command, *options], text=True, preexec_fn=listen, **pipes)
+    run = subprocess.Popen([*command, *options, *more], text=True, preexec_fn=listen, **pipes)
     limit = time.monotonic() + 120
     while (
         not out.with_name(out.name + ".partial").exists()
@@ -698,14 +700,22 @@ def interrupted(deep_llama: Path, tiny_text: Path, out: Path, number: int) -> su
     return run
 
 
-def test_ctrl_c_is_one_line_and_leaves_no_checkpoint(
-    deep_llama: Path, tiny_text: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_is_one_line_and_leaves_no_checkpoint(
+    deep_llama: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    run = interrupted(deep_llama, tiny_text, tmp_path / "q", signal.SIGINT)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    run = interrupted(deep_llama, tiny_text, tmp_path / "q", number, "--activations", "disk")
     out, err = run.communicate(timeout=120)
-    assert run.returncode == 130 and out == ""
+    assert run.returncode == 128 + number and out == ""
     assert err.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in err
     assert not (tmp_path / "q").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
