@@ -46,17 +46,6 @@ TESTED_ELSEWHERE = {
     "model/source": "a Protocol: by its two classes",
     "checkpoint/dialect": "a record: by every dialect",
     "checkpoint/dialects": "a table: by the reader and the choice",
-    "checkpoint/model_card": "by the writer's checkpoints",
-    "checkpoint/progress_file": "by the writer, interrupted everywhere",
-    "checkpoint/shards": "by the writer's files",
-    "pipeline/tasks": "by runs",
-    "pipeline/balancing": "by runs, tests/calib/test_balance.py",
-    "pipeline/blocks_on_disk": "by interrupted runs",
-    "pipeline/emulated_inputs": "by runs of W4A4",
-    "bench/shapes": "by the layers that are timed",
-    "bench/speed_report": "by the layers that are timed",
-    "cli/options": "by the commands",
-    "cli/errors": "by the commands",
 }
 # Test files of no module of their name.
 WITHOUT_MODULE = {"kernels/test_on_gpu", "checkpoint/test_golden"}

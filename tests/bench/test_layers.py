@@ -9,29 +9,11 @@ import torch
 
 from ptq.bench import layers as benchmark
 from ptq.bench import shapes, speed_report
-from ptq.bench.layers import GPUS, Limits, Measurement, Plan
+from ptq.bench.layers import GPUS, Measurement, Plan
 from ptq.numerics.formats import FORMATS
 
 CPU = torch.device("cpu")
 NO_LIMITS = benchmark.measured_limits(CPU)
-
-
-def plan(model: str = "llama-3.1-8b", **choices) -> Plan:
-    return Plan(model=model, layers=shapes.block_layers(model), **choices)
-
-
-# ---------------------------------------------------------------- shapes
-
-
-def test_shapes_are_those_of_the_models() -> None:
-    """The layers that users serve."""
-    assert shapes.block_layers("llama-3.1-8b") == (
-        ("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336),
-    )  # fmt: skip
-    assert shapes.block_layers("llama-3.1-70b") == (
-        ("qkv", 10240, 8192), ("o", 8192, 8192), ("gate_up", 57344, 8192), ("down", 8192, 28672),
-    )  # fmt: skip
-    assert shapes.block_layers("qwen3-32b")[1] == ("o", 5120, 8192)
 
 
 SIZES = {
@@ -40,54 +22,10 @@ SIZES = {
     "num_key_value_heads": 2,
     "intermediate_size": 128,
 }
-LAYERS = (("qkv", 128, 64), ("o", 64, 64), ("gate_up", 256, 64), ("down", 64, 128))
-EXPERT_LAYERS = (*LAYERS[:2], ("expert gate_up", 64, 64), ("expert down", 64, 32))
 
 
-@pytest.mark.parametrize(
-    ("config", "layers"),
-    [
-        (SIZES, LAYERS),
-        ({**SIZES, "num_key_value_heads": None}, (("qkv", 192, 64), *LAYERS[1:])),
-        ({**SIZES, "head_dim": 32}, (("qkv", 256, 64), ("o", 64, 128), *LAYERS[2:])),
-        ({"hidden_size": 7, "text_config": SIZES}, LAYERS),
-        ({"thinker_config": {"text_config": SIZES}}, LAYERS),
-        ({**SIZES, "num_experts": 4, "moe_intermediate_size": 32}, EXPERT_LAYERS),
-        ({**SIZES, "num_local_experts": 4, "intermediate_size": 32}, EXPERT_LAYERS),
-    ],
-    ids=[
-        "plain",
-        "no grouped keys",
-        "head size",
-        "text_config",
-        "thinker_config",
-        "experts",
-        "Mixtral",
-    ],
-)
-def test_shapes_of_a_config(
-    tmp_path: Path, config: dict[str, object], layers: tuple[shapes.Layer, ...]
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert shapes.block_layers(str(tmp_path)) == layers
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("{}", "hidden_size is None"),
-        ("{", "not JSON"),
-        ("[]", "not a model configuration"),
-        (json.dumps({**SIZES, "intermediate_size": "wide"}), "intermediate_size is 'wide'"),
-        (json.dumps({**SIZES, "kv_lora_rank": 512}), "compresses keys and values"),
-    ],
-)
-def test_a_config_without_such_shapes_is_an_error(
-    tmp_path: Path, config: str, message: str
-) -> None:
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=message):
-        shapes.block_layers(str(tmp_path))
+def plan(model: str = "llama-3.1-8b", **choices) -> Plan:
+    return Plan(model=model, layers=shapes.block_layers(model), **choices)
 
 
 # ---------------------------------------------------------------- rooflines
@@ -202,37 +140,6 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     benchmark.append(tmp_path / "new" / "runs.jsonl", found[:3])
     benchmark.append(tmp_path / "new" / "runs.jsonl", found[3:])
     assert benchmark.read(tmp_path / "new" / "runs.jsonl") == found
-
-
-def test_markdown_says_what_is_predicted_and_of_what() -> None:
-    found = list(benchmark.predict(plan(tokens=[1], formats=["nvfp4"]), GPUS["h200"]))
-    text = speed_report.markdown(found, GPUS["h200"])
-    assert text.startswith(
-        "**Predicted, not measured**: the roofline of H200, copy 4.30 TB/s, bf16 790 TFLOP/s"
-    )
-    assert "### llama-3.1-8b, predicted" in text and "fp8 assumed" in text
-    assert "| gate_up | 1 | nvfp4 | w4a16 | 15.4 | 4.30 | 15.3 | 100 % copy | 3.55 |" in text
-
-
-def test_measurements_have_a_spread_and_a_share_of_what_was_measured() -> None:
-    limits = Limits(name="a GPU", bandwidth=4e12, bf16=8e14, source="measured in this run")
-    timed = [("bf16", [1e-4, 2e-4, 3e-4, 4e-4, 9e-4]), ("w4a16", [1e-4]), ("rotate", [1e-5])]
-    found = [
-        benchmark._measurement(
-            plan(), "o", (1, 4096, 4096), backend, FORMATS["nvfp4"], seconds, limits
-        )
-        for backend, seconds in timed
-    ]
-    text = speed_report.markdown(found, limits)
-    assert text.startswith(
-        "Measured on a GPU: copy 4.00 TB/s, bf16 800 TFLOP/s (measured in this run); ptq "
-    )
-    assert "redicted" not in text
-    assert "| o | 1 | – | bf16 | 300.0 | 200.0–900.0 | 0.112 | 0.112 | 3 % copy | 1.00 |" in text
-    assert (
-        "| o | 1 | nvfp4 | w4a16 | 100.0 | 100.0–100.0 | 0.0945 | 0.336 | 2 % copy | 3.00 |" in text
-    )
-    assert text.rstrip().endswith("| – |"), "a rotation alone is not compared with a product"
 
 
 def test_a_sum_names_the_expert_that_it_counts(tmp_path: Path) -> None:

@@ -410,20 +410,3 @@ def test_a_dialect_that_cannot_carry_the_result_is_refused_at_the_end_too(tmp_pa
         run(tmp_path / "out", fmt="mxint4", dialect="compressed-tensors")
     assert not (tmp_path / "out").exists()
     assert run(tmp_path / "out", fmt="mxint4", dialect="auto") == []  # and nothing was lost
-
-
-def test_the_card_names_engines_and_the_import(tmp_path):
-    run(tmp_path / "ours", fmt="nvint4", dialect="ptq")
-    text = (tmp_path / "ours" / "README.md").read_text()
-    assert (
-        text.index("import ptq.hf") < text.index("from transformers")
-        and "randomly initialised" in text
-    )
-    run(tmp_path / "ct", dialect="compressed-tensors")
-    text = (tmp_path / "ct" / "README.md").read_text()
-    assert (
-        "vLLM" in text
-        and "SGLang" in text
-        and "import ptq.hf" not in text
-        and "base_model: some/model" in text
-    )

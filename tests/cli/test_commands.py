@@ -718,33 +718,6 @@ def test_a_request_to_end_is_one_line_and_leaves_no_checkpoint(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "instead", [ValueError("could not determine the shape"), RuntimeError("stack expects")]
-)
-def test_ctrl_c_that_a_library_turns_into_its_own_error_is_an_interruption(
-    instead: Exception, capfd
-):
-    """Measured: 11 % of the interrupts inside a safetensors read come out of torch as a
-    ValueError."""
-
-    @cli.guarded
-    def command(*, quiet: bool):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise instead from None
-
-    # a shell that starts the tests in the background lets them ignore SIGINT
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            command(quiet=True)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert stop.value.code == 130 and capfd.readouterr().err == "error: interrupted\n"
-
-
 def test_a_killed_run_leaves_no_checkpoint_and_can_be_repeated(
     ptq: Run, deep_llama: Path, tiny_text: Path, tmp_path: Path
 ):

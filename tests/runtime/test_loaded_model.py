@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq.cli.options import parse_device, parse_dtype
 from ptq.runtime.loaded_model import load_model, resolve_model, tokenize
 
 
@@ -22,17 +21,6 @@ def test_a_directory_is_itself(tiny_llama: Path):
 def test_what_is_nowhere_is_an_error(name: str):
     with pytest.raises(FileNotFoundError, match=name):
         resolve_model(name)
-
-
-def test_dtypes_and_devices_have_names():
-    assert parse_dtype(None) is None and parse_dtype("bfloat16") is torch.bfloat16
-    assert parse_device("cpu") == torch.device("cpu")
-    assert parse_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:x", "cpu:0:1", "mps"):
-        with pytest.raises(ValueError, match="unknown device"):
-            parse_device(name)
-    with pytest.raises(ValueError, match="float32, bfloat16, float16"):
-        parse_dtype("float64")
 
 
 def test_models_on_a_cpu_compute_in_float32(make_tiny_model: Callable[..., Path]):

@@ -1,0 +1,40 @@
+"""The model card says what a checkpoint is, who runs it, and how it is loaded."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.model_card import model_card
+from ptq.checkpoint.quantization_config import LayerInfo
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def card(dialect: str, layers: Mapping[str, LayerInfo], source: str = "some/model") -> str:
+    choice, recipe = Choice(dialect, "as asked"), {"balance": 0.25, "seed": 0}
+    return model_card(choice, layers, 1_500_000, recipe, {"source": source}, "a-model")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_card_is_markdown_with_front_matter(dialect: str) -> None:
+    text = card(dialect, {NAME: LayerInfo(format="nvfp4")})
+    assert text.startswith("---\nlibrary_name: transformers\n") and "base_model: some/model" in text
+    assert "| balance | strength 0.25, folded into the weights |" in text
+    assert "0.0015 GB, 1 quantized layers, 4.5 bits a weight in nvfp4" in text
+    assert "plugin of ptq" not in text  # there is none
+
+
+def test_a_local_source_is_no_base_model() -> None:
+    assert "base_model" not in card("ptq", {NAME: LayerInfo(format="nvfp4")}, "a-directory")
+
+
+def test_the_import_is_shown_where_a_load_without_it_is_wrong() -> None:
+    plain, rotated = LayerInfo(format="mxfp4"), LayerInfo(format="mxfp4", rotation=32)
+    ours = card("ptq", {NAME: plain})
+    assert ours.index("import ptq.hf") < ours.index("from transformers")
+    assert "randomly initialised" in ours
+    assert "import ptq.hf" not in card("compressed-tensors", {NAME: plain})
+    assert "import ptq.hf  # attaches the online" in card("compressed-tensors", {NAME: rotated})
+    assert "Do not use them" in card("compressed-tensors", {NAME: rotated})
