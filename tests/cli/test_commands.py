@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -684,9 +683,13 @@ def interrupted(
         "--out",
         str(out),
     ]
-    # a shell that starts the tests in the background lets its children ignore SIGINT, and Python
-    # respects that
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+    # a shell that starts the tests in the background, or nohup, lets its children ignore some
+    # signals, and we respect that
+    def listen() -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = subprocess.Popen([*command, *options, *more], text=True, preexec_fn=listen, **pipes)
     limit = time.monotonic() + 120
