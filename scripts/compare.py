@@ -74,6 +74,7 @@ def main() -> None:
                 )
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                 quantized = quantize_model(model, recipe=recipe, tokenizer=tokenizer, device="cpu")
+                assert isinstance(quantized, torch.nn.Module)
                 result = evaluate(
                     quantized,
                     tokens,

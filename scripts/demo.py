@@ -15,6 +15,7 @@ from rich.table import Table
 
 import ptq
 from ptq.cli import display
+from ptq.cli.options import parse_device
 from ptq.runtime import inspect as report
 from ptq.runtime import loaded_model as models
 from ptq.runtime.evaluate import Evaluation, evaluate
@@ -62,7 +63,7 @@ def quantize(name: str, options: argparse.Namespace) -> tuple[Path, float]:
 
 def measure(path: Path, original: models.Loaded, options: argparse.Namespace) -> Evaluation:
     """Perplexity, and divergence from the original, on held-out text."""
-    model = models.load_model(path, device=models.parse_device(None))
+    model = models.load_model(path, device=parse_device(None))
     tokens = models.tokenize(model, "builtin", original)
     with display.evaluating(quiet=options.quiet) as on_window:
         return evaluate(
@@ -121,7 +122,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--scheme", default="w4a4", choices=["w4a16", "w4a4"])
     parser.add_argument(
@@ -133,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    original = models.load_model("demo", device=models.parse_device(None))
+    original = models.load_model("demo", device=parse_device(None))
     rows = []
     for name in METHODS:
         path, seconds = quantize(name, options)

@@ -24,7 +24,7 @@ def probes(values: np.ndarray) -> np.ndarray:
     """Values, midpoints, the float32 neighbours of the midpoints, and numbers beyond the range."""
     values = np.unique(values.astype(np.float32))
     middle = ((values[1:] + values[:-1]) / 2).astype(np.float32)
-    beyond = np.float32([values[-1] * 1.01, values[0] * 1.01])
+    beyond = np.array([values[-1] * 1.01, values[0] * 1.01], dtype=np.float32)
     return np.concatenate(
         [
             values,
