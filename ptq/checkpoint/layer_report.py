@@ -18,7 +18,8 @@ class LayerReport:
     Attributes:
         name: of the layer; of the model's while a run goes on, of the checkpoint's on disk.
         rotation: inputs to a block of the rotation, 1 for none.
-        algorithm: whose codes were kept, a key of :data:`ptq.numerics.algorithms.ALGORITHMS`.
+        algorithm: whose codes were kept, a key of :data:`ptq.numerics.algorithms.ALGORITHMS`, with
+            ``+descent`` if coordinate descent refined them (GPTQ's are then still called ``gptq``).
         damping: share of the Hessian's mean diagonal that was added to it; 0 where it was not used.
         error, rtn_error: on the calibration tokens; of the result, and of round to nearest.
         held_out_error: on tokens kept aside; None if there were none.

@@ -124,7 +124,8 @@ def prepare(name: str, problem: Problem) -> Prepared:
 
 
 def _refined(prepared: Prepared, problem: Problem) -> Prepared:
-    hessian = damped(problem.hessian, prepared.damping or problem.damping).float()
+    damping = prepared.damping or problem.damping
+    hessian = damped(problem.hessian, damping).float()
 
     def solve(rows: Rows) -> QuantizedTensor:
         return coordinate_descent(
@@ -135,7 +136,6 @@ def _refined(prepared: Prepared, problem: Problem) -> Prepared:
             damped_hessian=hessian,
         )
 
-    # refined codes are not those of round to nearest any more; GPTQ keeps its name, as in reports
-    # written before
-    name = "rtn+descent" if prepared.name == "rtn" else prepared.name
-    return replace(prepared, name=name, solve=solve)
+    # GPTQ keeps its name, as in reports written before; nothing else may pass for what it is not
+    name = prepared.name if prepared.name == "gptq" else f"{prepared.name}+descent"
+    return replace(prepared, name=name, solve=solve, damping=damping)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.numerics.algorithms import ALGORITHMS, Problem, prepare
+from ptq.numerics.algorithms import ALGORITHMS, Prepared, Problem, prepare, prepare_rtn
 from ptq.numerics.errors import output_error, quadratic_form
 from ptq.numerics.factor import damped
 from ptq.numerics.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4, Format
@@ -108,6 +108,34 @@ def test_damping_is_raised_until_there_is_a_factor(problem) -> None:
     bad[0, 1] = bad[1, 0] = 1.02 * float((bad[0, 0] * bad[1, 1]).sqrt())
     prepared = prepare("gptq", make(w, bad, NVFP4, damping=1e-4))
     assert prepared.damping > 1e-4 and prepare("gptq", make(w, h, NVFP4)).damping == 0.01
+
+
+@algorithms
+def test_the_damping_of_the_descent_is_reported(name: str, problem) -> None:
+    """0 says that no Hessian was damped."""
+    w, _, h = problem
+    refined = prepare(name, make(w, h, NVFP4, damping=0.03, descent=1))
+    assert refined.damping == 0.03
+
+
+def test_a_new_row_is_called_once_and_refined_under_a_name_that_says_so(
+    problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, _, h = problem
+    seen: list[Problem] = []
+
+    def halved(problem: Problem) -> Prepared:
+        seen.append(problem)
+        return Prepared(name="halved", solve=lambda rows: prepare_rtn(problem).solve(rows / 2))
+
+    monkeypatch.setitem(ALGORITHMS, "halved", halved)
+    plain = prepare("halved", make(w, h, NVFP4))
+    assert plain.name == "halved" and len(seen) == 1
+    half = prepare("rtn", seen[0]).solve(w / 2)
+    assert torch.equal(plain.solve(w).codes, half.codes)
+    refined = prepare("halved", make(w, h, NVFP4, descent=4))
+    assert refined.name == "halved+descent" and len(seen) == 2
+    assert not torch.equal(refined.solve(w).codes, half.codes)
 
 
 def test_an_unknown_name_lists_the_table(problem) -> None:
