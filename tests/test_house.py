@@ -47,7 +47,6 @@ TESTED_ELSEWHERE = {
     "kernels/w4a4": "by the operator that launches it",
     "model/source": "a Protocol: by its two classes",
     "checkpoint/dialect": "a record: by every dialect",
-    "checkpoint/dialects": "a table: by the reader and the choice",
 }
 # Test files of no module of their name.
 WITHOUT_MODULE = {"kernels/test_on_gpu", "checkpoint/test_golden"}

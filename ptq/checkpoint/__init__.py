@@ -30,7 +30,8 @@ A quantized linear layer (out, in) with groups of g inputs has these tensors und
 - All other tensors are those of the source, under their names. Experts have one set of tensors
   each, under ``….experts.{e}.…``.
 
-``quantization_config`` is in one of two dialects: dialects.py (``ptq``) or compressed.py
-(``compressed-tensors``, which also stores NVINT4 differently). While a checkpoint is being written
-it lies in ``<name>.partial`` and is no model yet (writer.py).
+This is how the ``ptq`` dialect stores layers. ``quantization_config`` is in one of the dialects of
+:mod:`ptq.checkpoint.dialects`; what a dialect stores otherwise is said in its own file. While a
+checkpoint is being written it lies in ``<name>.partial`` and is no model yet
+(:mod:`ptq.checkpoint.writer`).
 """

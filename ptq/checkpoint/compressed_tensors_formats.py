@@ -158,8 +158,7 @@ REFUSALS = (
     Refusal(
         lambda layer: layer.rotated and layer.info.rotation not in SIZES,
         "engines rotate in blocks of {sizes}, not {layer.info.rotation}; choose one of those, or "
-        "use "
-        "dialect ptq",
+        "use dialect ptq",
     ),
     Refusal(
         lambda layer: layer.rotated and layer.info.bias and "vLLM" in layer.engines,
@@ -185,8 +184,7 @@ _NVFP4 = CtFormat(
                 layer.rotated and not layer.info.quantize_inputs and "vLLM" in layer.engines
             ),
             "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, "
-            "or "
-            "dialect ptq",
+            "or dialect ptq",
         ),
         Refusal(
             lambda layer: layer.expert and "transformers" in layer.engines,

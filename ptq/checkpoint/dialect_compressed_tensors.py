@@ -216,8 +216,7 @@ def ct_refusal(export: Export) -> str | None:
     if "transformers" in export.engines and export.dtype != "bfloat16":
         return (
             f"the dtype of the model is {export.dtype}, and other engines compute FP4 checkpoints "
-            "in "
-            "bfloat16"
+            "in bfloat16"
         )
     return None
 
@@ -236,8 +235,7 @@ def _fused_refusal(layers: Layers, scales: Tensors) -> str | None:
         if shared and any(not torch.equal(known[0], scale) for scale in known[1:]):
             return (
                 f"{', '.join(group)} are one matmul in engines, with two global scales; "
-                "requantize, "
-                "or use dialect ptq"
+                "requantize, or use dialect ptq"
             )
     return None
 

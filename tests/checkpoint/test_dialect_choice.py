@@ -12,8 +12,8 @@ Q, K, DOWN = (f"model.layers.0.{x}_proj" for x in ("self_attn.q", "self_attn.k",
 EXPERT = "model.layers.0.mlp.experts.7.down_proj"
 
 
-def one(name=DOWN, **given):
-    return {name: LayerInfo(**({"format": "nvfp4"} | given))}
+def one(name=DOWN, **facts):
+    return {name: LayerInfo(**({"format": "nvfp4"} | facts))}
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,14 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
     }
     arguments |= {"scale_dtype": "torch.float8_e4m3fn"}
     apply = {"targets": ["Linear"], "ignore": ["lm_head"]}
-    found = config(layers("nvfp4", 16, inputs=True))
-    assert found.pop("ptq") == {
+    written = config(layers("nvfp4", 16, inputs=True))
+    assert written.pop("ptq") == {
         "version": 1,
         "input_rule": "default",
         "recipe": {"r": 1},
         "provenance": {"p": 1},
     }
-    assert found == {
+    assert written == {
         "quant_method": "compressed-tensors",
         "version": "0.17.0",
         "quantization_status": "compressed",
@@ -90,28 +90,28 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
 )
 @pytest.mark.parametrize("rotation", [1, 16, 64])
 def test_what_is_read_is_what_was_written(fmt, rotation, inputs):
-    made = layers(fmt, rotation, inputs)
-    parsed = parse_ct(config(made))
-    assert {name: parsed.layer(name, bias=False) for name in made} == made
+    infos = layers(fmt, rotation, inputs)
+    parsed = parse_ct(config(infos))
+    assert {name: parsed.layer(name, bias=False) for name in infos} == infos
     assert parsed.recipe == {"r": 1} and parsed.provenance == {"p": 1} and parsed.ignores("lm_head")
 
 
 def test_unrotated_layers_are_ignored_by_the_transform_and_not_by_the_quantizer():
-    made = {n: i if "mlp" in n else replace(i, rotation=1) for n, i in layers("mxfp4", 32).items()}
-    found = config(made)
-    assert found["ignore"] == ["lm_head"]
-    (scheme,) = found["transform_config"]["config_groups"].values()
+    infos = {n: i if "mlp" in n else replace(i, rotation=1) for n, i in layers("mxfp4", 32).items()}
+    written = config(infos)
+    assert written["ignore"] == ["lm_head"]
+    (scheme,) = written["transform_config"]["config_groups"].values()
     assert all(a["ignore"] == ["lm_head", r"re:.*\.self_attn\.q_proj$"] for a in scheme["apply"])
-    assert {n: parse_ct(found).layer(n, bias=False) for n in made} == made
+    assert {n: parse_ct(written).layer(n, bias=False) for n in infos} == infos
 
 
 def test_each_block_size_has_a_scheme_and_a_matrix():
-    made = {n: replace(i, rotation=32 if "mlp" in n else 16) for n, i in layers("mxfp4").items()}
-    found = config(made)
-    schemes = found["transform_config"]["config_groups"]
+    infos = {n: replace(i, rotation=32 if "mlp" in n else 16) for n, i in layers("mxfp4").items()}
+    written = config(infos)
+    schemes = written["transform_config"]["config_groups"]
     assert {name: s["head_dim"] for name, s in schemes.items()} == {"h16": 16, "h32": 32}
-    assert {n: parse_ct(found).layer(n, bias=False) for n in made} == made
-    matrices = rotation_tensors(made)
+    assert {n: parse_ct(written).layer(n, bias=False) for n in infos} == infos
+    matrices = rotation_tensors(infos)
     assert list(matrices) == [
         "model.layers.0.self_attn.q_proj.h16_input.weight",
         "model.layers.0.mlp.down_proj.h32_input.weight",

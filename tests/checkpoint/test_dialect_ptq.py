@@ -36,8 +36,8 @@ infos = st.builds(
 
 
 @given(st.lists(infos, min_size=len(NAMES), max_size=len(NAMES)))
-def test_what_is_read_is_what_was_summarized(made):
-    layers = dict(zip(NAMES, made, strict=True))
+def test_what_is_read_is_what_was_summarized(descriptions):
+    layers = dict(zip(NAMES, descriptions, strict=True))
     parsed = parse_ptq(config(layers))
     assert {name: parsed.layer(name, bias=info.bias) for name, info in layers.items()} == layers
     assert parsed.recipe == {"a": 1} and parsed.provenance == {"b": [2]}
@@ -45,8 +45,8 @@ def test_what_is_read_is_what_was_summarized(made):
 
 
 def test_a_uniform_model_has_the_short_configuration_of_the_specification():
-    found = config(dict.fromkeys(NAMES, replace(PLAIN, rotation=32)))
-    assert found == {
+    written = config(dict.fromkeys(NAMES, replace(PLAIN, rotation=32)))
+    assert written == {
         "quant_method": "ptq",
         "version": 1,
         "format": "nvfp4",
@@ -62,8 +62,8 @@ def test_a_uniform_model_has_the_short_configuration_of_the_specification():
 
 def test_layers_that_differ_are_overrides():
     layers = {n: replace(PLAIN, rotation=1 if n.endswith("q_proj") else 32) for n in NAMES}
-    found = config(layers)
-    assert found["hadamard"] == 32 and found["hadamard_overrides"] == {
+    written = config(layers)
+    assert written["hadamard"] == 32 and written["hadamard_overrides"] == {
         r"re:.*\.self_attn\.q_proj$": 0
     }
 
@@ -98,7 +98,7 @@ def test_what_a_reader_does_not_know_is_refused(change, message):
 
 @pytest.mark.parametrize("key", ["format", "ignore"])
 def test_a_missing_key_is_refused(key):
-    found = config({"a": PLAIN})
-    del found[key]
+    written = config({"a": PLAIN})
+    del written[key]
     with pytest.raises(ValueError, match=f"no '{key}'"):
-        parse_ptq(found)
+        parse_ptq(written)

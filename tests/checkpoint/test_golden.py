@@ -1,8 +1,8 @@
 """Checkpoints that an earlier ptq wrote: they load as the numbers that they always were, and equal
 runs still give their bytes.
 
-``tests/golden/{ptq,compressed-tensors}`` were written by ptq 0.1.0 (before the wings) and are never
-regenerated: a change of the schema adds another directory, and a version.
+``tests/golden/{ptq,compressed-tensors}`` were written by ptq 0.1.0, before dialects were records,
+and are never regenerated: a change of the schema adds another directory, and a version.
 """
 
 import json
@@ -76,9 +76,11 @@ def report(name: str, quantized: QuantLinear) -> LayerReport:
 
 def write(dialect: str, out: Path) -> None:
     """The run that wrote ``tests/golden/<dialect>``."""
-    made = layers(dialect)
-    infos = {name: quantized.info for name, quantized in made.items()}
-    tensors = {f"{n}.{k}": t for n, q in made.items() for k, t in q.state_dict().items()}
+    quantized_layers = layers(dialect)
+    infos = {name: quantized.info for name, quantized in quantized_layers.items()}
+    tensors = {
+        f"{n}.{k}": t for n, q in quantized_layers.items() for k, t in q.state_dict().items()
+    }
     norm = {"model.layers.0.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
     writer = CheckpointWriter(
         out,
@@ -89,7 +91,7 @@ def write(dialect: str, out: Path) -> None:
         dialect=dialect,
     )
     with writer:
-        reports = [report(name, quantized) for name, quantized in made.items()]
+        reports = [report(name, quantized) for name, quantized in quantized_layers.items()]
         writer.add("model.layers.0", to_disk(tensors, infos) | norm, infos, reports)
         writer.finish([("lm_head.weight", torch.ones(2, 4, dtype=torch.bfloat16))])
 

@@ -14,11 +14,11 @@ from ptq.checkpoint.shards import write_shards
 @pytest.fixture
 def parts(tmp_path: Path) -> list[dict[str, Entry]]:
     """Five parts of 40 bytes."""
-    made = []
+    headers = []
     for i in range(5):
         write_tensors(tmp_path / f"part{i}", {f"block.{i}.w": torch.full((10,), float(i))})
-        made.append(read_header(tmp_path / f"part{i}"))
-    return made
+        headers.append(read_header(tmp_path / f"part{i}"))
+    return headers
 
 
 @pytest.mark.parametrize(("limit", "files"), [(1000, 1), (100, 3), (80, 3), (79, 5), (1, 5)])

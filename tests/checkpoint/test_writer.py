@@ -71,13 +71,13 @@ def rest():
 
 
 def writer(out: Path, **change) -> CheckpointWriter:
-    given = {
+    arguments = {
         "source_config": {"model_type": "llama", "dtype": "bfloat16"},
         "recipe": {"format": "nvfp4", "ignore": ()},
         "provenance": {"calibration": CALIBRATION, "source": "some/model"},
         "fingerprint": "f1",
     }
-    return CheckpointWriter(out, **(given | change))
+    return CheckpointWriter(out, **(arguments | change))
 
 
 def run(
@@ -85,16 +85,16 @@ def run(
 ) -> list[str]:
     """Write a checkpoint, or be interrupted after so many blocks; returns the blocks that were
     made."""
-    made = []
+    finished = []
     with writer(out, **change) as w:
         for name in BLOCKS:
-            if stop_after is not None and len(made) == stop_after:
+            if stop_after is not None and len(finished) == stop_after:
                 raise KeyboardInterrupt
             if not w.has(name):
                 w.add(name, *block(name, fmt))
-                made.append(name)
+                finished.append(name)
         w.finish(rest(), extra)
-    return made
+    return finished
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
