@@ -60,11 +60,6 @@ class Loaded:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @property
-    def positions(self) -> int | None:
-        """The longest sequence that the model is made for, if its configuration says."""
-        return positions(self.module.config)  # pyright: ignore[reportArgumentType]
-
-    @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         settings = getattr(self.module, "generation_config", None)
@@ -78,12 +73,12 @@ class Loaded:
         Raises:
             ValueError: the model has fewer positions.
         """
-        most = self.positions or LONGEST_WINDOW
-        if seq_len is not None and seq_len > most and self.positions:
+        limit = positions(self.module.config)  # pyright: ignore[reportArgumentType]
+        if seq_len is not None and limit is not None and seq_len > limit:
             raise ValueError(
-                f"--seq-len {seq_len} is more than the {most} positions of {self.name}; lower it"
+                f"--seq-len {seq_len} is more than the {limit} positions of {self.name}; lower it"
             )
-        return seq_len or min(LONGEST_WINDOW, most)
+        return seq_len or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
 
 
 def load_model(
@@ -117,11 +112,11 @@ def _load_original(path: Path, device: torch.device, dtype: torch.dtype | None) 
     the file and the remedy."""
     source = CheckpointSource(path)
     source.skeleton()
-    loaded = AutoModelForCausalLM.from_pretrained(
+    model_and_info = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype or source.dtype, local_files_only=True, output_loading_info=True
     )
-    model, found = cast(tuple[nn.Module, dict[str, set[str]]], loaded)
-    missing = sorted(found["missing_keys"])
+    model, info = cast(tuple[nn.Module, dict[str, set[str]]], model_and_info)
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{path} has no tensor {missing[0]}; the copy is incomplete")
     return model.to(device)
