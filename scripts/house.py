@@ -8,18 +8,25 @@ Counts are of library code: ``ptq``, ``kernels`` and ``calib``, each file once.
 """
 
 import ast
+import json
 import os
 import subprocess
 import sys
+import tempfile
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TypedDict
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 PROBE = """
 import json, sys
 from importlib import import_module
+from pathlib import Path
+import ptq
+assert Path(ptq.__file__).is_relative_to(sys.argv[2]), f"{ptq.__file__} is imported instead"
 for name in ("ptq.pipeline.recipe", "ptq.recipe"):
     try:
         recipe = import_module(name).Recipe
@@ -38,6 +45,15 @@ except SystemExit as end:
 used = {name for name in sys.modules if name.split(".")[0] == "ptq"}
 print(json.dumps({"calls": len(calls), "layers": len(set(calls)), "modules": sorted(used)}))
 """
+
+
+class Run(TypedDict):
+    """What ``ptq quantize --model demo`` does: calls of ``Recipe.for_module``, for how many layers,
+    and the modules of ptq that it imports."""
+
+    calls: int
+    layers: int
+    modules: list[str]
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -96,30 +112,38 @@ def _for_types(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test)
 
 
-def probe(root: Path, out: Path) -> dict[str, object]:
-    """What ``ptq quantize --model demo`` calls and imports."""
-    import json
+def layers(root: Path) -> int:
+    """How many layers the contracts in ``pyproject.toml`` put above one another."""
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    return sum(len(c["layers"]) for c in contracts if c["type"] == "layers")
 
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", PROBE, str(out)]
+
+def probe(root: Path, out: Path) -> Run:
+    """Run ``ptq quantize`` of the checkout at ``root``, in a process of its own.
+
+    Raises:
+        RuntimeError: the run failed, or was one of another copy of ptq.
+    """
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", PROBE, str(out), str(root)]
     done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(root: Path, seen: dict[str, object]) -> list[tuple[str, str]]:
+def report(root: Path, run: Run) -> list[tuple[str, str]]:
     """(what, figure) of a checkout."""
     files = modules(root)
     texts = {name: path.read_text("utf-8") for name, path in files.items()}
     lines = {name: text.splitlines() for name, text in texts.items()}
     every = [line for text in lines.values() for line in text]
-    own = {name: list(functions(ast.parse(text))) for name, text in texts.items()}
-    found = [(name, function) for name, group in own.items() for function in group]
-    inside = [width(f) for name, f in found if name.startswith("ptq.kernels")]
-    outside = [width(f) for name, f in found if not name.startswith("ptq.kernels")]
-    lengths = [(f.end_lineno or 0) - f.lineno + 1 for _, f in found]
-    on_path = [name for name in seen["modules"] if name in files and lines[name]]  # pyright: ignore[reportGeneralTypeIssues]
+    pairs = [(name, f) for name, text in texts.items() for f in functions(ast.parse(text))]
+    inside = [width(f) for name, f in pairs if name.startswith("ptq.kernels")]
+    outside = [width(f) for name, f in pairs if not name.startswith("ptq.kernels")]
+    lengths = [(f.end_lineno or 0) - f.lineno + 1 for _, f in pairs]
+    on_path = [name for name in run["modules"] if name in files and lines[name]]
 
     def share(wide: list[int], more_than: int) -> str:
         count = sum(w > more_than for w in wide)
@@ -131,8 +155,9 @@ def report(root: Path, seen: dict[str, object]) -> list[tuple[str, str]]:
     return [
         ("files, lines", f"{len(files)}, {len(every)}"),
         ("floors of the import graph", str(floors(files))),
+        ("layers in the contract", str(layers(root))),
         ("modules on the main path, lines", f"{len(on_path)}, {size}"),
-        ("Recipe.for_module calls in a run over 28 layers", str(seen["calls"])),
+        ("Recipe.for_module calls in a run, layers", f"{run['calls']}, {run['layers']}"),
         ("functions with more than 7 parameters, kernels", share(inside, 7)),
         ("functions with more than 7 parameters, rest", share(outside, 7)),
         ("functions with more than 12 parameters", share(inside + outside, 12)),
@@ -145,13 +170,11 @@ def report(root: Path, seen: dict[str, object]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    import tempfile
-
     root = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
     root = root if root.is_dir() else root.parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        seen = probe(root, Path(folder) / "out")
-    for what, figure in report(root, seen):
+        run = probe(root, Path(folder) / "out")
+    for what, figure in report(root, run):
         print(f"{what:50} {figure}")
 
 

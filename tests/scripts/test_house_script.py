@@ -31,11 +31,17 @@ def test_figures_of_a_small_tree(house: ModuleType, tmp_path: Path) -> None:
     files = house.modules(tmp_path)
     assert set(files) == {"ptq", "ptq.wing.top", "ptq.wing.middle", "ptq.kernels.low"}
     assert house.floors(files) == 4  # ptq, top, middle, low
-    seen = {"calls": 28, "modules": ["ptq.wing.top", "elsewhere"]}
+    (tmp_path / "pyproject.toml").write_text(
+        '[[tool.importlinter.contracts]]\ntype = "layers"\nlayers = ["a", "b | c"]\n'
+        '[[tool.importlinter.contracts]]\ntype = "forbidden"\n'
+    )
+    run = {"calls": 30, "layers": 28, "modules": ["ptq.wing.top", "elsewhere"]}
     (tmp_path / "kernels" / "more.py").write_text("def g(a):\n    pass\n\n\ndef h(a):\n    pass\n")
-    figures = dict(house.report(tmp_path, seen))
+    figures = dict(house.report(tmp_path, run))
     assert figures["files, lines"] == "5, 17"
-    assert figures["Recipe.for_module calls in a run over 28 layers"] == "28"
+    assert figures["layers in the contract"] == "2"
+    assert figures["modules on the main path, lines"] == "1, 5"
+    assert figures["Recipe.for_module calls in a run, layers"] == "30, 28"
     assert figures["functions with more than 7 parameters, rest"] == "1 of 1 (100.0%)"
     assert figures["functions with more than 7 parameters, kernels"] == "0 of 2 (0.0%)"
     assert figures["lines over 100 characters"].startswith("1 (")
