@@ -96,6 +96,10 @@ def copy(model: Path, to: Path) -> Path:
     return to
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
 def change(model: Path, name: str, edit: Callable[[torch.Tensor], None]) -> Path:
     """Edit one tensor of a model in place."""
     file = model / "model.safetensors"
@@ -585,6 +589,34 @@ def test_a_directory_that_is_not_empty(quantize: Run, tiny_llama: Path, tmp_path
     (tmp_path / "q" / "notes.txt").unlink()
     assert quantize(tiny_llama).code == 0 and quantize(tiny_llama, "--overwrite").code == 0
     assert (tmp_path / "q" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("out", ["", " ", "."])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_result_without_a_directory_of_its_own(
+    ptq: Run,
+    tiny_llama: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+    more: list[str],
+):
+    """Not even where --overwrite would find a checkpoint of ours."""
+    place = copy(checkpoint, tmp_path / "here")
+    monkeypatch.chdir(place)
+    before = contents(place)
+    error = ptq("quantize", "-m", tiny_llama, "-f", "nvfp4", "-o", out, *more).error
+    assert "--out" in error
+    assert contents(place) == before
+
+
+def test_a_model_is_not_replaced_by_its_own_result(ptq: Run, checkpoint: Path, tmp_path: Path):
+    model = copy(checkpoint, tmp_path / "m")
+    before = contents(model)
+    error = ptq("quantize", "-m", model, "-f", "nvfp4", "-o", model, "--overwrite").error
+    assert "is the directory of the model" in error
+    assert contents(model) == before
 
 
 def test_no_space_left(
