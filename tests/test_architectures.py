@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate import init_empty_weights
+from families import BASE, FAMILIES, UNSUPPORTED, random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -41,158 +41,6 @@ from ptq.pipeline.run import Progress, quantize_model
 from ptq.runtime.load import load
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import load_tokenizer
-
-BASE: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-WINDOWED: dict[str, Any] = {
-    "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
-}  # fmt: skip
-MOE: dict[str, Any] = {
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-}  # fmt: skip
-LATENT: dict[str, Any] = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-}
-ATTENTION = "q_proj k_proj v_proj o_proj"
-GATED = "gate_proj up_proj down_proj"
-PLAIN = f"{ATTENTION} {GATED}"
-EXPERT = "experts.*.gate_proj experts.*.up_proj experts.*.down_proj"
-SHARED = "shared_expert.gate_proj shared_expert.up_proj shared_expert.down_proj"
-DEEP = (
-    f"{GATED} {EXPERT} {SHARED.replace('expert.', 'experts.')} "
-    "kv_a_proj_with_mqa kv_b_proj q_a_proj q_b_proj o_proj"
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of models, the leaf names of what is quantized in it, and a note for the table."""
-
-    type: str
-    layers: str
-    settings: dict[str, Any]
-    note: str = ""
-    format: str = "nvfp4"
-
-
-FAMILIES: dict[str, Family] = {
-    "Llama": Family("llama", PLAIN, {}),
-    "Mistral": Family("mistral", PLAIN, {}),
-    "Qwen2": Family("qwen2", PLAIN, {}, "bias on q, k, v"),
-    "Qwen3": Family("qwen3", PLAIN, {"head_dim": 16}),
-    "Phi-3": Family(
-        "phi3",
-        "qkv_proj o_proj gate_up_proj down_proj",
-        {},
-        "q, k, v and gate, up in one matrix each",
-    ),
-    "Gemma 2": Family("gemma2", PLAIN, WINDOWED),
-    "Gemma 3": Family("gemma3_text", PLAIN, WINDOWED),
-    "OLMo 2": Family("olmo2", PLAIN, {}),
-    "GPT-NeoX, Pythia": Family(
-        "gpt_neox",
-        "query_key_value attention.dense dense_h_to_4h dense_4h_to_h",
-        {},
-        format="mxfp4",
-    ),
-    "GPT-2": Family(
-        "gpt2",
-        "c_attn attn.c_proj c_fc mlp.c_proj",
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        "Conv1D becomes Linear",
-        "mxfp4",
-    ),
-    "OPT": Family(
-        "opt", "q_proj k_proj v_proj out_proj fc1 fc2", {"ffn_dim": 96, "word_embed_proj_dim": 64}
-    ),
-    "Falcon": Family(
-        "falcon", "query_key_value self_attention.dense dense_h_to_4h dense_4h_to_h", {}
-    ),
-    "StableLM": Family("stablelm", PLAIN, {}),
-    "Cohere": Family("cohere", PLAIN, {}),
-    "Mixtral": Family(
-        "mixtral",
-        f"{ATTENTION} experts.*.w1 experts.*.w2 experts.*.w3",
-        MOE,
-        "experts by the hub's names",
-    ),
-    "Qwen2-MoE": Family(
-        "qwen2_moe",
-        f"{ATTENTION} {EXPERT} {SHARED}",
-        {**MOE, "shared_expert_intermediate_size": 32},
-    ),
-    "Qwen3-MoE": Family(
-        "qwen3_moe", f"{ATTENTION} {EXPERT}", {**MOE, "head_dim": 16}, format="mxfp4"
-    ),
-    "DeepSeek-V2": Family(
-        "deepseek_v2", DEEP, {**LATENT, "topk_method": "greedy"}, "latent attention"
-    ),
-    "DeepSeek-V3": Family("deepseek_v3", DEEP, LATENT, "latent attention, sigmoid router"),
-    "gpt-oss": Family(
-        "gpt_oss", f"{ATTENTION} {EXPERT}", {**MOE, **WINDOWED}, "biased experts; also from MXFP4"
-    ),
-    "Granite-MoE": Family(
-        "granitemoe", f"{ATTENTION} {EXPERT}", MOE, "experts are one tensor in the source"
-    ),
-    "LLaVA (vision-language)": Family("llava", PLAIN, {}, "language part"),
-}
-
-
-def config_of(family: Family) -> transformers.PretrainedConfig:
-    if family.type == "llava":
-        tower = {
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-            "projection_dim": 32,
-        }
-        text = {"model_type": "llama", **BASE}
-        return AutoConfig.for_model(
-            "llava", text_config=text, vision_config=tower, image_token_index=255
-        )
-    return AutoConfig.for_model(family.type, **{**BASE, **family.settings})
-
-
-def random_model(family: Family) -> PreTrainedModel:
-    config = config_of(family)
-    auto = AutoModelForImageTextToText if family.type == "llava" else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():  # also what is initialised as zeros or ones
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.eval()
-    model.set_experts_implementation("eager") if hasattr(
-        model, "set_experts_implementation"
-    ) else None
-    return model
 
 
 @dataclass(frozen=True)
@@ -408,20 +256,6 @@ def test_the_table_is_what_the_tests_found(quantized, root: Path) -> None:
     assert file.read_text(encoding="utf-8") == made, (
         "set PTQ_WRITE_TABLE=1 and run this test to write it anew"
     )
-
-
-UNSUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "Nemotron-H": (
-        "nemotron_h",
-        {"layers_block_type": ["moe", "attention"], "n_routed_experts": 2},
-    ),
-    "Llama 4": (
-        "llama4_text",
-        {**MOE, "intermediate_size_mlp": 64, "head_dim": 16, "moe_layers": [0, 1]},
-    ),
-    "JetMoE": ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}),
-    "T5": ("t5", {"d_model": 64, "num_layers": 2}),
-}
 
 
 def refusal(type_: str, settings: dict[str, Any]) -> str:
