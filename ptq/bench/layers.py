@@ -205,15 +205,15 @@ class Plan:
                 if reason is not None:
                     raise ValueError(f"{layer} of {self.model}: {reason}")
 
-    def chosen(self, place: torch.device | Limits) -> dict[str, list[str]]:
+    def backends_by_format(self, place: torch.device | Limits) -> dict[str, list[str]]:
         """Format → the backends to time, or for ``Limits`` to predict; what has no format comes
         with the first one.
 
         Raises:
             ValueError: a backend was asked for that runs there with none of the formats.
         """
-        offered = {name: backends(place, FORMATS[name], self.rotation) for name in self.formats}
-        every = list(dict.fromkeys(b for names in offered.values() for b in names))
+        runnable = {name: backends(place, FORMATS[name], self.rotation) for name in self.formats}
+        every = list(dict.fromkeys(b for names in runnable.values() for b in names))
         if missing := [b for b in self.backends if b not in every]:
             what = (
                 f"is not predicted for {place.name}"
@@ -229,7 +229,7 @@ class Plan:
             name: [
                 b for b in names if b in wanted and (name == self.formats[0] or b not in FORMATLESS)
             ]
-            for name, names in offered.items()
+            for name, names in runnable.items()
         }
 
 
@@ -237,14 +237,14 @@ def backends(place: torch.device | Limits, fmt: Format, rotation: int) -> list[s
     """What can be timed on a device, or predicted from a roofline; without a rotation, nothing that
     only rotates."""
     if isinstance(place, Limits):
-        found = ["bf16", "w4a16", "rotate+w4a16"]
+        names = ["bf16", "w4a16", "rotate+w4a16"]
         if place.fp4:
-            found += ["w4a4", "rotate+w4a4"] if fmt.element is E2M1 else []
+            names += ["w4a4", "rotate+w4a4"] if fmt.element is E2M1 else []
         elif place.fp8:
-            found.append("rotate+w4a8")
+            names.append("rotate+w4a8")
     else:
-        found = timing.backends(place, *_parts(fmt)) + ([REFERENCE] if place.type == "cpu" else [])
-    return [b for b in found if rotation > 1 or b not in ("rotate", "rotate+w4a16")]
+        names = timing.backends(place, *_parts(fmt)) + ([REFERENCE] if place.type == "cpu" else [])
+    return [b for b in names if rotation > 1 or b not in ("rotate", "rotate+w4a16")]
 
 
 def _parts(fmt: Format) -> tuple[str, str]:
@@ -275,19 +275,19 @@ def predict(plan: Plan, gpu: Limits) -> Iterator[Measurement]:
     ``rotate+…`` adds one pass over the inputs, which are read in bf16 and written as the product
     wants them.
     """
-    chosen = plan.chosen(gpu)
+    by_format = plan.backends_by_format(gpu)
     for layer, n, k in plan.layers:
         for count in plan.tokens:
-            for name, names in chosen.items():
+            for name, names in by_format.items():
                 for backend in names:
                     fmt, shape = FORMATS[name], (count, n, k)
                     moved, flops = cost(backend, shape, fmt, plan.rotation)
                     seconds = max(moved / gpu.bandwidth, flops / gpu.peak(backend))
                     if backend.startswith("rotate+"):
-                        written = {"w4a16": 16, "w4a8": 8, "w4a4": fmt.bits_per_weight}[
+                        bits_written = {"w4a16": 16, "w4a8": 8, "w4a4": fmt.bits_per_weight}[
                             backend.removeprefix("rotate+")
                         ]
-                        seconds += count * k * (16 + written) / 8 / gpu.bandwidth
+                        seconds += count * k * (16 + bits_written) / 8 / gpu.bandwidth
                     yield _measurement(
                         plan, layer, shape, backend, fmt, [seconds], gpu, predicted=True
                     )
@@ -354,14 +354,14 @@ def run(
         on_step: told after every layer, token count and format: steps done, steps in all, which
             one.
     """
-    chosen = plan.chosen(device)
+    by_format = plan.backends_by_format(device)
     steps = [
         (x, count, name) for x in plan.layers for count in plan.tokens for name in plan.formats
     ]
     for done, ((layer, n, k), count, name) in enumerate(steps, 1):
         fmt, shape = FORMATS[name], (count, n, k)
         for backend, seconds in _time_layer(
-            shape, fmt, plan.rotation, device, chosen[name], repeats
+            shape, fmt, plan.rotation, device, by_format[name], repeats
         ).items():
             yield _measurement(plan, layer, shape, backend, fmt, seconds, limits)
         on_step(done, len(steps), f"{plan.model} {layer} {count} {name}")
@@ -380,15 +380,13 @@ def _time_layer(
     element, scale = _parts(fmt)
     groups = {}
     with timing.current(device):
-        for chosen in names:
-            inputs_alone = chosen in (
-                "rotate",
-                "quantize",
-            )  # else it is the weight that must not stay in the cache
+        for name in names:
+            # with a weight, it is the weight that must not stay in the cache
+            inputs_alone = name in ("rotate", "quantize")
             alternating = (
                 cost("rotate", shape, fmt, 1)[0] // 2
                 if inputs_alone
-                else cost(chosen, (0, n, k), fmt, 1)[0]
+                else cost(name, (0, n, k), fmt, 1)[0]
             )
             problem = timing.Problem(
                 tokens=tokens,
@@ -400,10 +398,8 @@ def _time_layer(
                 device=device,
                 copies=timing.copies_for(alternating, device),
             )
-            groups[chosen] = (
-                _reference(problem, fmt)
-                if chosen == REFERENCE
-                else timing.BACKENDS[chosen](problem)
+            groups[name] = (
+                _reference(problem, fmt) if name == REFERENCE else timing.BACKENDS[name](problem)
             )
         return timing.time_calls(groups, device, repeats)
 

@@ -107,42 +107,42 @@ def bench(
         tune_tables(models, tokens, format, device, quiet)
         return
 
-    from ptq.bench import layers as benchmark
     from ptq.bench import speed_report
+    from ptq.bench.layers import TOKENS, Limits, Plan, append, block_sums, measured_limits
     from ptq.cli import display
 
     place = find_place(predict, device)
     layers, counts = find_layers(models), parse_tokens(tokens)
-    if not isinstance(place, benchmark.Limits) and place.type == "cpu":
+    if not isinstance(place, Limits) and place.type == "cpu":
         layers, counts = on_cpu(layers, quiet), counts or CPU_TOKENS
     size = None if rotation is None else parse_rotation(rotation)
     plans = [
-        benchmark.Plan(
+        Plan(
             model=name,
-            layers=own,
-            tokens=counts or benchmark.TOKENS,
-            formats=listed(format) or benchmark.Plan.formats,
-            rotation=benchmark.Plan.rotation if size is None else size,
+            layers=shapes,
+            tokens=counts or TOKENS,
+            formats=listed(format) or Plan.formats,
+            rotation=Plan.rotation if size is None else size,
             backends=listed(backend),
         )
-        for name, own in layers.items()
+        for name, shapes in layers.items()
     ]
-    backends = plans[0].chosen(place).values()
+    backends = plans[0].backends_by_format(place).values()
     if plot:
         speed_report.check_plot(plot, [name for names in backends for name in names])
     for path in (out, markdown, plot):
         if path:
             require_writable(path)
 
-    limits = place if isinstance(place, benchmark.Limits) else benchmark.measured_limits(place)
-    timed: list[Measurement] = []
+    limits = place if isinstance(place, Limits) else measured_limits(place)
+    results: list[Measurement] = []
     for measurement in measurements(plans, place, limits, quiet):
-        timed.append(measurement)
+        results.append(measurement)
         if out:
-            benchmark.append(out, [measurement])  # a run that is interrupted keeps what it has
+            append(out, [measurement])  # a run that is interrupted keeps what it has
         if json and not blocks:
             print(measurement.to_json(), flush=True)
-    rows = benchmark.block_sums(timed) if blocks else timed
+    rows = block_sums(results) if blocks else results
     if json and blocks:
         print("\n".join(m.to_json() for m in rows))
     elif not json:
@@ -150,21 +150,21 @@ def bench(
     if markdown:
         markdown.write_text(speed_report.markdown(rows, limits), encoding="utf-8")
     if plot:
-        speed_report.plot(timed, plot)
-    if not quiet and (written := [str(path) for path in (out, markdown, plot) if path]):
-        display.note(f"written: {', '.join(written)}")
+        speed_report.plot(results, plot)
+    if not quiet and (files := [str(path) for path in (out, markdown, plot) if path]):
+        display.note(f"written: {', '.join(files)}")
 
 
 def measurements(
     plans: Sequence["Plan"], place: "torch.device | Limits", limits: "Limits", quiet: bool
 ) -> Iterator["Measurement"]:
     """What is measured on a device, with progress on stderr, or predicted."""
-    from ptq.bench import layers as benchmark
+    from ptq.bench.layers import Limits, predict, run
     from ptq.cli import display
 
-    if isinstance(place, benchmark.Limits):
+    if isinstance(place, Limits):
         for plan in plans:
-            yield from benchmark.predict(plan, place)
+            yield from predict(plan, place)
         return
     with display.bar(quiet, "timing") as step:
 
@@ -173,12 +173,10 @@ def measurements(
                 step(done, total, what)
 
         for plan in plans:
-            yield from benchmark.run(
-                plan, place, limits, repeats=REPEATS[place.type], on_step=on_step
-            )
+            yield from run(plan, place, limits, repeats=REPEATS[place.type], on_step=on_step)
 
 
-def print_tables(shown: Sequence["Measurement"], limits: "Limits") -> None:
+def print_tables(measurements: Sequence["Measurement"], limits: "Limits") -> None:
     """A table for each model on stdout, and below it where the numbers come from."""
     from rich import box
     from rich.table import Table
@@ -186,10 +184,10 @@ def print_tables(shown: Sequence["Measurement"], limits: "Limits") -> None:
     from ptq.bench import speed_report
     from ptq.cli import display
 
-    for model in dict.fromkeys(m.model for m in shown):
-        own = [m for m in shown if m.model == model]
-        predicted = f": {speed_report.PREDICTED}" if own[0].predicted else ""
-        names, rows = speed_report.table(own)
+    for model in dict.fromkeys(m.model for m in measurements):
+        of_model = [m for m in measurements if m.model == model]
+        predicted = f": {speed_report.PREDICTED}" if of_model[0].predicted else ""
+        names, rows = speed_report.table(of_model)
         table = Table(title=f"{model} on {limits.name}{predicted}", box=box.SIMPLE_HEAD)
         for name in names:
             table.add_column(
@@ -198,7 +196,7 @@ def print_tables(shown: Sequence["Measurement"], limits: "Limits") -> None:
         for row in rows:
             table.add_row(*row)
         display.out.print(table)
-    display.out.print(speed_report.provenance(shown, limits), style="dim", markup=False)
+    display.out.print(speed_report.provenance(measurements, limits), style="dim", markup=False)
 
 
 # ---------------------------------------------------------------- what the options say
@@ -252,15 +250,15 @@ def find_layers(models: Sequence[str] | None) -> dict[str, tuple["Layer", ...]]:
     a directory."""
     from ptq.bench import shapes
 
-    found = {}
+    layers = {}
     for model in models or ["llama-3.1-8b"]:
         if model == DEMO:
             from ptq.runtime.loaded_model import demo_path
 
-            found[model] = shapes.block_layers(str(demo_path()))
+            layers[model] = shapes.block_layers(str(demo_path()))
         else:
-            found[model] = shapes.block_layers(model)
-    return found
+            layers[model] = shapes.block_layers(model)
+    return layers
 
 
 def on_cpu(
@@ -269,12 +267,12 @@ def on_cpu(
     """The models whose layers are small, and small layers for the others; says so on stderr."""
     from ptq.cli import display
 
-    kept = {
-        model: own
-        for model, own in layers.items()
-        if max(n * k for _, n, k in own) <= LARGEST_ON_CPU
+    small = {
+        model: shapes
+        for model, shapes in layers.items()
+        if max(n * k for _, n, k in shapes) <= LARGEST_ON_CPU
     }
-    large = [model for model in layers if model not in kept]
+    large = [model for model in layers if model not in small]
     sizes = ", ".join(f"{n}×{k}" for _, n, k in SMALL)
     instead = f" on small layers ({sizes}) instead of those of {', '.join(large)}" if large else ""
     if not quiet:
@@ -282,7 +280,7 @@ def on_cpu(
             f"timing the reference path on the CPU in fp32{instead}; --predict h200 says what a "
             "GPU could do at most"
         )
-    return kept | ({"small layers": SMALL} if large else {})
+    return small | ({"small layers": SMALL} if large else {})
 
 
 def require_writable(path: Path) -> None:
@@ -313,13 +311,13 @@ def tune_tables(
     """
     import torch
 
-    from ptq.bench import layers as benchmark
     from ptq.bench import tune
+    from ptq.bench.layers import Limits, Plan
     from ptq.cli import display
     from ptq.kernels import gpu, tiles
 
     place = find_place(None, device)
-    assert not isinstance(place, benchmark.Limits)
+    assert not isinstance(place, Limits)
     arch = gpu.architecture(place) if gpu.available(place) else None
     if arch is None:
         raise ValueError(
@@ -328,10 +326,10 @@ def tune_tables(
         )
     counts, names = (
         parse_tokens(tokens) or tiles.BUCKETS,
-        listed(formats) or benchmark.Plan.formats,
+        listed(formats) or Plan.formats,
     )
     plans = [
-        benchmark.Plan(model=model, layers=layers, tokens=counts, formats=names, rotation=16)
+        Plan(model=model, layers=layers, tokens=counts, formats=names, rotation=16)
         for model, layers in find_layers(models).items()
     ]
     work = tune.problems(arch, [(n, k) for plan in plans for _, n, k in plan.layers], names, counts)

@@ -148,13 +148,13 @@ def quantize(
     """
     from ptq.checkpoint.dialect_choice import Choice
     from ptq.cli import display
-    from ptq.pipeline import forecast
-    from ptq.pipeline import run as pipeline
+    from ptq.pipeline.forecast import forecast
     from ptq.pipeline.ranks import launched
-    from ptq.runtime import inspect as report
-    from ptq.runtime import loaded_model as models
+    from ptq.pipeline.run import quantize_model
+    from ptq.runtime.inspect import inspect as inspect_checkpoint
+    from ptq.runtime.loaded_model import resolve_model
 
-    given = {
+    options = {
         "scheme": scheme,
         "algorithm": algorithm,
         "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
@@ -170,22 +170,23 @@ def quantize(
         "route_all_experts": route_all_experts,
         "seed": seed,
     }
-    choices = make_recipe(format, recipe, given)
-    source = models.resolve_model(model)
+    choices = make_recipe(format, recipe, options)
+    source = resolve_model(model)
     place, kind = parse_device(device), parse_dtype(dtype)
     lead = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks
     if dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        expected = forecast.forecast(
+        prediction = forecast(
             source, choices, device=place, dtype=kind, activations=activations, ranks=ranks
         )
         if lead:
-            display.print_json(expected.to_dict()) if json else display.print_forecast(
-                str(source), expected
-            )
+            if json:
+                display.print_json(prediction.to_dict())
+            else:
+                display.print_forecast(str(source), prediction)
         return
     with display.quantizing(quiet=quiet or not lead) as on_block, launched(place) as place:
-        written = pipeline.quantize_model(
+        choice = quantize_model(
             source,
             out,
             recipe=choices,
@@ -196,12 +197,12 @@ def quantize(
             activations=activations,
             on_block=on_block,
         )
-    if lead and not quiet and isinstance(written, Choice):
-        display.note(f"written as {written.dialect}: {written.reason}")
+    if lead and not quiet and isinstance(choice, Choice):
+        display.note(f"written as {choice.dialect}: {choice.reason}")
     if lead and json:
-        display.print_json(report.inspect(out).to_dict())
+        display.print_json(inspect_checkpoint(out).to_dict())
     elif lead and not quiet:
-        display.print_report(report.inspect(out), layers=False)
+        display.print_report(inspect_checkpoint(out), layers=False)
 
 
 @app.command("eval")
@@ -238,13 +239,13 @@ def evaluate(
     tokens, both sides renormalised over them.
     """
     from ptq.cli import display
-    from ptq.runtime import loaded_model as models
     from ptq.runtime.evaluate import evaluate as measure
+    from ptq.runtime.loaded_model import load_model, tokenize
 
     place, kind = parse_device(device), parse_dtype(dtype)
-    subject = models.load_model(model, device=place, dtype=kind)
-    against = None if reference is None else models.load_model(reference, device=place, dtype=kind)
-    tokens = models.tokenize(subject, text, against, field)
+    subject = load_model(model, device=place, dtype=kind)
+    against = None if reference is None else load_model(reference, device=place, dtype=kind)
+    tokens = tokenize(subject, text, against, field)
     with display.evaluating(quiet=quiet) as on_window:
         result = measure(
             subject.module,
@@ -272,13 +273,13 @@ def inspect(
     """What a checkpoint holds: format, recipe, size, bits per weight, error of each layer. Loads no
     model."""
     from ptq.cli import display
-    from ptq.runtime import inspect as report
+    from ptq.runtime.inspect import inspect as inspect_checkpoint
 
-    described = report.inspect(checkpoint)
+    report = inspect_checkpoint(checkpoint)
     if json:
-        display.print_json(described.to_dict())
+        display.print_json(report.to_dict())
     else:
-        display.print_report(described, layers=True)
+        display.print_report(report, layers=True)
 
 
 @app.command()
@@ -301,11 +302,11 @@ def generate(
     import time
 
     from ptq.cli import display
-    from ptq.runtime import loaded_model as models
     from ptq.runtime.generate import generate as tokens_after
     from ptq.runtime.generate import record, stream_text
+    from ptq.runtime.loaded_model import load_model
 
-    subject = models.load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
+    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
     encoded = subject.encode(prompt)
     new_tokens: list[int] = []
     pieces: list[str] = []

@@ -74,15 +74,13 @@ def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
-        )
-        left = (
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(elapsed_when_finished=False),
             progress.TextColumn("{task.fields[text]}"),
         )
-        with progress.Progress(*columns, *left, console=err, transient=True) as shown:
-            task = shown.add_task(what, total=None, text="")
-            yield lambda done, total, text: shown.update(
+        with progress.Progress(*columns, console=err, transient=True) as bars:
+            task = bars.add_task(what, total=None, text="")
+            yield lambda done, total, text: bars.update(
                 task, completed=done, total=total, text=text
             )
     else:
@@ -90,8 +88,8 @@ def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
 
         def line(done: int, total: int, text: str) -> None:
             elapsed = time.monotonic() - start
-            left = elapsed / max(done, 1) * (total - done)
-            note(f"{what} {done}/{total}  {text}  {elapsed:.1f} s, about {left:.0f} s left")
+            remaining = elapsed / max(done, 1) * (total - done)
+            note(f"{what} {done}/{total}  {text}  {elapsed:.1f} s, about {remaining:.0f} s left")
 
         yield line
 
@@ -190,9 +188,11 @@ def print_report(report: Report, *, layers: bool) -> None:
         "run here by " + "; ".join(f"{how} ({count} layers)" for how, count in report.runs.items())
     )
     if layers and report.recipe:
-        shown = {key: value for key, value in report.recipe.items() if value not in (None, [], "")}
+        choices = {
+            key: value for key, value in report.recipe.items() if value not in (None, [], "")
+        }
         out.print(
-            "recipe: " + ", ".join(f"{key}={value}" for key, value in shown.items()),
+            "recipe: " + ", ".join(f"{key}={value}" for key, value in choices.items()),
             style="dim",
             markup=False,
         )
@@ -225,13 +225,13 @@ def _kinds(report: Report) -> Table:
             number(mean(row.held_out_error for row in rows), 3),
             number(mean(row.rtn_error for row in rows), 3),
         )
-    kept: dict[tuple[str, str], list] = {}
+    unquantized: dict[tuple[str, str], list] = {}
     for tensor in report.kept:
         parts = tensor.name.split(".")
-        kept.setdefault(
+        unquantized.setdefault(
             (".".join(parts[-2:]) if len(parts) > 1 else tensor.name, tensor.dtype), []
         ).append(tensor)
-    for (name, dtype), tensors in kept.items():
+    for (name, dtype), tensors in unquantized.items():
         table.add_row(
             name,
             str(len(tensors)),

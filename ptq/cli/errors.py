@@ -46,8 +46,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 sys.exit(1)
             except (KeyboardInterrupt, Exception) as error:
                 if interrupts or isinstance(error, KeyboardInterrupt):
-                    kept = options.get("out") and Path(f"{options['out']}.partial").is_dir()
-                    then = "; the same command continues after the finished blocks" if kept else ""
+                    out = options.get("out")
+                    resumable = out and Path(f"{out}.partial").is_dir()
+                    then = (
+                        "; the same command continues after the finished blocks"
+                        if resumable
+                        else ""
+                    )
                     number = interrupts[0] if interrupts else signal.SIGINT
                     fail("interrupted" + then, 128 + number)
                 if not isinstance(error, (ValueError, OSError, MemoryError)) and not out_of_memory(

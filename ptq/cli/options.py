@@ -81,13 +81,13 @@ def parse_rotation(name: str) -> int:
     return int(name)
 
 
-def make_recipe(format: str | None, file: Path | None, given: dict[str, object]):
+def make_recipe(format: str | None, file: Path | None, options: dict[str, object]):
     """The recipe of a file and of the options, which override it; what neither says is the default
     of the format."""
     from ptq.pipeline.recipe import Recipe
 
     choices = {} if file is None else read_choices(file)
-    choices |= {name: value for name, value in given.items() if value is not None}
+    choices |= {name: value for name, value in options.items() if value is not None}
     name = choices.pop("format", None) if format is None else format
     choices.pop("format", None)
     if not isinstance(name, str):

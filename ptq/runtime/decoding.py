@@ -140,8 +140,8 @@ def _growing(model: nn.Module) -> Step:
 
 
 def _fixed(forward: Callable, name: str, cache: StaticCache) -> Step:
-    given = {name: cache, "use_cache": True}
-    return lambda ids: forward(input_ids=ids, **given).logits[0, -1]
+    arguments = {name: cache, "use_cache": True}
+    return lambda ids: forward(input_ids=ids, **arguments).logits[0, -1]
 
 
 def _plain(step: Step, ids: Tensor) -> Logits:
@@ -173,7 +173,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.waiting: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -184,7 +184,7 @@ class Watch(TorchDispatchMode):
         else:
             waits = not self.TAGS.isdisjoint(func.tags)
         if waits:
-            self.found.add(str(func))
+            self.waiting.add(str(func))
         return result
 
 
@@ -196,8 +196,8 @@ def _captured(model: nn.Module, cache: StaticCache, ids: Tensor, how: Decode) ->
     with Watch() as watch:
         logits = run_aside(step, ids)
     token = yield logits
-    if watch.found:
-        reason = f"a step runs {', '.join(sorted(watch.found))}, for which the host has to wait"
+    if watch.waiting:
+        reason = f"a step runs {', '.join(sorted(watch.waiting))}, for which the host has to wait"
         if how != "auto":
             raise ValueError(f"decode={how!r} is not possible: {reason}; use 'auto' or 'static'")
         logger.info("decoding without a CUDA graph: %s", reason)

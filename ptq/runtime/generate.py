@@ -60,8 +60,8 @@ def generate(
     ``max_new_tokens``.
 
     The same arguments give the same text on the same machine. ``decode`` is how steps run
-    (``ptq/decoding.py``): if not given, as a CUDA graph over a cache of fixed size where device and
-    model allow it, else plainly.
+    (``ptq/runtime/decoding.py``): if not given, as a CUDA graph over a cache of fixed size where
+    device and model allow it, else plainly.
 
     Raises:
         ValueError: an empty prompt, a negative temperature or length, logits that are no numbers,
@@ -77,12 +77,12 @@ def generate(
     ends = frozenset(stop)
     steps = decoding.decode(model, prompt, len(prompt) + max_new_tokens, decode)
     logits = next(steps)
-    for left in reversed(range(max_new_tokens)):
+    for remaining in reversed(range(max_new_tokens)):
         token = choose(logits, temperature, generator)
         if token in ends:
             return
         yield token
-        if left:
+        if remaining:
             logits = steps.send(token)
 
 

@@ -109,12 +109,12 @@ def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
         log_experts(pack_experts(model))
 
 
-def log_experts(found: Mapping[str, str | None]) -> None:
-    """Say once how layers of experts run: ``found`` has their names, and why each does not run
-    grouped, or None."""
-    reasons = Counter(reason for reason in found.values() if reason is not None)
-    if grouped := len(found) - reasons.total():
-        logger.info("%d of %d layers of experts run grouped", grouped, len(found))
+def log_experts(obstacles: Mapping[str, str | None]) -> None:
+    """Say once how layers of experts run, from their names and why each does not run grouped, or
+    None where it does."""
+    reasons = Counter(reason for reason in obstacles.values() if reason is not None)
+    if grouped := len(obstacles) - reasons.total():
+        logger.info("%d of %d layers of experts run grouped", grouped, len(obstacles))
     for reason, count in reasons.items():
         logger.info("%d layers of experts run one expert after the other: %s", count, reason)
 

@@ -121,15 +121,15 @@ def test_a_choice_that_does_not_exist_or_fit_is_an_error(
 
 def test_a_backend_that_cannot_run_there_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"w4a4 is not predicted for H200 .* choose from bf16"):
-        plan(backends=["bf16", "w4a4"]).chosen(GPUS["h200"])
+        plan(backends=["bf16", "w4a4"]).backends_by_format(GPUS["h200"])
     with pytest.raises(
         ValueError, match=r"bf16 does not run on cpu .* choose from fp32, reference"
     ):
-        plan(backends=["bf16"]).chosen(CPU)
+        plan(backends=["bf16"]).backends_by_format(CPU)
     some = plan(
         formats=["nvint4", "nvfp4"], backends=["w4a4", "bf16"]
     )  # one of the formats suffices
-    assert some.chosen(GPUS["b200"]) == {"nvint4": ["bf16"], "nvfp4": ["w4a4"]}
+    assert some.backends_by_format(GPUS["b200"]) == {"nvint4": ["bf16"], "nvfp4": ["w4a4"]}
 
 
 # ---------------------------------------------------------------- records and tables

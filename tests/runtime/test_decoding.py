@@ -226,7 +226,7 @@ def test_the_watch_sees_what_the_host_waits_for(
 ) -> None:
     with decoding.Watch() as watch:
         call(torch.tensor([1.0, -1.0, 2.0, -2.0]))
-    assert any(name in operator for operator in watch.found)
+    assert any(name in operator for operator in watch.waiting)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_watch_sees_what_the_host_waits_for(
 def test_the_watch_lets_pass_what_a_device_does_alone(call: Callable[[Tensor], object]) -> None:
     with decoding.Watch() as watch:
         call(torch.tensor([1.0, -1.0, 2.0, -2.0]))
-    assert not watch.found
+    assert not watch.waiting
 
 
 # ---------------------------------------------------------------- quantized layers
@@ -307,7 +307,7 @@ def test_a_step_of_quantized_layers_traces_into_one_graph(
     with decoding.Watch() as watch:
         expected = step(ids)
     assert torch.equal(found[0], expected) and bool(expected.isfinite().all())
-    assert not watch.found, "the step cannot be captured"
+    assert not watch.waiting, "the step cannot be captured"
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "nvint4"])

@@ -102,7 +102,7 @@ def test_the_most_likely_token_and_the_check_come_to_the_host_together():
     """No value is read on its own: each would wait for the device."""
     with Watch() as watch:
         assert choose(torch.tensor([0.0, 2.0, 1.0]), 0.0, torch.Generator()) == 1
-    assert not watch.found
+    assert not watch.waiting
 
 
 def by_bytes(ids: list[int]) -> str:
