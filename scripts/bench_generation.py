@@ -164,14 +164,14 @@ def seconds_per_token(model: nn.Module, decode: Decode, options: argparse.Namesp
     prompt = torch.randint(
         0, vocabulary, (options.prompt_tokens,), generator=torch.Generator().manual_seed(0)
     ).tolist()
-    made = generate(model, prompt, max_new_tokens=options.new_tokens, decode=decode)
+    tokens = generate(model, prompt, max_new_tokens=options.new_tokens, decode=decode)
     for _ in range(WARM_UP):
-        next(made)
+        next(tokens)
     times = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         for _ in range(options.tokens):
-            next(made)  # waits for the token
+            next(tokens)  # waits for the token
         times.append((time.perf_counter() - start) / options.tokens)
     return statistics.median(times)
 
@@ -241,7 +241,7 @@ def bench(options: argparse.Namespace) -> None:
         for decode in ways:
             seconds = seconds_per_token(model, decode, options)
             base.setdefault(decode, seconds)
-            found = {
+            row = {
                 "model": name,
                 "weights": weights,
                 "decode": decode,
@@ -255,7 +255,7 @@ def bench(options: argparse.Namespace) -> None:
                 "layers_in_kernels": in_kernels,
                 **machine,
             }
-            cells = f"{1 / seconds:.1f} | {1e3 * seconds:.3f} | {found['linear_bytes'] / 1e9:.3g}"
+            cells = f"{1 / seconds:.1f} | {1e3 * seconds:.3f} | {row['linear_bytes'] / 1e9:.3g}"
             print(
                 f"| {weights} | {in_kernels} of {len(layers)} | {decode} | {cells} | "
                 f"{base[decode] / seconds:.2f} |",
@@ -263,7 +263,7 @@ def bench(options: argparse.Namespace) -> None:
             )
             if options.out:
                 with options.out.open("a", encoding="utf-8") as file:
-                    print(json.dumps(found), file=file)
+                    print(json.dumps(row), file=file)
 
 
 def main() -> int:

@@ -1,26 +1,23 @@
 """How fast the linear layers of a model are: measured on the device at hand, or predicted from a
 GPU's roofline.
 
-Facts are stored as JSONL (``Measurement``), opinions (TB/s, ratios to bf16, percentages) are
-derived from them, here and in :mod:`ptq.bench.speed_report`. What is timed, and how, is in
-:mod:`ptq.bench.timing` (K4).
+What is timed, and how, is in :mod:`ptq.bench.timing` (K4).
 """
 
 import importlib.metadata
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
 from ptq.bench import timing
-from ptq.bench.shapes import EXPERT, Layer
+from ptq.bench.measurement import Limits, Measurement
+from ptq.bench.shapes import Layer
 from ptq.kernels import coverage
 from ptq.numerics.formats import E2M1, FORMATS, Format
 from ptq.numerics.rotation import Rotation
@@ -32,139 +29,6 @@ REFERENCE = "reference"  # the path of layers without kernels, for CPUs
 BACKENDS = (*timing.BACKENDS, REFERENCE)
 DENSE = ("bf16", "fp32")  # what all others are compared with: on a GPU, on a CPU
 FORMATLESS = (*DENSE, "fp8", "rotate")  # timed once for all formats
-
-
-# ---------------------------------------------------------------- facts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """The time of one backend on one layer; ``predicted`` is a roofline, not a run.
-
-    Attributes:
-        shape: (tokens, out, in).
-        bytes: what has to be moved at least: weight, inputs, outputs. flops: 2 · tokens · out · in.
-        bandwidth, peak: what the device does at most, in bytes and operations per second; 0 if that
-            is not known.
-    """
-
-    model: str
-    layer: str
-    shape: tuple[int, int, int]
-    backend: str
-    format: str
-    rotation: int
-    median_s: float
-    p20_s: float
-    p80_s: float
-    bytes: int
-    flops: int
-    bandwidth: float
-    peak: float
-    predicted: bool
-    device: str
-    ptq: str
-    torch: str
-    triton: str
-    date: str
-
-    @property
-    def tflops(self) -> float:
-        return self.flops / self.median_s / 1e12
-
-    @property
-    def terabytes_per_second(self) -> float:
-        return self.bytes / self.median_s / 1e12
-
-    @property
-    def share(self) -> tuple[float, str] | None:
-        """The larger of the shares of the device's copy bandwidth and of its matmul peak; None if
-        nobody knows them."""
-        if not self.bandwidth:
-            return None
-        moved = self.bytes / self.median_s / self.bandwidth
-        computed = self.flops / self.median_s / self.peak if self.peak else 0.0
-        return (moved, "copy") if moved >= computed else (computed, "matmul")
-
-    def to_json(self) -> str:
-        """One line; :meth:`from_dict` reads it."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, object]) -> "Measurement":
-        """The measurement of a line of JSONL."""
-        return cls(**(data | {"shape": tuple(data["shape"])}))  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a device does at most, in bytes and operations per second, and where the numbers come
-    from.
-
-    Attributes:
-        bandwidth, bf16, fp8, fp4: 0 where the device has none, or where it was not measured.
-    """
-
-    name: str
-    bandwidth: float
-    bf16: float
-    fp8: float = 0.0
-    fp4: float = 0.0
-    source: str
-
-    def peak(self, backend: str) -> float:
-        """Operations per second of the numbers that a backend multiplies."""
-        return (
-            self.fp4
-            if backend.endswith("w4a4")
-            else self.fp8
-            if backend in ("fp8", "rotate+w4a8")
-            else self.bf16
-        )
-
-
-GPUS = {
-    "h200": Limits(
-        name="H200",
-        bandwidth=4.3e12,
-        bf16=790e12,
-        fp8=1450e12,
-        source="bandwidth and bf16 measured with plain PyTorch, fp8 assumed",
-    ),
-    "b200": Limits(
-        name="B200",
-        bandwidth=7.2e12,
-        bf16=1450e12,
-        fp4=4650e12,
-        source="bandwidth assumed, bf16 and fp4 published",
-    ),
-    "rtx5090": Limits(
-        name="RTX 5090",
-        bandwidth=1.6e12,
-        bf16=224e12,
-        fp4=1300e12,
-        source="bandwidth assumed, bf16 and fp4 published",
-    ),
-    "a100": Limits(
-        name="A100", bandwidth=1.7e12, bf16=270e12, source="assumed: 85 % of the data sheet"
-    ),
-}
-
-
-def measured_limits(device: torch.device) -> Limits:
-    """Of the GPU at hand, by a copy and by matmuls; of a CPU nothing, because weights stay in its
-    cache."""
-    if device.type != "cuda":
-        return Limits(
-            name="CPU",
-            bandwidth=0.0,
-            bf16=0.0,
-            source="the reference path in fp32, weights in the cache",
-        )
-    with timing.current(device):
-        bandwidth, bf16, fp8 = timing.peaks(device)
-    name = torch.cuda.get_device_name(device)
-    return Limits(name=name, bandwidth=bandwidth, bf16=bf16, fp8=fp8, source="measured in this run")
 
 
 # ---------------------------------------------------------------- what to time
@@ -339,6 +203,22 @@ def _version(package: str) -> str:
 # ---------------------------------------------------------------- measuring
 
 
+def measured_limits(device: torch.device) -> Limits:
+    """Of the GPU at hand, by a copy and by matmuls; of a CPU nothing, because weights stay in its
+    cache."""
+    if device.type != "cuda":
+        return Limits(
+            name="CPU",
+            bandwidth=0.0,
+            bf16=0.0,
+            source="the reference path in fp32, weights in the cache",
+        )
+    with timing.current(device):
+        bandwidth, bf16, fp8 = timing.peaks(device)
+    name = torch.cuda.get_device_name(device)
+    return Limits(name=name, bandwidth=bandwidth, bf16=bf16, fp8=fp8, source="measured in this run")
+
+
 def run(
     plan: Plan,
     device: torch.device,
@@ -412,49 +292,3 @@ def _reference(problem: timing.Problem, fmt: Format) -> list[timing.Call]:
         for w in problem.weights()
     ]
     return [lambda w=w: linear(rotation.rotate(x), w.dequantize().to(x.dtype)) for w in weights]
-
-
-# ---------------------------------------------------------------- records
-
-
-def append(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Add one line of JSON per measurement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for measurement in measurements:
-            file.write(measurement.to_json() + "\n")
-
-
-def read(path: Path) -> list[Measurement]:
-    """The measurements of a JSONL file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    return [
-        Measurement.from_dict(json.loads(line))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line
-    ]
-
-
-def block_sums(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """One measurement per model, tokens, backend and format: the sum over the layers of a decoder
-    block, with one expert if it has any."""
-    sums: dict[tuple[object, ...], Measurement] = {}
-    for m in measurements:
-        key = (m.model, m.shape[0], m.backend, m.format, m.device, m.predicted)
-        if key not in sums:
-            sums[key] = replace(m, layer="block", shape=(m.shape[0], 0, 0))
-            continue
-        s = sums[key]
-        sums[key] = replace(
-            s,
-            layer="block, 1 expert" if m.layer.startswith(EXPERT) else s.layer,
-            median_s=s.median_s + m.median_s,
-            p20_s=s.p20_s + m.p20_s,
-            p80_s=s.p80_s + m.p80_s,
-            bytes=s.bytes + m.bytes,
-            flops=s.flops + m.flops,
-        )
-    return list(sums.values())

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptq.bench.layers import DENSE, FORMATLESS, Limits, Measurement, block_sums
+from ptq.bench.layers import DENSE, FORMATLESS
+from ptq.bench.measurement import Limits, Measurement, block_sums
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,8 @@ from ptq.cli.options import Debug, Device, Quiet, parse_rotation
 if TYPE_CHECKING:  # torch only inside the command
     import torch
 
-    from ptq.bench.layers import Limits, Measurement, Plan
+    from ptq.bench.layers import Plan
+    from ptq.bench.measurement import Limits, Measurement
     from ptq.bench.shapes import Layer
 
 DEMO = "demo"
@@ -108,7 +109,8 @@ def bench(
         return
 
     from ptq.bench import speed_report
-    from ptq.bench.layers import TOKENS, Limits, Plan, append, block_sums, measured_limits
+    from ptq.bench.layers import TOKENS, Plan, measured_limits
+    from ptq.bench.measurement import Limits, append, block_sums
     from ptq.cli import display
 
     place = find_place(predict, device)
@@ -159,7 +161,8 @@ def measurements(
     plans: Sequence["Plan"], place: "torch.device | Limits", limits: "Limits", quiet: bool
 ) -> Iterator["Measurement"]:
     """What is measured on a device, with progress on stderr, or predicted."""
-    from ptq.bench.layers import Limits, predict, run
+    from ptq.bench.layers import predict, run
+    from ptq.bench.measurement import Limits
     from ptq.cli import display
 
     if isinstance(place, Limits):
@@ -226,7 +229,7 @@ def find_place(predict: str | None, device: str | None) -> "torch.device | Limit
     """
     import torch
 
-    from ptq.bench.layers import GPUS
+    from ptq.bench.measurement import GPUS
 
     if (
         predict is None and device is None
@@ -312,7 +315,8 @@ def tune_tables(
     import torch
 
     from ptq.bench import tune
-    from ptq.bench.layers import Limits, Plan
+    from ptq.bench.layers import Plan
+    from ptq.bench.measurement import Limits
     from ptq.cli import display
     from ptq.kernels import gpu, tiles
 

@@ -1,27 +1,18 @@
-"""Shapes, rooflines and records of the layer benchmark; timing itself on tiny shapes on the CPU."""
+"""Choices and rooflines of the layer benchmark; timing itself on tiny shapes on the CPU."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ptq.bench import layers as benchmark
-from ptq.bench import shapes, speed_report
-from ptq.bench.layers import GPUS, Measurement, Plan
+from ptq.bench import layers, shapes, speed_report
+from ptq.bench.layers import Plan
+from ptq.bench.measurement import GPUS, Measurement, block_sums
 from ptq.numerics.formats import FORMATS
 
 CPU = torch.device("cpu")
-NO_LIMITS = benchmark.measured_limits(CPU)
-
-
-SIZES = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-}
+NO_LIMITS = layers.measured_limits(CPU)
 
 
 def plan(model: str = "llama-3.1-8b", **choices) -> Plan:
@@ -43,9 +34,7 @@ SPEC = [
 
 @pytest.mark.parametrize(("gpu", "model", "tokens", "bf16", "w4a16", "w4a4"), SPEC)
 def test_rooflines_are_those_of_the_specification(gpu, model, tokens, bf16, w4a16, w4a4) -> None:
-    found = benchmark.block_sums(
-        benchmark.predict(plan(model, tokens=[tokens], formats=["nvfp4"]), GPUS[gpu])
-    )
+    found = block_sums(layers.predict(plan(model, tokens=[tokens], formats=["nvfp4"]), GPUS[gpu]))
     seconds = {m.backend: m.median_s * 1e6 for m in found}
     assert seconds["bf16"] == pytest.approx(bf16, rel=0.015)
     assert seconds["w4a16"] == pytest.approx(w4a16, rel=0.015)
@@ -58,7 +47,7 @@ def test_only_what_tensor_cores_multiply_is_predicted() -> None:
     anywhere."""
 
     def low(gpu: str, fmt: str) -> set[str]:
-        return set(benchmark.backends(GPUS[gpu], FORMATS[fmt], 32)) - {
+        return set(layers.backends(GPUS[gpu], FORMATS[fmt], 32)) - {
             "bf16",
             "w4a16",
             "rotate+w4a16",
@@ -70,10 +59,10 @@ def test_only_what_tensor_cores_multiply_is_predicted() -> None:
 
 
 def test_predictions_reach_their_limit_and_rotations_cost() -> None:
-    for m in benchmark.predict(plan(rotation=64), GPUS["h200"]):
+    for m in layers.predict(plan(rotation=64), GPUS["h200"]):
         share, _ = m.share or (0.0, "")
         assert share == pytest.approx(1) or (m.backend.startswith("rotate+") and 0.5 < share < 1)
-    without = {m.backend for m in benchmark.predict(plan(rotation=1), GPUS["h200"])}
+    without = {m.backend for m in layers.predict(plan(rotation=1), GPUS["h200"])}
     assert without == {"bf16", "w4a16", "rotate+w4a8"}, (
         "nothing rotates, but fp8 inputs are still to be rounded"
     )
@@ -81,18 +70,16 @@ def test_predictions_reach_their_limit_and_rotations_cost() -> None:
 
 def test_a_rotation_alone_is_not_billed_for_the_weight() -> None:
     shape, fmt = (3, 4096, 64), FORMATS["nvfp4"]
-    assert benchmark.cost("rotate", shape, fmt, 32) == (3 * 64 * 4, 2 * 3 * 64 * 32)
-    assert benchmark.cost("quantize", shape, fmt, 32) == (
+    assert layers.cost("rotate", shape, fmt, 32) == (3 * 64 * 4, 2 * 3 * 64 * 32)
+    assert layers.cost("quantize", shape, fmt, 32) == (
         3 * 64 * 2 + 3 * 64 * 4.5 / 8,
         2 * 3 * 64 * 32,
     )
-    assert benchmark.cost("bf16", shape, fmt, 32) == (
+    assert layers.cost("bf16", shape, fmt, 32) == (
         2 * (4096 * 64 + 3 * 64 + 3 * 4096),
         2 * 3 * 64 * 4096,
     )
-    assert benchmark.cost("w4a16", shape, fmt, 32)[0] == 4096 * 64 * 4.5 / 8 + 2 * (
-        3 * 64 + 3 * 4096
-    )
+    assert layers.cost("w4a16", shape, fmt, 32)[0] == 4096 * 64 * 4.5 / 8 + 2 * (3 * 64 + 3 * 4096)
 
 
 # ---------------------------------------------------------------- choices
@@ -132,30 +119,6 @@ def test_a_backend_that_cannot_run_there_is_an_error() -> None:
     assert some.backends_by_format(GPUS["b200"]) == {"nvint4": ["bf16"], "nvfp4": ["w4a4"]}
 
 
-# ---------------------------------------------------------------- records and tables
-
-
-def test_a_record_survives_its_file(tmp_path: Path) -> None:
-    found = list(benchmark.predict(plan(tokens=[1, 64], formats=["nvfp4", "nvint4"]), GPUS["h200"]))
-    benchmark.append(tmp_path / "new" / "runs.jsonl", found[:3])
-    benchmark.append(tmp_path / "new" / "runs.jsonl", found[3:])
-    assert benchmark.read(tmp_path / "new" / "runs.jsonl") == found
-
-
-def test_a_sum_names_the_expert_that_it_counts(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({**SIZES, "num_experts": 4, "moe_intermediate_size": 32})
-    )
-    sums = benchmark.block_sums(benchmark.predict(plan(str(tmp_path), tokens=[1]), GPUS["h200"]))
-    assert {m.layer for m in sums} == {"block, 1 expert"}
-    dense = benchmark.block_sums(
-        benchmark.predict(plan(tokens=[1], backends=["bf16"]), GPUS["h200"])
-    )
-    assert [(m.layer, m.flops) for m in dense] == [
-        ("block", 2 * (6144 + 4096 + 28672 + 14336) * 4096)
-    ]
-
-
 # ---------------------------------------------------------------- measuring
 
 
@@ -165,7 +128,7 @@ def test_the_reference_path_is_timed_on_a_cpu(tmp_path: Path) -> None:
         model="tiny", layers=[("small", 64, 128)], tokens=[1, 3], formats=["nvfp4", "mxfp4"]
     )
     found = list(
-        benchmark.run(tiny, CPU, NO_LIMITS, repeats=3, on_step=lambda *step: steps.append(step))
+        layers.run(tiny, CPU, NO_LIMITS, repeats=3, on_step=lambda *step: steps.append(step))
     )
     assert [(m.shape[0], m.backend, m.format, m.rotation) for m in found] == [
         (1, "fp32", "", 1), (1, "reference", "nvfp4", 32), (1, "reference", "mxfp4", 32),

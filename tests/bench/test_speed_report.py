@@ -1,8 +1,8 @@
 """What is told of measurements and predictions."""
 
-from ptq.bench import layers as benchmark
-from ptq.bench import shapes, speed_report
-from ptq.bench.layers import GPUS, Limits, Plan
+from ptq.bench import layers, shapes, speed_report
+from ptq.bench.layers import Plan
+from ptq.bench.measurement import GPUS, Limits
 from ptq.numerics.formats import FORMATS
 
 
@@ -11,7 +11,7 @@ def plan(model: str = "llama-3.1-8b", **choices) -> Plan:
 
 
 def test_markdown_says_what_is_predicted_and_of_what() -> None:
-    found = list(benchmark.predict(plan(tokens=[1], formats=["nvfp4"]), GPUS["h200"]))
+    found = list(layers.predict(plan(tokens=[1], formats=["nvfp4"]), GPUS["h200"]))
     text = speed_report.markdown(found, GPUS["h200"])
     assert text.startswith(
         "**Predicted, not measured**: the roofline of H200, copy 4.30 TB/s, bf16 790 TFLOP/s"
@@ -24,7 +24,7 @@ def test_measurements_have_a_spread_and_a_share_of_what_was_measured() -> None:
     limits = Limits(name="a GPU", bandwidth=4e12, bf16=8e14, source="measured in this run")
     timed = [("bf16", [1e-4, 2e-4, 3e-4, 4e-4, 9e-4]), ("w4a16", [1e-4]), ("rotate", [1e-5])]
     found = [
-        benchmark._measurement(
+        layers._measurement(
             plan(), "o", (1, 4096, 4096), backend, FORMATS["nvfp4"], seconds, limits
         )
         for backend, seconds in timed

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq.bench import layers as benchmark
 from ptq.bench import timing
+from ptq.bench.measurement import Measurement, read
 from ptq.cli import commands as cli
 from ptq.kernels import gpu, tiles
 
@@ -131,8 +131,8 @@ def test_json_is_lines_of_measurements_and_nothing_else(bench: Run, tmp_path: Pa
         "--json",
     ]
     code, out, err = bench(*args, "--out", tmp_path / "runs.jsonl")
-    found = [benchmark.Measurement.from_dict(json.loads(line)) for line in out.splitlines()]
-    assert code == 0 and found == benchmark.read(tmp_path / "runs.jsonl")
+    found = [Measurement.from_dict(json.loads(line)) for line in out.splitlines()]
+    assert code == 0 and found == read(tmp_path / "runs.jsonl")
     assert len(found) == 4 * 3 * (1 + 2), "bf16 once, w4a4 for the two formats with such elements"
     assert all(m.predicted and m.device == "B200" for m in found)
     assert [line for line in err.splitlines()] == [f"written: {tmp_path / 'runs.jsonl'}"]
@@ -327,6 +327,6 @@ def test_help_names_every_choice(bench: Run):
 @pytest.mark.gpu
 def test_a_gpu_is_measured(bench: Run, tiny: Path):
     code, out, _ = bench(tiny, "--tokens", "1,16", "--json", "--quiet")
-    found = [benchmark.Measurement.from_dict(json.loads(line)) for line in out.splitlines()]
+    found = [Measurement.from_dict(json.loads(line)) for line in out.splitlines()]
     assert code == 0 and {"bf16", "w4a16", "rotate+w4a16"} <= {m.backend for m in found}
     assert all(m.share is not None and m.bandwidth > 1e11 and not m.predicted for m in found)
