@@ -62,6 +62,18 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def trees(root: Path) -> dict[str, ast.Module]:
+    """Every file of the library by its path without suffix, ``ptq/hf`` and ``kernels/tiles``."""
+    return {
+        str(path.relative_to(root).with_suffix("")): ast.parse(path.read_text("utf-8"))
+        for folder in ("ptq", "kernels", "calib")
+        for path in sorted((root / folder).rglob("*.py"))
+        if not path.is_relative_to(root / "ptq" / "kernels")
+        and not path.is_relative_to(root / "ptq" / "calib")
+    }
+
+
+@pytest.fixture(scope="module")
 def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library without its model, and pyproject.toml."""
     target = tmp_path_factory.mktemp("house")
@@ -126,13 +138,17 @@ def test_every_contract_has_a_planted_violation(root: Path) -> None:
     assert names == {contract for contract, _, _ in VIOLATIONS}
 
 
-def test_every_module_says_what_it_is_for(root: Path) -> None:
-    silent = [
-        name
-        for name, path in modules(root).items()
-        if not ast.get_docstring(ast.parse(path.read_text("utf-8")))
-    ]
-    assert silent == []
+def test_every_wing_is_looked_at(root: Path) -> None:
+    folders = {path.name for path in (root / "ptq").iterdir() if path.is_dir()}
+    assert folders - {"demo", "__pycache__"} == WINGS.keys()
+
+
+def test_every_module_says_what_it_is_for(root: Path, trees: dict[str, ast.Module]) -> None:
+    scripts = {
+        f"scripts/{path.stem}": ast.parse(path.read_text("utf-8"))
+        for path in (root / "scripts").glob("*.py")
+    }
+    assert [name for name, tree in (trees | scripts).items() if not ast.get_docstring(tree)] == []
 
 
 def test_tests_mirror_modules(root: Path) -> None:
@@ -149,19 +165,21 @@ def test_tests_mirror_modules(root: Path) -> None:
     assert TESTED_ELSEWHERE.keys() - untested == set(), "these have one now: shorten the list"
 
 
-def decorated(function: ast.FunctionDef, word: str) -> bool:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def decorated(function: Function, word: str) -> bool:
     return any(word in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-def test_no_function_has_more_than_twelve_parameters(root: Path) -> None:
+def test_no_function_has_more_than_twelve_parameters(trees: dict[str, ast.Module]) -> None:
     """But for Triton kernels, and the commands of the command line, whose parameters are
     options."""
     wide = []
-    for name, path in modules(root).items():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.FunctionDef) or decorated(node, "triton.jit"):
-                continue
-            if name.startswith("cli/") and (decorated(node, "guarded") or node.name == "bench"):
+    for name, tree in trees.items():
+        spared = "guarded" if name.startswith("ptq/cli/") else "triton.jit"
+        for node in ast.walk(tree):
+            if not isinstance(node, Function) or decorated(node, spared):
                 continue
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             if len([a for a in arguments if a.arg not in ("self", "cls")]) > 12:
@@ -169,12 +187,13 @@ def test_no_function_has_more_than_twelve_parameters(root: Path) -> None:
     assert wide == []
 
 
-def test_only_the_command_line_prints(root: Path) -> None:
+def test_only_the_command_line_prints(trees: dict[str, ast.Module]) -> None:
     printing = [
         f"{name}:{node.lineno}"
-        for name, path in modules(root).items()
-        if not name.startswith("cli/") and name != "bench/compile_check"  # a program of its own
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name, tree in trees.items()
+        # the compile check is a program of its own
+        if not name.startswith("ptq/cli/") and name != "ptq/bench/compile_check"
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == "print"
@@ -182,33 +201,37 @@ def test_only_the_command_line_prints(root: Path) -> None:
     assert printing == []
 
 
-def test_numerics_reads_and_writes_no_files(root: Path) -> None:
+def test_numerics_reads_and_writes_no_files(trees: dict[str, ast.Module]) -> None:
     """What needs no import to do so; imports are the contract's."""
     reading = [
         f"{name}:{node.lineno}"
-        for name, path in modules(root).items()
-        if name.startswith("numerics/")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name, tree in trees.items()
+        if name.startswith("ptq/numerics/")
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("open", "torch.load", "torch.save", "input")
     ]
     assert reading == []
 
 
-def test_nothing_compares_with_the_name_of_a_format(root: Path) -> None:
+def test_nothing_compares_with_the_name_of_a_format(trees: dict[str, ast.Module]) -> None:
     """What differs between formats is in their records, and in tables that are keyed by them."""
     from ptq.numerics.formats import FORMATS
 
-    # which cases the compile check covers is a list of names
-    spared = ("bench/compile_cases", "bench/compile_check")
+    spared = (
+        # which cases the compile check covers is a list of names
+        "ptq/bench/compile_cases",
+        "ptq/bench/compile_check",
+        # gpt-oss says "mxfp4" for its own packing: quant_method of a source, no format of ours
+        "ptq/model/checkpoint_source",
+    )
     compared = [
         f"{name}:{node.lineno}"
-        for name, path in modules(root).items()
+        for name, tree in trees.items()
         if name not in spared
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Compare)
         for part in ast.walk(node)
         if isinstance(part, ast.Constant) and part.value in FORMATS
     ]
-    # gpt-oss says "mxfp4" for its own packing: quant_method of a source, no format of ours
-    assert [place for place in compared if not place.startswith("model/checkpoint_source")] == []
+    assert compared == []
