@@ -76,6 +76,14 @@ class CalibratedBlock:
     count: int
     _pools: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    def pool(self, group: InputGroup) -> str | None:
+        """The experts that a group may borrow from; None if it is no part of an expert."""
+        return pool_key(self.module, next(iter(group.layers)))
+
+    def borrows(self, group: InputGroup) -> bool:
+        """Whether the Hessian of a group is topped up (G30)."""
+        return group.hessian.tokens < group.hessian.features and self.pool(group) is not None
+
     def hessian(self, group: InputGroup) -> Float[Tensor, "in in"]:
         """The Hessian to solve ``group`` with: the mean over its tokens, topped up for rare experts
         (G30).
@@ -85,20 +93,16 @@ class CalibratedBlock:
         Raises:
             ValueError: naming the layer, when neither the group nor the pool saw a token.
         """
-        seen, first = group.hessian, next(iter(group.layers))
+        seen, pool = group.hessian, self.pool(group)
         try:
-            pool = pool_key(self.module, first)
-            if pool is None or seen.tokens >= seen.features:
+            if pool is None or not self.borrows(group):
                 return seen.mean()
             if pool not in self._pools:
-                peers = [
-                    g for g in self.groups if pool_key(self.module, next(iter(g.layers))) == pool
-                ]
-                self._pools[pool] = pooled(g.hessian for g in peers)
+                self._pools[pool] = pooled(g.hessian for g in self.groups if self.pool(g) == pool)
             mean = seen.mean() if seen.tokens else None
             return top_up(mean, self._pools[pool], seen.tokens, seen.features)
         except ValueError as error:
-            raise ValueError(f"{self.prefix}{first}: {error}") from error
+            raise ValueError(f"{self.prefix}{next(iter(group.layers))}: {error}") from error
 
     def forget(self) -> None:
         """Drop statistics and layers, so that nobody holds them while the next block is observed:
@@ -174,9 +178,9 @@ def walk(
                     steps.record()
                 if not skip(name):
                     if prepare is not None:
-                        few = steps.observe(block, watch.first_look(), _few(batches))
-                        prepare(replace(block, groups=few, _pools={}), steps.trial(block))
-                        del few  # nobody holds its statistics, nor layers that were replaced
+                        block.groups = steps.observe(block, watch.first_look(), _few(batches))
+                        prepare(block, steps.trial(block))
+                        block.forget()
                     block.groups = steps.observe(block, watch, len(batches))
                 yield block
                 if index + 1 < len(blocks) or go_on:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 
 from ptq.calib.observer import InputGroup
-from ptq.calib.rare_experts import pool_key
 from ptq.calib.walk import CalibratedBlock
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import together, world
@@ -38,8 +37,7 @@ class Task:
     def solve(self) -> list[Solved]:
         """The quantized layers; with several ranks in host memory, through which they travel."""
         block, group = self.block, self.group
-        rare = group.hessian.tokens < group.hessian.features
-        topped_up = rare and pool_key(block.module, next(iter(group.layers))) is not None
+        topped_up = block.borrows(group)
         job = Job(
             names=tuple(f"{block.prefix}{name}" for name in self.layers),
             weights=tuple(group.layers[name].weight for name in self.layers),
@@ -66,7 +64,7 @@ def _unused(block: CalibratedBlock, group: InputGroup) -> bool:
     """Whether the layers of a group are never called. An expert that no token chose is not meant:
     its kind is called, and others lend it their statistics."""
     seen = group.hessian.tokens + group.holdout.tokens
-    return not seen and pool_key(block.module, next(iter(group.layers))) is None
+    return not seen and block.pool(group) is None
 
 
 def tasks(block: CalibratedBlock, plan: Plan) -> list[Task]:
