@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from ptq.numerics.formats import E4M3_LARGEST, E4M3_SMALLEST, Format
+from ptq.numerics.formats import E4M3_LARGEST, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import scale_bytes
 from ptq.numerics.tensor import QuantizedTensor, Scales, group
@@ -64,20 +64,12 @@ def quantize_inputs(
         t = row_scale(y, fmt) if global_scale is None else global_scale.float()
         inverse = 1 / t
         constant = inverse * (1 / torch.tensor(fmt.element.max))
-        bits = (
-            (amax * constant)
-            .clamp(E4M3_SMALLEST, E4M3_LARGEST)
-            .to(torch.float8_e4m3fn)
-            .view(torch.uint8)
-        )
+        bits = fmt.encode_scale(amax * constant)
         factor = inverse / fmt.decode_scale(bits)
     else:
         t = torch.ones((), device=x.device)
         bits = scale_bytes(amax, fmt, t, rule)
-        factor = ((254 - bits.int()) << 23).view(
-            torch.float32
-        )  # 2^(127 - byte) for bytes 1 … 254; 254 gives a subnormal, see below
-        factor = torch.where(bits == 254, torch.tensor(2.0**-127), factor)
+        factor = fmt.decode_scale(254 - bits)  # 2^(127 - byte), for bytes 1 … 254
     return QuantizedTensor(
         fmt.element.encode((groups * factor.unsqueeze(-1)).flatten(1)), Scales(bits, t, fmt)
     )
