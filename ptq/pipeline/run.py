@@ -128,7 +128,7 @@ def install(
             getattr(old, "bias", None),
             quantize_inputs=recipe.quantize_inputs,
             input_global_scale=result.input_scale,
-            input_rule=recipe.input_rule or "default",
+            input_rule=recipe.input_rule,
         )
         layer.cache = True  # the block runs over all batches once more
         block.module.set_submodule(inner, layer)
@@ -160,7 +160,7 @@ def tell(block: CalibratedBlock, reports: Sequence[LayerReport], plan: Plan) -> 
                 report.damping,
             )
         if recipe.algorithm != "rtn" and report.algorithm == "rtn":
-            if report.error == 0 == report.rtn_error:
+            if report.error == report.rtn_error == report.damping == 0:
                 reason = "reads nothing but zeros during calibration; rounded to nearest"
             else:
                 reason = f"{recipe.algorithm.upper()} did not beat round to nearest, which was kept"

@@ -322,6 +322,22 @@ def test_a_layer_that_reads_zeros_is_rounded_to_nearest_and_told(
     assert reports["model.layers.0.mlp.up_proj"].algorithm == "gptq"
 
 
+def test_a_layer_that_has_nothing_to_lose_is_not_said_to_read_zeros(
+    tiny_llama: Path, quick, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights that lie on the grid of the format already, as those of a model that was MXFP4."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = torch.where(module.weight > 0, 2.0**-4, -(2.0**-4))
+    source, recipe = MemorySource(model), quick("mxfp4", rotation=1, balance=0.0)
+    for progress in in_memory(source, batches(tiny_llama, recipe), recipe):
+        for report in progress.reports:
+            assert (report.algorithm, report.error, report.rtn_error) == ("rtn", 0, 0)
+            assert f"{report.name}: GPTQ did not beat round to nearest" in caplog.text
+    assert "zeros" not in caplog.text
+
+
 @pytest.mark.parametrize("balance", [0.0, 0.5])
 def test_a_layer_that_is_never_called_stays_and_is_told(
     tiny_llama: Path, quick, balance: float, caplog: pytest.LogCaptureFixture
