@@ -15,7 +15,6 @@ from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.checkpoint.quantization_config import fused_groups as fused_groups
 
 CHOICES = ("auto", *DIALECTS)
 # What "auto" takes: the first that both of these compute exactly; the last carries everything.

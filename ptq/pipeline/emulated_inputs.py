@@ -26,14 +26,12 @@ def emulated(x: Tensor, recipe: Recipe) -> Tensor:
 
 def _rounded(rows: Tensor, recipe: Recipe, rotation: Rotation) -> Tensor:
     fmt, scale = recipe.fmt, None
-    if fmt.has_global_scale and recipe.input_scale == "static":
+    if recipe.static_inputs:
         scale = fmt.global_scale(rotation.exact(rows).abs().amax().float(), INPUT_MARGIN)
     quantized = quantize_inputs(rows, fmt, rotation, scale, recipe.input_rule)
     return rotation.exact(quantized.dequantize()).to(rows.dtype)
 
 
 def _expected_rotation(recipe: Recipe, features: int) -> Rotation:
-    size = recipe.rotation
-    if size == "auto":
-        size = Recipe.default(recipe.format, scheme=recipe.scheme).rotation
-    return Rotation(int(size) if size != "auto" and features % int(size) == 0 else 1)
+    size = recipe.fmt.default_rotation if recipe.rotation == "auto" else int(recipe.rotation)
+    return Rotation(size if features % size == 0 else 1)

@@ -63,12 +63,11 @@ class LayerPlan:
         """What a checkpoint will say about it. A rotation that is chosen by measurement counts as
         one of the format's group size: what cannot be written shows now."""
         recipe = self.recipe
-        static = recipe.input_scale == "static" and recipe.fmt.has_global_scale
         return LayerInfo(
             format=recipe.format,
             rotation=recipe.fmt.group_size if recipe.rotation == "auto" else int(recipe.rotation),
             quantize_inputs=recipe.quantize_inputs,
-            static_inputs=recipe.quantize_inputs and static,
+            static_inputs=recipe.static_inputs,
             input_rule=recipe.input_rule or "default",
             bias=self.bias,
         )

@@ -163,6 +163,11 @@ class Recipe:
         return self.scheme == "w4a4"
 
     @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are quantized with one calibrated global scale."""
+        return self.quantize_inputs and self.input_scale == "static" and self.fmt.has_global_scale
+
+    @property
     def in_loop(self) -> str | None:
         """How scales are chosen inside the sweep, or None when they are chosen before it."""
         return IN_LOOP.get(self.scales)

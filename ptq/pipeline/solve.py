@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.dialect_choice import fused_groups
 from ptq.checkpoint.layer_report import LayerReport
+from ptq.checkpoint.quantization_config import fused_groups
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.algorithms import Prepared, Problem, prepare, prepare_rtn
 from ptq.numerics.errors import quadratic_form, relative
@@ -158,7 +158,7 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
 
     input_scale, input_error = None, 0.0
     if recipe.quantize_inputs:
-        if fmt.has_global_scale and recipe.input_scale == "static":
+        if recipe.static_inputs:
             input_scale = fmt.global_scale(job.amax[size].float(), INPUT_MARGIN)
         input_error = _input_error(job, rotation, input_scale)
 
