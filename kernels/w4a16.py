@@ -2,9 +2,9 @@
 several hundred tokens.
 
 The weights are the left operand (Ŵ xᵀ), so that few tokens fill the narrow side of the tensor core,
-and they are read as the checkpoint stores them: bytes (N, K/2), scale bytes (N, K/group). Inline
-assembly turns eight codes into 16-bit numbers with 15 integer operations, which leaves them in
-another order; a dot sums over K, so x is permuted alike instead. ``order``:
+and they are read as the checkpoint stores them: words of four bytes (N, K/8), scale bytes
+(N, K/group). Inline assembly turns eight codes into 16-bit numbers with 15 integer operations,
+which leaves them in another order; a dot sums over K, so x is permuted alike instead. ``order``:
 
     natural     the conversion instructions of sm_100 and sm_120 keep the columns where they are
                 (E2M1 only)
@@ -96,27 +96,26 @@ def accumulate(
     EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     columns = tl.arange(0, BLOCK_K)
-    halves = tl.arange(0, BLOCK_K // 2)
+    words = tl.arange(0, BLOCK_K // 8)
     groups = tl.arange(0, GROUPS)
     x_place = x_rows[:, None] + columns[None, :] + part * (STEPS * BLOCK_K)
-    packed_place = packed_rows[:, None] + halves[None, :] + part * (STEPS * BLOCK_K // 2)
+    word_rows = packed_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+    word_place = word_rows[:, None] + words[None, :] + part * (STEPS * BLOCK_K // 8)
     scale_place = scale_rows[:, None] + groups[None, :] + part * (STEPS * GROUPS)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if EVEN_K:
             if EVEN_N:
-                packed = tl.load(packed_place + step * (BLOCK_K // 2))
+                packed = tl.load(word_place + step * (BLOCK_K // 8))
                 scale_bytes = tl.load(scale_place + step * GROUPS)
             else:
-                packed = tl.load(
-                    packed_place + step * (BLOCK_K // 2), mask=n_mask[:, None], other=0
-                )
+                packed = tl.load(word_place + step * (BLOCK_K // 8), mask=n_mask[:, None], other=0)
                 scale_bytes = tl.load(scale_place + step * GROUPS, mask=n_mask[:, None], other=0)
             x = tl.load(x_place + step * BLOCK_K, mask=x_mask[:, None], other=0.0)
         else:
             start = (part * STEPS + step) * BLOCK_K
-            mask = n_mask[:, None] & (start // 2 + halves[None, :] < K // 2)
-            packed = tl.load(packed_place + step * (BLOCK_K // 2), mask=mask, other=0)
+            mask = n_mask[:, None] & (start // 8 + words[None, :] < K // 8)
+            packed = tl.load(word_place + step * (BLOCK_K // 8), mask=mask, other=0)
             mask = n_mask[:, None] & (start // GROUP + groups[None, :] < K // GROUP)
             scale_bytes = tl.load(scale_place + step * GROUPS, mask=mask, other=0)
             mask = x_mask[:, None] & (start + columns[None, :] < K)
