@@ -262,9 +262,9 @@ def unpack_operand(
 
     E2M1 becomes value · 2^-126 (bf16) or 2^-14 (fp16): the code's exponent and mantissa are moved
     to where those of the wider format meet. INT4 becomes value + 136 (bf16) or + 1032 (fp16): the
-    nibble, made unsigned, under the mantissa of a constant. For bf16 one multiplication, which has a
-    pipe of its own, moves sign and magnitude at once (13 operations a word instead of 15, on sm_90
-    418 instructions a step instead of 448); in fp16 their copies would meet.
+    nibble, made unsigned, under the mantissa of a constant. For bf16 one multiplication, with a
+    pipe of its own, moves sign and magnitude at once (13 operations a word, not 15; on sm_90
+    418 instructions a step, not 448); in fp16 their copies would meet.
 
     One word is one element of the assembly (pack=1): which elements share a pack is the compiler's
     choice, and it does choose others than neighbours (measured on an H200: three rows of four were
