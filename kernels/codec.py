@@ -229,11 +229,9 @@ def operand_scale(
     else:
         bits = (byte.to(tl.uint16) << 4).to(tl.bfloat16, bitcast=True)
         if ELEMENT == "e2m1" and not CVT:
-            half_of_both: tl.constexpr = HALF_OF_BOTH
-            scale = bits * half_of_both * half_of_both
+            scale = bits * HALF_OF_BOTH * HALF_OF_BOTH
         else:
-            to_float: tl.constexpr = E4M3_TO_FLOAT
-            scale = bits * to_float
+            scale = bits * E4M3_TO_FLOAT
     return scale
 
 
@@ -253,6 +251,74 @@ def in_column_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS: tl.constexpr, COLUMNS:
     return in_word_order(c0, c2, c4, c6, c1, c3, c5, c7, ROWS, COLUMNS)
 
 
+# Assembly that makes eight halves of a word $8. It ends with four words w0 … w3 of two each, to be
+# taken apart: those of columns i and i + 4 where integer operations unpack, of 2i and 2i + 1 where
+# the conversion instruction does.
+_FOUR_APART = """mov.b32 {$0, $4}, w0; mov.b32 {$1, $5}, w1;
+    mov.b32 {$2, $6}, w2; mov.b32 {$3, $7}, w3; }"""
+_NEIGHBOURS = """mov.b32 {$0, $1}, w0; mov.b32 {$2, $3}, w1;
+    mov.b32 {$4, $5}, w2; mov.b32 {$6, $7}, w3; }"""
+
+
+def _int4_under(mantissa: str) -> str:
+    return f"""{{ .reg .b32 t, u<4>, w<4>; xor.b32 t, $8, 0x88888888; shr.u32 u1, t, 4;
+    shr.u32 u2, t, 8; shr.u32 u3, t, 12;
+    lop3.b32 w0, t, 0x000F000F, {mantissa}, 0xEA; lop3.b32 w1, u1, 0x000F000F, {mantissa}, 0xEA;
+    lop3.b32 w2, u2, 0x000F000F, {mantissa}, 0xEA; lop3.b32 w3, u3, 0x000F000F, {mantissa}, 0xEA;
+    {_FOUR_APART}"""
+
+
+def _e2m1_by_cvt(half: str) -> str:
+    return f"""{{ .reg .b8 b<4>; .reg .b32 w<4>; mov.b32 {{b0, b1, b2, b3}}, $8;
+    cvt.rn.{half}x2.e2m1x2 w0, b0; cvt.rn.{half}x2.e2m1x2 w1, b1;
+    cvt.rn.{half}x2.e2m1x2 w2, b2; cvt.rn.{half}x2.e2m1x2 w3, b3;
+    {_NEIGHBOURS}"""
+
+
+E2M1_TO_BF16 = tl.constexpr(
+    f"""{{ .reg .b32 h, w<4>; shr.u32 h, $8, 8;
+    and.b32 w0, $8, 0x000F000F; and.b32 w1, $8, 0x00F000F0;
+    and.b32 w2, h, 0x000F000F; and.b32 w3, h, 0x00F000F0;
+    mul.lo.u32 w0, w0, 4160; mul.lo.u32 w1, w1, 260;
+    mul.lo.u32 w2, w2, 4160; mul.lo.u32 w3, w3, 260;
+    and.b32 w0, w0, 0x81C081C0; and.b32 w1, w1, 0x81C081C0;
+    and.b32 w2, w2, 0x81C081C0; and.b32 w3, w3, 0x81C081C0;
+    {_FOUR_APART}"""
+)
+E2M1_TO_FP16 = tl.constexpr(
+    f"""{{ .reg .b32 s<3>, m<4>, w<4>;
+    shl.b32 s0, $8, 12; shl.b32 s1, $8, 8; shl.b32 s2, $8, 4;
+    shl.b32 m0, $8, 9; shl.b32 m1, $8, 5; shl.b32 m2, $8, 1; shr.u32 m3, $8, 3;
+    and.b32 m0, m0, 0x0E000E00; and.b32 m1, m1, 0x0E000E00;
+    and.b32 m2, m2, 0x0E000E00; and.b32 m3, m3, 0x0E000E00;
+    lop3.b32 w0, s0, 0x80008000, m0, 0xEA; lop3.b32 w1, s1, 0x80008000, m1, 0xEA;
+    lop3.b32 w2, s2, 0x80008000, m2, 0xEA; lop3.b32 w3, $8, 0x80008000, m3, 0xEA;
+    {_FOUR_APART}"""
+)
+INT4_TO_BF16 = tl.constexpr(_int4_under("0x43004300"))
+INT4_TO_FP16 = tl.constexpr(_int4_under("0x64006400"))
+E2M1_TO_BF16_BY_CVT = tl.constexpr(_e2m1_by_cvt("bf16"))
+E2M1_TO_FP16_BY_CVT = tl.constexpr(_e2m1_by_cvt("f16"))
+
+
+@triton.jit
+def eight_halves(words, ASSEMBLY: tl.constexpr, HALF: tl.constexpr):
+    """int32 words → eight tensors in HALF, one per nibble.
+
+    One word is one element of the assembly (pack=1): which elements share a pack is the compiler's
+    choice, and it does choose others than neighbours (measured on an H200: three rows of four were
+    wrong when four bytes were taken for a word).
+    """
+    return tl.inline_asm_elementwise(
+        ASSEMBLY,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r",
+        [words],
+        dtype=EIGHT_BF16 if HALF == tl.bfloat16 else EIGHT_FP16,
+        is_pure=True,
+        pack=1,
+    )
+
+
 @triton.jit
 def unpack_operand(
     words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: tl.constexpr, HALF: tl.constexpr
@@ -265,83 +331,12 @@ def unpack_operand(
     nibble, made unsigned, under the mantissa of a constant. For bf16 one multiplication, with a
     pipe of its own, moves sign and magnitude at once (13 operations a word, not 15; on sm_90
     418 instructions a step, not 448); in fp16 their copies would meet.
-
-    One word is one element of the assembly (pack=1): which elements share a pack is the compiler's
-    choice, and it does choose others than neighbours (measured on an H200: three rows of four were
-    wrong when four bytes were taken for a word).
     """
     if ELEMENT == "e2m1":
-        if HALF == tl.bfloat16:
-            codes = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 h, w<4>;
-                shr.u32 h, $8, 8;
-                and.b32 w0, $8, 0x000F000F; and.b32 w1, $8, 0x00F000F0;
-                and.b32 w2, h, 0x000F000F;  and.b32 w3, h, 0x00F000F0;
-                mul.lo.u32 w0, w0, 4160; mul.lo.u32 w1, w1, 260;
-                mul.lo.u32 w2, w2, 4160; mul.lo.u32 w3, w3, 260;
-                and.b32 w0, w0, 0x81C081C0; and.b32 w1, w1, 0x81C081C0;
-                and.b32 w2, w2, 0x81C081C0; and.b32 w3, w3, 0x81C081C0;
-                mov.b32 {$0, $4}, w0; mov.b32 {$1, $5}, w1; mov.b32 {$2, $6}, w2;
-                mov.b32 {$3, $7}, w3; }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r",
-                [words],
-                dtype=EIGHT_BF16,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            codes = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 s<3>, m<4>, w<4>;
-                shl.b32 s0, $8, 12; shl.b32 s1, $8, 8; shl.b32 s2, $8, 4;
-                shl.b32 m0, $8, 9;  shl.b32 m1, $8, 5; shl.b32 m2, $8, 1; shr.u32 m3, $8, 3;
-                and.b32 m0, m0, 0x0E000E00; and.b32 m1, m1, 0x0E000E00;
-                and.b32 m2, m2, 0x0E000E00; and.b32 m3, m3, 0x0E000E00;
-                lop3.b32 w0, s0, 0x80008000, m0, 0xEA; lop3.b32 w1, s1, 0x80008000, m1, 0xEA;
-                lop3.b32 w2, s2, 0x80008000, m2, 0xEA; lop3.b32 w3, $8, 0x80008000, m3, 0xEA;
-                mov.b32 {$0, $4}, w0; mov.b32 {$1, $5}, w1; mov.b32 {$2, $6}, w2;
-                mov.b32 {$3, $7}, w3; }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r",
-                [words],
-                dtype=EIGHT_FP16,
-                is_pure=True,
-                pack=1,
-            )
+        assembly: tl.constexpr = E2M1_TO_BF16 if HALF == tl.bfloat16 else E2M1_TO_FP16
     else:
-        if HALF == tl.bfloat16:
-            codes = tl.inline_asm_elementwise(
-                """{ .reg .b32 t, u<4>, w<4>; xor.b32 t, $8, 0x88888888; shr.u32 u1, t, 4;
-                shr.u32 u2, t, 8; shr.u32 u3, t, 12;
-                lop3.b32 w0, t, 0x000F000F, 0x43004300, 0xEA;
-                lop3.b32 w1, u1, 0x000F000F, 0x43004300, 0xEA;
-                lop3.b32 w2, u2, 0x000F000F, 0x43004300, 0xEA;
-                lop3.b32 w3, u3, 0x000F000F, 0x43004300, 0xEA;
-                mov.b32 {$0, $4}, w0; mov.b32 {$1, $5}, w1; mov.b32 {$2, $6}, w2;
-                mov.b32 {$3, $7}, w3; }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r",
-                [words],
-                dtype=EIGHT_BF16,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            codes = tl.inline_asm_elementwise(
-                """{ .reg .b32 t, u<4>, w<4>; xor.b32 t, $8, 0x88888888; shr.u32 u1, t, 4;
-                shr.u32 u2, t, 8; shr.u32 u3, t, 12;
-                lop3.b32 w0, t, 0x000F000F, 0x64006400, 0xEA;
-                lop3.b32 w1, u1, 0x000F000F, 0x64006400, 0xEA;
-                lop3.b32 w2, u2, 0x000F000F, 0x64006400, 0xEA;
-                lop3.b32 w3, u3, 0x000F000F, 0x64006400, 0xEA;
-                mov.b32 {$0, $4}, w0; mov.b32 {$1, $5}, w1; mov.b32 {$2, $6}, w2;
-                mov.b32 {$3, $7}, w3; }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r",
-                [words],
-                dtype=EIGHT_FP16,
-                is_pure=True,
-                pack=1,
-            )
-    c0, c1, c2, c3, c4, c5, c6, c7 = codes
+        assembly: tl.constexpr = INT4_TO_BF16 if HALF == tl.bfloat16 else INT4_TO_FP16
+    c0, c1, c2, c3, c4, c5, c6, c7 = eight_halves(words, assembly, HALF)
     return in_word_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
 
 
@@ -349,37 +344,8 @@ def unpack_operand(
 def unpack_operand_by_cvt(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
     """int32 words of E2M1 codes → values in HALF, columns in order, by the conversion instruction
     of sm_100 and sm_120."""
-    if HALF == tl.bfloat16:
-        codes = tl.inline_asm_elementwise(
-            """{
-            .reg .b8 b<4>; .reg .b32 w<4>;
-            mov.b32 {b0, b1, b2, b3}, $8;
-            cvt.rn.bf16x2.e2m1x2 w0, b0; cvt.rn.bf16x2.e2m1x2 w1, b1;
-            cvt.rn.bf16x2.e2m1x2 w2, b2; cvt.rn.bf16x2.e2m1x2 w3, b3;
-            mov.b32 {$0, $1}, w0; mov.b32 {$2, $3}, w1; mov.b32 {$4, $5}, w2;
-            mov.b32 {$6, $7}, w3; }""",
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=EIGHT_BF16,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        codes = tl.inline_asm_elementwise(
-            """{
-            .reg .b8 b<4>; .reg .b32 w<4>;
-            mov.b32 {b0, b1, b2, b3}, $8;
-            cvt.rn.f16x2.e2m1x2 w0, b0; cvt.rn.f16x2.e2m1x2 w1, b1;
-            cvt.rn.f16x2.e2m1x2 w2, b2; cvt.rn.f16x2.e2m1x2 w3, b3;
-            mov.b32 {$0, $1}, w0; mov.b32 {$2, $3}, w1; mov.b32 {$4, $5}, w2;
-            mov.b32 {$6, $7}, w3; }""",
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=EIGHT_FP16,
-            is_pure=True,
-            pack=1,
-        )
-    c0, c1, c2, c3, c4, c5, c6, c7 = codes
+    assembly: tl.constexpr = E2M1_TO_BF16_BY_CVT if HALF == tl.bfloat16 else E2M1_TO_FP16_BY_CVT
+    c0, c1, c2, c3, c4, c5, c6, c7 = eight_halves(words, assembly, HALF)
     return in_column_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
 
 

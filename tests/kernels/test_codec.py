@@ -39,6 +39,22 @@ def _decode_all(byte_ptr, e2m1_ptr, int4_ptr, e4m3_ptr, e8m0_ptr):
     tl.store(e8m0_ptr + place, codec.decode_scale(byte, "e8m0"))
 
 
+@triton.jit
+def _reorder_all(words_ptr, plain_ptr, words_order_ptr, columns_order_ptr):
+    """Codes of 16 rows of 8 words: unpacked plainly, and from one tensor for each nibble."""
+    row = tl.arange(0, 16)[:, None]
+    words = tl.load(words_ptr + row * 8 + tl.arange(0, 8)[None, :])
+    c0, c1, c2, c3 = words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15
+    high = words >> 16
+    c4, c5, c6, c7 = high & 15, (high >> 4) & 15, (high >> 8) & 15, (high >> 12) & 15
+    place = row * 64 + tl.arange(0, 64)[None, :]
+    tl.store(plain_ptr + place, codec.unpack_words(words, 16, 64))
+    ordered = codec.in_word_order(c0, c1, c2, c3, c4, c5, c6, c7, 16, 64)
+    tl.store(words_order_ptr + place, ordered)
+    ordered = codec.in_column_order(c0, c1, c2, c3, c4, c5, c6, c7, 16, 64)
+    tl.store(columns_order_ptr + place, ordered)
+
+
 def _numbers() -> torch.Tensor:
     """262 144 numbers: a grid over ±8, small ones, a wide range, every tie and its neighbours."""
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.5, 1.5, 4.5, 5.5, 6.5])
@@ -84,20 +100,20 @@ def test_decoding_every_code_and_every_scale_byte() -> None:
     assert torch.equal(e8m0[:255], FORMATS["mxfp4"].decode_scale(byte)[:255])
 
 
-# ---------------------------------------------------------------- inline assembly, modelled
-
-
-def _assembly(function: str) -> dict[str, str]:
-    """The inline PTX of a function of codec.py, by the dtype it yields."""
-    source = (
-        Path(codec.__file__)
-        .read_text(encoding="utf-8")
-        .split(f"def {function}(")[1]
-        .split("@triton.jit")[0]
+def test_eight_tensors_become_one_in_the_orders_that_are_promised() -> None:
+    codes = torch.randint(0, 16, (16, 8, 8), device=DEVICE)
+    words = (codes << (4 * torch.arange(8, device=DEVICE))).sum(-1)
+    words = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+    plain, by_words, by_columns = (
+        torch.zeros(16, 64, dtype=torch.int32, device=DEVICE) for _ in range(3)
     )
-    blocks = re.findall(r'"""\{(.*?)\}"""', source, flags=re.DOTALL)
-    halves = re.findall(r"dtype=EIGHT_(\w+)", source)
-    return {f"{half}{i}": block for i, (half, block) in enumerate(zip(halves, blocks, strict=True))}
+    _reorder_all[(1,)](words, plain, by_words, by_columns)
+    assert torch.equal(plain, codes.reshape(16, 64).int())
+    assert torch.equal(by_columns, plain)
+    assert torch.equal(by_words, codes[..., [0, 4, 1, 5, 2, 6, 3, 7]].reshape(16, 64).int())
+
+
+# ---------------------------------------------------------------- inline assembly, modelled
 
 
 def _run(block: str, word: torch.Tensor) -> list[torch.Tensor]:
@@ -114,7 +130,7 @@ def _run(block: str, word: torch.Tensor) -> list[torch.Tensor]:
             else registers[operand]
         )
 
-    for statement in block.replace("\n", " ").split(";"):
+    for statement in block.strip("{} ").replace("\n", " ").split(";"):
         statement = statement.strip()
         if not statement or statement.startswith(".reg"):
             continue
@@ -147,17 +163,17 @@ def _number(half: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "element", "dtype", "scale", "offset"), [
-    ("BF160", E2M1, torch.bfloat16, 2.0**126, 0.0),
-    ("FP161", E2M1, torch.float16, 2.0**14, 0.0),
-    ("BF162", INT4, torch.bfloat16, 1.0, 136.0),
-    ("FP163", INT4, torch.float16, 1.0, 1032.0),
+    ("E2M1_TO_BF16", E2M1, torch.bfloat16, 2.0**126, 0.0),
+    ("E2M1_TO_FP16", E2M1, torch.float16, 2.0**14, 0.0),
+    ("INT4_TO_BF16", INT4, torch.bfloat16, 1.0, 136.0),
+    ("INT4_TO_FP16", INT4, torch.float16, 1.0, 1032.0),
 ])  # fmt: skip
 def test_the_assembly_decodes_every_nibble_at_every_place(
     kind, element, dtype, scale, offset
 ) -> None:
     word = torch.randint(0, 2**32, (50_000,), dtype=torch.int64)
     nibbles = [((word >> (4 * i)) & 15).to(torch.uint8) for i in range(8)]
-    for i, half in enumerate(_run(_assembly("unpack_operand")[kind], word)):
+    for i, half in enumerate(_run(getattr(codec, kind).value, word)):
         assert torch.equal(
             (_number(half, dtype) * scale - offset).float(), element.decode(nibbles[i])
         ), (kind, i)
