@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq.bench import timing
+from ptq.bench import timing, tune
 from ptq.bench.measurement import Measurement, read
 from ptq.cli import commands as cli
 from ptq.kernels import gpu, tiles
@@ -266,11 +266,10 @@ def test_tuning_without_a_gpu_is_one_line(bench: Run):
 
 @pytest.fixture
 def pretended_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of tile tables, and a GPU on which the widest tile with the most stages is the
-    fastest."""
-    shipped = (tiles.CONFIGS / "sm90.json").read_text()
+    """A folder with a table that nobody timed, and a GPU on which the widest tile with the most
+    stages is the fastest."""
     monkeypatch.setattr(tiles, "CONFIGS", tmp_path)
-    (tmp_path / "sm90.json").write_text(shipped)
+    tune.write(tune.untimed(90))
     tiles.table.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended H200")
