@@ -1,31 +1,39 @@
 """Documents out of files, data sets of the Hugging Face hub, or the built-in text."""
 
+import codecs
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from ptq.text import builtin as builtin_text
+from ptq.text.records import Render, Tally, Unusable, default_field
+from ptq.text.records import texts as texts_of
 
 T = TypeVar("T")
-Record = dict[str, object]
+Records = list[tuple[str, object]]  # each with the words that say which one it is
 DATASET_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+){0,2}$")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+LOOK = 100  # records of a streamed dataset in which the field is looked for
 BUFFER = 10_000  # documents of a streamed dataset that are shuffled at a time
-Render = Callable[[list[dict[str, object]]], str]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in the order of the seed, to be read once, and a record of where they are from."""
+    """Texts in the order of the seed, to be read once, and a record of where they are from.
+
+    ``tally`` counts while they are read: records that give no text are left out.
+    """
 
     texts: Iterator[str]
     description: dict[str, object]
+    tally: Tally = field(default_factory=Tally)
 
 
 def read(
@@ -36,12 +44,14 @@ def read(
     Args:
         source: a .txt, .jsonl or .parquet file, a data set of the hub (``id``, ``id:config`` or
             ``id:config:split``), or "builtin".
-        field: the column that holds the text; None means ``text``, or ``messages`` where there is
-            no ``text``.
-        render: makes a text of a list of chat messages; without it they are refused.
+        field: the column that holds the text; None means ``text``, ``messages`` or
+            ``conversations``, whichever comes first.
+        render: makes a text of a list of chat messages, or raises ``Unusable``; without it they are
+            no text.
 
     Raises:
-        FileNotFoundError, ValueError: saying what is there instead; some only when texts are read.
+        FileNotFoundError, ValueError: saying what is there instead; when texts are read also where
+            no record gives one.
     """
     path = Path(source).expanduser()
     if source == "builtin":
@@ -68,51 +78,54 @@ def read(
             )
     if not records:
         raise ValueError(f"{source} is empty")
-    field = field or _default_field(records[0], source)
-    texts = (
-        _text_of(record, field, f"{source}, record {i + 1}", render)
-        for i, record in _shuffled(list(enumerate(records)), seed)
-    )
-    return Documents(texts, {**description, "field": field})
+    field, tally = field or default_field(records, source), Tally()
+    texts = texts_of(_shuffled(records, seed), field, source, render, tally)
+    return Documents(texts, {**description, "field": field}, tally)
 
 
 def read_text(path: Path) -> str:
-    """A whole text file; ValueError unless it is UTF-8."""
+    """A whole text file without its byte order mark; ValueError unless it is UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
 
 
-def read_jsonl(path: Path) -> list[Record]:
-    """One JSON object per line; blank lines are skipped. ValueError naming the line otherwise."""
-    records = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number} is not a JSON object but a {type(record).__name__}"
-            )
-        records.append(record)
-    return records
+def read_jsonl(path: Path) -> Records:
+    """One value per line, or why there is none; blank lines are left out."""
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return [
+        (f"line {number}", _parsed(line)) for number, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
-def _read_parquet(path: Path) -> list[Record]:
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Unusable(f"is not UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+        return Unusable(f"is not JSON ({error.msg})")
+    except (ValueError, RecursionError) as error:  # an integer of 5000 digits, a deep nesting
+        return Unusable(f"is no JSON that can be read ({first_line(error)})")
+
+
+def _read_parquet(path: Path) -> Records:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
-        return parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({first_line(error)})") from error
+    return _numbered(rows)
+
+
+def _numbered(records: Iterable[object]) -> Records:
+    return [(f"record {number}", record) for number, record in enumerate(records, 1)]
 
 
 def _from_hub(source: str, field: str | None, seed: int | None, render: Render | None) -> Documents:
@@ -131,22 +144,20 @@ def _from_hub(source: str, field: str | None, seed: int | None, render: Render |
         stream = load_dataset(str(name), config, split=split or "train", streaming=True)
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=BUFFER)
-        records = iter(stream)
-        first = next(records, None)
+        records = ((f"record {number}", record) for number, record in enumerate(stream, 1))
+        # the first record may lack what the others have
+        ahead = list(islice(records, 1 if field else LOOK))
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{source} is neither a file nor a readable dataset of the Hugging Face hub "
             f"({first_line(error)})"
         ) from error
-    if first is None:
+    if not ahead:
         raise ValueError(f"{source} is empty")
-    column = field or _default_field(first, source)
-
-    def texts() -> Iterator[str]:
-        yield _text_of(first, column, source, render)
-        yield from (_text_of(record, column, source, render) for record in records)
-
-    return Documents(texts(), {"source": source, "field": column, "revision": _revision(str(name))})
+    field, tally = field or default_field(ahead, source), Tally()
+    texts = texts_of(chain(ahead, records), field, source, render, tally)
+    description = {"source": source, "field": field, "revision": _revision(str(name))}
+    return Documents(texts, description, tally)
 
 
 def _revision(name: str) -> str | None:
@@ -157,34 +168,6 @@ def _revision(name: str) -> str | None:
         return HfApi().dataset_info(name).sha
     except (HfHubHTTPError, OSError):
         return None
-
-
-def _default_field(record: Record, where: str) -> str:
-    for field in ("text", "messages"):
-        if field in record:
-            return field
-    raise ValueError(f"{where} has no field 'text'; choose one of: {', '.join(map(str, record))}")
-
-
-def _text_of(record: Record, field: str, where: str, render: Render | None) -> str:
-    if field not in record:
-        raise ValueError(f"{where} has no field {field!r}; it has: {', '.join(map(str, record))}")
-    value = record[field]
-    if isinstance(value, str):
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and "role" in m for m in value)
-    ):
-        if render is None:
-            raise ValueError(
-                f"{where}: field {field!r} holds chat messages, plain text is wanted here"
-            )
-        return render(value)
-    raise ValueError(
-        f"{where}: field {field!r} holds {type(value).__name__}, neither text nor chat messages"
-    )
 
 
 def _shuffled(items: list[T], seed: int | None) -> Iterator[T]:

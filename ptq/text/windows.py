@@ -2,20 +2,31 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ptq.text import builtin as builtin_text
 from ptq.text import documents
 from ptq.text.builtin import is_held_out
+from ptq.text.records import Messages, Tally, Unusable
+
+logger = logging.getLogger(__name__)
 
 # classes that do just what tokenizer.json says
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# what a chat template raises of its own accord, and what Python raises in its expressions
+TEMPLATE_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+    RecursionError,
+)  # fmt: skip
 SURPLUS = 4  # tokens read for every token used: windows then come from more documents
 
 __all__ = ["Calibration", "is_held_out", "load_calibration", "load_text", "load_tokenizer"]
@@ -28,7 +39,8 @@ class Calibration:
     Attributes:
         batches: (sequences, length) int64, all of one length, without padding.
         description: source, field, seed, samples, seq_len, tokens, whether windows overlap, and
-            ``sha256``, the hash of all token ids (int64, little endian, in order).
+            ``sha256``, the hash of all token ids (int64, little endian, in order); ``skipped``, how
+            many of the records that were read gave no text, if any.
     """
 
     batches: list[Tensor]
@@ -59,9 +71,7 @@ def load_calibration(
     for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    corpus = documents.read(
-        source, field=field, seed=seed, render=lambda messages: _rendered(tokenizer, messages)
-    )
+    corpus = documents.read(source, field=field, seed=seed, render=partial(_rendered, tokenizer))
     start = _start_tokens(tokenizer)
     length = seq_len - len(start)  # of a window without what the tokenizer puts in front
     if length < 1:
@@ -70,12 +80,19 @@ def load_calibration(
         )
     stream = _stream(tokenizer, corpus.texts, SURPLUS * samples * length, start)
     generator = torch.Generator().manual_seed(seed)
-    offsets = _offsets(len(stream), length, samples, generator, source)
+    try:
+        offsets = _offsets(len(stream), length, samples, generator, source)
+    except ValueError as error:
+        if not corpus.tally.skipped:
+            raise
+        raise ValueError(f"{error}; {corpus.tally}") from error
+    _tell(source, corpus.tally)
     prefix = torch.tensor(start, dtype=torch.int64)
     # (samples, seq_len)
     windows = torch.stack([torch.cat([prefix, stream[o : o + length]]) for o in offsets])
     description = {
         **corpus.description,
+        **({"skipped": corpus.tally.skipped} if corpus.tally.skipped else {}),
         "seed": seed,
         "samples": samples,
         "seq_len": seq_len,
@@ -91,10 +108,17 @@ def load_text(source: str, *, field: str | None = None) -> str:
     the bundled held-out text. ValueError when it is blank."""
     if source == "builtin":
         return builtin_text.held_out_text()
-    text = "\n\n".join(documents.read(source, field=field, seed=None).texts)
+    corpus = documents.read(source, field=field, seed=None)
+    text = "\n\n".join(corpus.texts)
     if not text.strip():
         raise ValueError(f"{source} contains no text")
+    _tell(source, corpus.tally)
     return text
+
+
+def _tell(source: str, tally: Tally) -> None:
+    if tally.skipped:
+        logger.warning("%s: %s; the others are used", source, tally)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -190,10 +214,16 @@ def _offsets(
     return [round(i * room / max(samples - 1, 1)) for i in range(samples)]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]]) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The text of a conversation. Templates are programs that come with a model: they refuse some
+    (a system turn, roles that do not alternate), and fail on others."""
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the data holds chat messages, but the tokenizer has no chat template; choose a field "
-            "with plain text"
+        raise Unusable(
+            "holds chat messages, but the tokenizer has no chat template; choose a field with "
+            "plain text"
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))  # pyright: ignore[reportArgumentType]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))  # pyright: ignore[reportArgumentType]
+    except TEMPLATE_ERRORS as error:
+        reason = documents.first_line(error)
+        raise Unusable(f"is refused by the tokenizer's chat template ({reason})") from error

@@ -169,6 +169,45 @@ def test_chat_messages_without_a_template_are_refused(tmp_path: Path):
         load_text(str(tmp_path / "chat.jsonl"))
 
 
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ m['role'] + ' ' + m['content'] }} {% endfor %}"
+)
+
+
+def test_conversations_that_the_template_refuses_are_skipped_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    good = {"messages": [{"role": "w1", "content": "w2 w3"}]}
+    system = {"messages": [{"role": "system", "content": "w9"}]}
+    empty = {"messages": [{"role": "w1", "content": None}]}  # a TypeError within the template
+    path, tokenizer = tmp_path / "chat.jsonl", make_tokenizer()
+    tokenizer.chat_template = STRICT
+    path.write_text("\n".join(json.dumps(r) for r in [system, *[good] * 30, empty, good]))
+    found = load(path, tokenizer, seed=3, samples=5)
+    assert found.description["skipped"] == 2
+    assert set(torch.cat(found.batches).flatten().tolist()) == {4, 5, 6, EOS}
+    assert "2 of 33 records cannot be used, the first: line " in caplog.text
+    assert "chat template" in caplog.text
+    path.write_text("\n".join(json.dumps(r) for r in [good, system, system]))
+    with pytest.raises(
+        ValueError, match=r"too short: 3 tokens.*; 2 of 3 records cannot.*System"
+    ) as e:
+        load(path, tokenizer)
+    assert "\n" not in str(e.value)
+    path.write_text(json.dumps(system))
+    with pytest.raises(ValueError, match="its only record cannot be used: line 1 is refused by"):
+        load(path, tokenizer)
+
+
+def test_what_is_skipped_in_a_text_to_evaluate_on_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnull\n{"text": "two"}')
+    assert load_text(str(tmp_path / "a.jsonl")) == "one\n\ntwo"
+    assert "1 of 3 records cannot be used, the first: line 2" in caplog.text
+
+
 def test_a_directory_without_tokenizer_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="no tokenizer that can be loaded"):
         load_tokenizer(tmp_path)
