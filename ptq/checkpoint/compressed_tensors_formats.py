@@ -122,9 +122,18 @@ def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     another E4M3 number and another power of two.
 
     Raises:
-        ValueError: the scales have no such split, so this int4 checkpoint is not an NVINT4 one.
+        ValueError: the scales have no such split, so this int4 checkpoint is not an NVINT4 one; or
+            the shapes of the three tensors do not belong together.
     """
+    packed, said = tensors["weight_packed"], tensors["weight_shape"].tolist()
     scale = tensors["weight_scale"].float()
+    if packed.ndim != 2 or said != [packed.shape[0], 8 * packed.shape[1]]:
+        raise ValueError(
+            f"weight_shape is {said} and weight_packed has shape {tuple(packed.shape)}: the "
+            "checkpoint is damaged, copy or quantize it again"
+        )
+    if not scale.numel():
+        raise ValueError("weight_scale is empty: the checkpoint is damaged")
     # The smallest power of two t with max(scale) <= 448 t. One that fits existed (the writer's),
     # and moving scales up inside the range of E4M3 only adds precision to the small ones.
     fraction, exponent = torch.frexp(scale.max() / E4M3_LARGEST)  # fraction in [0.5, 1)
@@ -139,9 +148,8 @@ def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for leaf, tensor in tensors.items()
         if leaf not in ("weight_packed", "weight_scale", "weight_shape")
     }
-    packed = tensors["weight_packed"].view(torch.uint8) ^ 0x88
     return rest | {
-        "weight_packed": packed,
+        "weight_packed": packed.view(torch.uint8) ^ 0x88,
         "weight_scale": stored,
         "weight_global_scale": (1 / t).reshape(1),
     }
@@ -219,7 +227,13 @@ _NVINT4 = CtFormat(
     name="pack-quantized",
     weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 16},
     conversion=Conversion(
-        leaves=("weight_packed", "weight_scale", "weight_shape"), write=fold_int4, read=unfold_int4
+        types={
+            "weight_packed": (torch.int32,),
+            "weight_scale": (torch.bfloat16, torch.float16, torch.float32),
+            "weight_shape": (torch.int64, torch.int32),
+        },
+        write=fold_int4,
+        read=unfold_int4,
     ),
     refusals=(
         Refusal(

@@ -9,6 +9,7 @@ new dialect is a file and a row.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization
@@ -44,11 +45,12 @@ class Conversion:
     of the layer, such as ``weight_scale``; a bias is passed on.
 
     Attributes:
-        leaves: what must be on disk for ``read``.
-        write, read: raise ValueError where they would have to round.
+        types: what must be on disk for ``read``, with the types that it may have.
+        write, read: raise ValueError where they would have to round, ``read`` also for shapes that
+            do not belong together.
     """
 
-    leaves: tuple[str, ...]
+    types: Mapping[str, tuple[torch.dtype, ...]]
     write: Callable[[Tensors], dict[str, Tensor]]
     read: Callable[[Tensors], dict[str, Tensor]]
 

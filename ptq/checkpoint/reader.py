@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.dialects import dialect_of, parse
+from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import Entry, read_header, read_tensor
+from ptq.model.weight_files import listed_files
 from ptq.numerics.formats import FORMATS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "ptq_report.json"
 PARTIAL = ".partial"
-GLOBALS = ("weight_global_scale", "input_global_scale")
 
 
 def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
@@ -49,8 +50,7 @@ def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) ->
     """The inverse of :func:`to_disk`.
 
     Raises:
-        ValueError: a tensor of a layer is missing, has the wrong dtype, or holds scale bytes that
-            no writer makes.
+        ValueError: a tensor of a layer is missing, or what :func:`check_layer` refuses.
     """
     result = dict(tensors)
     for name, info in layers.items():
@@ -65,39 +65,13 @@ def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) ->
 
 def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> dict[str, Tensor]:
     """:func:`from_disk` for the tensors of one layer, whose keys do not repeat its ``name``."""
-    fmt = FORMATS[info.format]
-    expected = {
-        "weight_packed": torch.uint8,
-        "weight_scale": fmt.scale_dtype if fmt.has_global_scale else torch.uint8,
-    }
-    expected |= {"weight_global_scale": torch.float32} if fmt.has_global_scale else {}
-    expected |= {"input_global_scale": torch.float32} if info.static_inputs else {}
-    _require(expected, tensors, name)
-    for leaf, dtype in expected.items():
-        if tensors[leaf].dtype != dtype:
-            raise ValueError(
-                f"{name}.{leaf} is {tensors[leaf].dtype} and should be {dtype} for {fmt.name}: a "
-                "foreign checkpoint"
-            )
+    check_layer(tensors, info, name)
     bits = tensors["weight_scale"].view(torch.uint8)
-    if bool((bits == 255).any() if not fmt.has_global_scale else ((bits & 0x7F) == 0x7F).any()):
-        raise ValueError(
-            f"{name}.weight_scale holds NaN: the checkpoint is damaged, copy or quantize it again"
-        )
     result = dict(tensors) | {"weight_scale": bits}
     for leaf in GLOBALS:
         if leaf in tensors:
             result[leaf] = (1 / tensors[leaf]).reshape(())
     return result
-
-
-def _require(leaves: Iterable[str], tensors: Mapping[str, Tensor], name: str) -> None:
-    for leaf in leaves:
-        if leaf not in tensors:
-            raise ValueError(
-                f"the tensor {name}.{leaf} is missing: the checkpoint is incomplete, copy or "
-                "quantize it again"
-            )
 
 
 class Checkpoint:
@@ -169,14 +143,14 @@ class Checkpoint:
         conversion = self._dialect.conversion(info)
         leaves = {"weight_packed", "weight_scale", *GLOBALS, "bias"}
         if conversion is not None:
-            leaves |= set(conversion.leaves)
+            leaves |= conversion.types.keys()
         tensors = {
             leaf: self.tensor(f"{name}.{leaf}")
             for leaf in sorted(leaves)
             if f"{name}.{leaf}" in self.entries
         }
         if conversion is not None:
-            _require(conversion.leaves, tensors, name)
+            check_types(conversion.types, tensors, name, f"{info.format} in {self.dialect}")
             try:
                 tensors = conversion.read(tensors)
             except ValueError as error:
@@ -270,7 +244,8 @@ def _entries(path: Path) -> dict[str, Entry]:
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            names = dict.fromkeys(weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{index} is not the index of a model: the file is damaged, copy it again"
             ) from error
@@ -281,7 +256,7 @@ def _entries(path: Path) -> dict[str, Entry]:
             f"{path} has neither {INDEX} nor {SINGLE}: the copy is incomplete, copy it again"
         )
     entries: dict[str, Entry] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    for file in listed_files(names, index):
         if not (path / file).is_file():
             raise FileNotFoundError(
                 f"{path / file} is missing: the copy is incomplete, copy it again"

@@ -23,6 +23,7 @@ from torch import Tensor
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice, choose
 from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.layer_checks import check_layer
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.model_card import model_card
 from ptq.checkpoint.progress_file import NAME as PROGRESS
@@ -186,11 +187,17 @@ class CheckpointWriter:
             reports: one for each layer, under its name in the checkpoint.
 
         Raises:
-            OSError: no space left; blocks that were finished before stay finished.
+            ValueError: a layer that no reader would take; blocks that were finished before stay.
+            OSError: no space left; likewise.
         """
         assert self._lock is not None, "only inside the context"
-        missing = [name for name in layers if f"{name}.weight_packed" not in tensors]
-        assert not missing, f"no tensors for {missing}"
+        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner in by_layer:
+                by_layer[owner][leaf] = tensor
+        for name, info in layers.items():
+            check_layer(by_layer[name], info, name)  # what cannot be loaded is not written
         file = f"block-{block}.safetensors"
         digest = write_tensors(self.partial / file, tensors)
         finished = self.blocks | {block: Block(file, digest, dict(layers), tuple(reports))}

@@ -1,6 +1,7 @@
 """A checkpoint on disk as the source of a run, a block at a time in memory."""
 
 import hashlib
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
 from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
 from ptq.model.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
-from ptq.model.weight_files import Shards
+from ptq.model.weight_files import LARGEST, Shards, extremes
 
 CONV1D = "its Conv1D layers are linear layers here, which other programs do not look for"
 STACKED = "its experts are stored in one tensor, and other programs do not look for single ones"
@@ -219,7 +220,9 @@ class CheckpointSource:
     ) -> None:
         leaf = name.rpartition(".")[2]
         current = cast(Tensor, owner._buffers[leaf] if is_buffer else owner._parameters[leaf])
-        value = self._checked(value, name, current).to(
+        # a buffer may well hold the least number of its type, as masks do
+        limit = math.inf if is_buffer else LARGEST
+        value = self._checked(value, name, current, limit).to(
             device, self._dtype_of(name, current), copy=True
         )
         if is_buffer:
@@ -263,16 +266,19 @@ class CheckpointSource:
             else current.dtype
         )
 
-    def _checked(self, value: Tensor, name: str, current: Tensor) -> Tensor:
+    def _checked(self, value: Tensor, name: str, current: Tensor, limit: float) -> Tensor:
         if value.shape != current.shape:
             raise ValueError(
                 f"{self.path}: {name} has shape {tuple(value.shape)}, its model wants "
                 f"{tuple(current.shape)}"
             )
         if value.dtype.is_floating_point and value.dtype.itemsize > 1:
-            if not value.isfinite().all():
+            low, high = extremes(value)
+            if not (-limit < low and high < limit):  # false for NaN
+                beyond = f"numbers beyond {limit:.0e}" if abs(low) + abs(high) < math.inf else ""
                 raise ValueError(
-                    f"{self.path}: {name} contains NaN or infinity; the checkpoint is damaged"
+                    f"{self.path}: {name} contains {beyond or 'NaN or infinity'}; the checkpoint "
+                    "is damaged"
                 )
         elif value.dtype.is_floating_point or current.dtype.is_floating_point:
             raise ValueError(

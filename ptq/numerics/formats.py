@@ -44,6 +44,11 @@ class Element:
         return max(v for v in self.values if v == v)
 
     @cached_property
+    def nan_codes(self) -> tuple[int, ...]:
+        """The codes that stand for no number."""
+        return tuple(code for code, value in enumerate(self.values) if value != value)
+
+    @cached_property
     def smallest(self) -> float:
         """The smallest positive value; every value is a multiple of it."""
         return min(v for v in self.values if v > 0)
@@ -173,6 +178,12 @@ class Format:
     def scale_name(self) -> str:
         """What kernels call the type of the scales: ``e4m3`` or ``e8m0``."""
         return "e4m3" if self.has_global_scale else "e8m0"
+
+    @property
+    def scale_bytes(self) -> tuple[int, int]:
+        """The first and the last byte that stand for a positive, finite scale: all those between
+        do, in ascending order (byte 0 of E8M0 is read, and never written)."""
+        return (1, 0x7E) if self.has_global_scale else (0, E8M0_MAX + E8M0_BIAS)
 
     @property
     def default_rotation(self) -> int:

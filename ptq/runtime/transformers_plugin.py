@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS, GUARD
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import parse
+from ptq.checkpoint.layer_checks import check_layer
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.safetensors_files import read_header
 from ptq.model.experts import FUSED, unfuse
@@ -76,6 +77,13 @@ class StoredLinear(QuantLinear):
         return (
             None if self.input_global_scale is None else (1 / self.input_global_scale).reshape(())
         )
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the layer as ``name``, if its tensors are none of a checkpoint.
+        What lies on disk or is not loaded is not looked at."""
+        tensors = {leaf: tensor for leaf, tensor in self.named_parameters(recurse=False)}
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            check_layer(tensors, self.info, name)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The layer with its weight dequantized, rotated back and rounded to ``dtype``."""
@@ -168,6 +176,9 @@ class PtqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> PreTrainedModel:
         config = self.quantization_config
+        for name, module in model.named_modules():
+            if isinstance(module, StoredLinear):
+                module.check(name)
         if config.dequantize:
             return self._dequantize(model)
         settle_inputs(model, config.inputs)

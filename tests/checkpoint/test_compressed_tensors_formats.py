@@ -68,3 +68,10 @@ def test_folding_never_rounds():
     folded["weight_scale"][0, 0] = 1 + 2**-7
     with pytest.raises(ValueError, match="not NVINT4"):
         unfold_int4(folded)
+
+
+@pytest.mark.parametrize("shape", [[8, 16], [4, 32], [8], [8, 32, 1]])
+def test_shapes_that_do_not_belong_together_are_refused(shape):
+    folded = fold_int4(stored(int4())) | {"weight_shape": torch.tensor(shape)}
+    with pytest.raises(ValueError, match="weight_shape is"):
+        unfold_int4(folded)

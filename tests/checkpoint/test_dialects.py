@@ -61,7 +61,7 @@ TOY = Dialect(
     engines=lambda layers: ["**nobody**: an error."],
     why_import=lambda layers: "or nothing happens",
     conversion=lambda info: Conversion(
-        leaves=("qweight",),
+        types={"qweight": (torch.uint8,)},
         write=lambda tensors: _rename("weight_packed", "qweight", tensors),
         read=lambda tensors: _rename("qweight", "weight_packed", tensors),
     ),

@@ -290,7 +290,15 @@ def test_a_report_that_is_not_ours_is_refused_by_file_and_key(copied, text, mess
     assert str(caught.value).startswith(str(copied / REPORT)) and "\n" not in str(caught.value)
 
 
-def test_a_damaged_index_is_refused(copied):
-    (copied / INDEX).write_text("{}")
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"x": []}}'])
+def test_a_damaged_index_is_refused(copied, text):
+    (copied / INDEX).write_text(text)
     with pytest.raises(ValueError, match="index"):
+        Checkpoint(copied)
+
+
+@pytest.mark.parametrize("file", ["../written.safetensors", "/dev/zero", "", 7])
+def test_an_index_does_not_lead_out_of_the_directory(copied, file):
+    (copied / INDEX).write_text(json.dumps({"weight_map": {"x": file}}))
+    with pytest.raises(ValueError, match=r"names the weight file .* no file of its directory"):
         Checkpoint(copied)

@@ -343,6 +343,16 @@ def test_a_full_device_is_one_line_and_no_checkpoint(tmp_path, whole, at, monkey
     assert bytes_of(out) == whole
 
 
+def test_a_layer_that_no_reader_would_take_is_not_written(tmp_path):
+    tensors, layers, reports = block(BLOCKS[0])
+    name = f"{BLOCKS[0]}.mlp.up_proj.weight_global_scale"
+    with writer(tmp_path / "out") as w:
+        with pytest.raises(ValueError, match=f"{name} is inf"):
+            w.add(BLOCKS[0], tensors | {name: torch.tensor([float("inf")])}, layers, reports)
+        assert not w.has(BLOCKS[0])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_do_not_write_the_same_checkpoint(tmp_path):
     with writer(tmp_path / "out") as first:
         first.add(BLOCKS[0], *block(BLOCKS[0]))

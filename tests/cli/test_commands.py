@@ -572,8 +572,9 @@ def test_weights_that_are_no_numbers(quantize: Run, tiny_llama: Path, tmp_path: 
 
 
 def test_activations_that_are_no_numbers(quantize: Run, tiny_llama: Path, tmp_path: Path):
-    name = "model.layers.0.mlp.up_proj.weight"
-    model = change(copy(tiny_llama, tmp_path / "m"), name, lambda t: t.fill_(3e38))
+    model = copy(tiny_llama, tmp_path / "m")
+    for leaf in ("gate_proj", "up_proj"):
+        model = change(model, f"model.layers.0.mlp.{leaf}.weight", lambda t: t.fill_(1e19))
     error = quantize(model, "--quiet").error
     assert "model.layers.0.mlp.down_proj" in error
 

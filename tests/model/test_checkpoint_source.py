@@ -194,7 +194,7 @@ def test_a_quantized_model_is_refused_before_any_work(tiny_checkpoint: Save, tmp
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf", "missing", "shape"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "1e30", "missing", "shape"])
 def test_damaged_tensors_are_named(bad: str, tiny_checkpoint: Save, tmp_path: Path):
     name = "model.layers.1.mlp.up_proj.weight"
 

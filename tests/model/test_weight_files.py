@@ -1,6 +1,8 @@
 """Weight files: one or many, read lazily, and every message about those that cannot be read."""
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 
 from ptq.model.checkpoint_source import CheckpointSource
-from ptq.model.weight_files import Shards
+from ptq.model.weight_files import Shards, extremes, listed_files
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -64,6 +66,13 @@ DAMAGES = {
     "not safetensors": (ValueError, "model.safetensors is not a safetensors file"),
     "missing shard": (FileNotFoundError, "1 of 2 weight files.*first: b.safetensors"),
     "broken index": (ValueError, "is not a safetensors index"),
+    "outside": (
+        ValueError,
+        "weight file '../other.safetensors', which is no file of its",
+    ),
+    "absolute": (ValueError, "names the weight file '/dev/zero', which is no file of its"),
+    "no name": (ValueError, "names the weight file 7, which is no file of its"),
+    "a line": (ValueError, r"names the weight file 'a\\n.safetensors'; download"),
     "no index": (FileNotFoundError, "has 2 safetensors files but no model.safetensors.index.json"),
 }
 
@@ -90,6 +99,11 @@ def damage(kind: str, path: Path) -> None:
         case "broken index":
             weights.unlink()
             index.write_text("{}")
+        case "outside" | "absolute" | "no name" | "a line":
+            other = shutil.move(weights, path.parent / "other.safetensors")
+            names = {"outside": f"../{other.name}", "absolute": "/dev/zero", "no name": 7}
+            file = names.get(kind, "a\n.safetensors")
+            index.write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
         case "no index":
             shutil.copy(weights, path / "a.safetensors")
             weights.rename(path / "b.safetensors")
@@ -108,3 +122,26 @@ def test_unusable_files_are_named_in_one_line(
     with pytest.raises(error, match=message) as caught:
         read(tmp_path / "model")
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_an_index_may_lie_deeper(tmp_path: Path):
+    names = ["b.safetensors", "part/a.safetensors", "b.safetensors"]
+    assert listed_files(names, tmp_path / "index") == ["b.safetensors", "part/a.safetensors"]
+
+
+def test_a_pipe_is_no_weight_file(tiny_checkpoint: Save, tmp_path: Path):
+    """Opening one would wait for ever."""
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="contains no safetensors"):
+        Shards(tmp_path / "model")
+
+
+def test_extremes_are_nan_where_anything_is(tmp_path: Path):
+    assert extremes(torch.tensor([3.0, -2.0])) == (-2.0, 3.0)
+    assert extremes(torch.empty(0, 3)) == (0.0, 0.0)
+    for place in range(70):  # vectorized from some size on
+        tensor = torch.zeros(70).bfloat16()
+        tensor[place] = float("nan")
+        assert all(math.isnan(x) for x in extremes(tensor))

@@ -162,6 +162,20 @@ def test_scale_bytes_are_never_zero_or_nan(fmt) -> None:
 
 
 @formats
+def test_legal_scale_bytes_are_the_positive_finite_ones_in_order(fmt) -> None:
+    first, last = fmt.scale_bytes
+    numbers = fmt.decode_scale(torch.arange(256, dtype=torch.uint8))
+    legal = torch.isfinite(numbers) & (numbers > 0)
+    assert legal.nonzero().flatten().tolist() == list(range(first, last + 1))
+    assert (numbers[first : last + 1].diff() > 0).all()
+
+
+def test_codes_that_are_no_numbers() -> None:
+    found = {fmt.name: fmt.element.nan_codes for fmt in FORMATS.values() if fmt.element.nan_codes}
+    assert found == {"mxfp8": (0x7F, 0xFF)}
+
+
+@formats
 @given(st.floats(2.0**-100, 2.0**100, width=32))
 def test_a_global_scale_survives_the_disk(fmt, amax: float) -> None:
     """F24: the divisor 1/t is stored, and 1/(1/t) must be t."""

@@ -235,6 +235,32 @@ def test_a_missing_tensor_is_named(written, tmp_path, name):
         load(without(written, tmp_path / "copy", name))
 
 
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (f"{UP}.weight_scale", lambda t: t.view(torch.uint8)[3, 1].fill_(0x7F), "holds NaN"),
+        (f"{UP}.weight_scale", lambda t: t.view(torch.uint8)[3, 1].bitwise_or_(0x80), "holds -"),
+        (f"{UP}.weight_scale", lambda t: t.view(torch.uint8)[3, 1].fill_(0), "holds 0"),
+        (f"{UP}.weight_global_scale", lambda t: t.fill_(0), "is 0 and must be"),
+        (f"{UP}.weight_global_scale", lambda t: t.fill_(1e-30), "products overflow"),
+        (f"{UP}.input_global_scale", lambda t: t.fill_(float("inf")), "is inf and must be"),
+        ("model.norm.weight", lambda t: t[5].fill_(2.0**127), "beyond"),
+        ("model.norm.weight", lambda t: t[5].fill_(float("nan")), "contains NaN"),
+    ],
+)
+def test_numbers_that_would_end_in_nan_are_refused(written, tmp_path, name, change, said):
+    copy = without(written, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said) as caught:
+        load(copy)
+    assert name.removesuffix("_global_scale").removesuffix(".weight") in str(caught.value)
+
+
 def test_a_config_of_another_model_is_refused(written, tmp_path):
     with pytest.raises(ValueError, match=r"weight_packed has shape|has shape"):
         load(without(written, tmp_path / "wide", intermediate_size=256))

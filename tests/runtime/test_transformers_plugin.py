@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -152,6 +153,16 @@ def test_what_this_version_does_not_know_is_refused(written, tmp_path, change, m
     config["quantization_config"] |= change
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_damaged_scales_are_refused(written, tmp_path):
+    copy = shutil.copytree(written, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[name].view(torch.uint8)[3, 1] = 0x7F
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} holds NaN"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
