@@ -43,21 +43,6 @@ from ptq.checkpoint.shards import SHARD_BYTES, write_shards
 
 FINISHED = "finished"
 LOCK = ".lock"
-# Files of a source directory that belong to the model but are neither weights nor written anew
-# here.
-COMPANIONS = (
-    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*preprocessor_config.json",
-    "processor_config.json", "*.py", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-
-
-def companion_files(source: Path) -> list[Path]:
-    """Tokenizer, generation configuration, licence and code files of a model directory, to be
-    copied as they are."""
-    return sorted(
-        {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    )
 
 
 class CheckpointWriter:
@@ -213,7 +198,7 @@ class CheckpointWriter:
         Args:
             rest: (full name, tensor) of everything outside the blocks: embeddings, final norm,
                 output head.
-            extra_files: to be copied, see :func:`companion_files`.
+            extra_files: to be copied, see :func:`ptq.checkpoint.companions.companion_files`.
 
         Returns:
             The dialect that was written, and why.

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ptq import __version__
 from ptq.calib.walk import CalibratedBlock, held_out, walk
+from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination
 from ptq.checkpoint.dialect_choice import Choice, choose
 from ptq.checkpoint.layer_report import LayerReport
-from ptq.checkpoint.writer import CheckpointWriter, companion_files, config_dtype
+from ptq.checkpoint.writer import CheckpointWriter, config_dtype
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.source import Source
@@ -215,8 +216,10 @@ def quantize_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
+    companions: list[Path] = []
     if out is not None:
         out = check_destination(out, source.path, overwrite=overwrite)
+        companions = companion_files(source.path)
     plan = Plan.of(source, recipe)
     if out is not None and dialect != "auto":
         stored = config_dtype(_config(source)) or "float32"
@@ -257,7 +260,7 @@ def quantize_model(
         if rank != 0:
             return from_first(None)
         rest = source.rest([plan.head] if plan.head else [])
-        return from_first(writer.finish(rest, companion_files(source.path)))
+        return from_first(writer.finish(rest, companions))
 
 
 def _opened(

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.reader import INDEX, REPORT, Checkpoint, to_disk
-from ptq.checkpoint.writer import CheckpointWriter, companion_files
+from ptq.checkpoint.writer import CheckpointWriter
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.rtn import rtn
