@@ -1,4 +1,4 @@
-"""What is copied beside the weights as it is: tokenizer, generation configuration, licence, code."""
+"""What is copied beside the weights as it is: tokenizer, generation settings, licence, code."""
 
 from pathlib import Path
 

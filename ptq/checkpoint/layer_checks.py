@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.model.weight_files import LARGEST, extremes
+from ptq.model.extremes import LARGEST, extremes
 from ptq.numerics.formats import FORMATS, Format
 
 REMEDY = "the checkpoint is damaged, copy or quantize it again"

@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
+from ptq.model.extremes import LARGEST, extremes
 from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
 from ptq.model.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
-from ptq.model.weight_files import LARGEST, Shards, extremes
+from ptq.model.weight_files import Shards
 
 CONV1D = "its Conv1D layers are linear layers here, which other programs do not look for"
 STACKED = "its experts are stored in one tensor, and other programs do not look for single ones"

@@ -35,21 +35,6 @@ OTHER_WEIGHTS = (
     "model*.h5",
     "flax_model*",
 )
-# Parameters from here on are taken for damage: their squares are no float32 numbers. A flip of the
-# highest bit of an exponent ends beyond it.
-LARGEST = 2.0**64
-
-
-def extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the largest number of a floating-point tensor; both NaN if it holds one, both 0
-    if it is empty.
-
-    One pass without a copy: 2.5 ms for 28 M numbers in bf16, where ``isfinite().all()`` takes 127.
-    """
-    if not tensor.numel():
-        return 0.0, 0.0
-    low, high = torch.aminmax(tensor)
-    return low.item(), high.item()
 
 
 def listed_files(weight_map: Iterable[object], index: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Weight files: one or many, read lazily, and every message about those that cannot be read."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from ptq.model.checkpoint_source import CheckpointSource
-from ptq.model.weight_files import Shards, extremes, listed_files
+from ptq.model.weight_files import Shards, listed_files
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -136,12 +135,3 @@ def test_a_pipe_is_no_weight_file(tiny_checkpoint: Save, tmp_path: Path):
     os.mkfifo(tmp_path / "model" / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="contains no safetensors"):
         Shards(tmp_path / "model")
-
-
-def test_extremes_are_nan_where_anything_is(tmp_path: Path):
-    assert extremes(torch.tensor([3.0, -2.0])) == (-2.0, 3.0)
-    assert extremes(torch.empty(0, 3)) == (0.0, 0.0)
-    for place in range(70):  # vectorized from some size on
-        tensor = torch.zeros(70).bfloat16()
-        tensor[place] = float("nan")
-        assert all(math.isnan(x) for x in extremes(tensor))
