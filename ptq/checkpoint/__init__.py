@@ -2,8 +2,9 @@
 
 A checkpoint is a Hugging Face model directory: ``config.json`` with a ``quantization_config``,
 safetensors files named ``model.safetensors`` or ``model-00001-of-000NN.safetensors`` with
-``model.safetensors.index.json``, tokenizer files, a model card, and ``ptq_report.json``: reports of
-all layers. Equal runs give equal bytes, but for times in the report.
+``model.safetensors.index.json``, tokenizer files, a model card, ``ptq_report.json``: reports of all
+layers, and ``SHA256SUMS``: sums of all these files, as ``sha256sum -c`` reads them. Equal runs give
+equal bytes, but for times in the report and its sum.
 
 A quantized linear layer (out, in) with groups of g inputs has these tensors under its name:
 
@@ -18,7 +19,8 @@ A quantized linear layer (out, in) with groups of g inputs has these tensors und
 
 - The even column of a pair is the low nibble. E2M1 codes are 0bSEEM, INT4 codes two's complement;
   code 0 is zero.
-- Scale bytes are never zero or NaN.
+- Scale bytes are never zero or NaN, and E4M3 ones have no sign. What a reader refuses:
+  :mod:`ptq.checkpoint.layer_checks`.
 - ``weight = element[code] * weight_scale / weight_global_scale``: a divisor, as compressed-tensors
   has it. In memory everything multiplies: global scales are made so that 1/(1/t) == t, hence memory
   → disk → memory is bit-exact.

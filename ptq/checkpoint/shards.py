@@ -12,9 +12,9 @@ SHARD_BYTES = 5 * 1000**3
 
 def write_shards(
     folder: Path, parts: Iterable[Mapping[str, Entry]], shard_bytes: int
-) -> dict[str, Entry]:
+) -> tuple[dict[str, Entry], dict[str, str]]:
     """Merge consecutive ``parts`` into files of at most ``shard_bytes``, named as the hub does,
-    with an index; return all tensors."""
+    with an index; return all tensors, and the sha256 of every file by its name."""
     shards: list[dict[str, Entry]] = [{}]
     for part in parts:
         size = sum(entry.bytes for entry in [*shards[-1].values(), *part.values()])
@@ -26,10 +26,12 @@ def write_shards(
     count = len(shards)
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     weight_map: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for file, shard in zip(files if count > 1 else [SINGLE], shards, strict=True):
-        merge_tensors(folder / file, shard)
+        sums[file] = merge_tensors(folder / file, shard)
         weight_map |= dict.fromkeys(sorted(shard), file)
     entries = {name: entry for shard in shards for name, entry in shard.items()}
     total = sum(entry.bytes for entry in entries.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return entries
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    sums[INDEX] = write_json(folder / INDEX, index)
+    return entries, sums

@@ -20,6 +20,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from ptq.checkpoint.checksums import write_sums
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice, choose
 from ptq.checkpoint.dialects import DIALECTS
@@ -192,8 +193,8 @@ class CheckpointWriter:
     def finish(
         self, rest: Iterable[tuple[str, Tensor]], extra_files: Iterable[Path] = ()
     ) -> Choice:
-        """Write what is not in blocks, the index, configuration and model card, and move the result
-        to its place.
+        """Write what is not in blocks, the index, configuration, model card and the sums of all
+        files, and move the result to its place.
 
         Args:
             rest: (full name, tensor) of everything outside the blocks: embeddings, final norm,
@@ -218,22 +219,23 @@ class CheckpointWriter:
         dialect = DIALECTS[choice.dialect]
         outside = chain(rest, dialect.extra_tensors(layers).items())
         parts = [*self._block_parts(blocks, dialect), *self._parts_outside(outside)]
-        entries = write_shards(folder, parts, self.shard_bytes)
+        entries, sums = write_shards(folder, parts, self.shard_bytes)
         others = _linear_layers(entries, layers, dialect)
         summary = summarize(layers, others, recipe=self.recipe, provenance=self.provenance)
         config = dialect.config(summary, layers, others)
         for file in extra_files:
-            write_file(folder / file.name, [file.read_bytes()])
+            sums[file.name] = write_file(folder / file.name, [file.read_bytes()])
         for file, content in dialect.extra_files(config).items():
-            write_json(folder / file, content)
+            sums[file] = write_json(folder / file, content)
         reports = [report.to_dict() for block in blocks for report in block.reports]
-        write_json(folder / REPORT, {"layers": reports})
+        sums[REPORT] = write_json(folder / REPORT, {"layers": reports})
         size = sum(entry.bytes for entry in entries.values())
         name = self.path.name
         card = model_card(choice, layers, size, self.recipe, self.provenance, name)
-        write_file(folder / "README.md", [card.encode()])
-        # last: now it is a model
-        write_json(folder / "config.json", self.source_config | {"quantization_config": config})
+        sums["README.md"] = write_file(folder / "README.md", [card.encode()])
+        whole = self.source_config | {"quantization_config": config}
+        sums["config.json"] = write_json(folder / "config.json", whole)
+        write_sums(folder, sums)
         self._publish(folder)
         return choice
 

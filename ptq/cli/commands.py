@@ -284,6 +284,31 @@ def inspect(
 
 @app.command()
 @guarded
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Whether a checkpoint is what was written: files missing, changed or added since, and tensors
+    that no reader should take.
+
+    One line for each problem, and exit code 2 if there is any; 0 if all is well.
+    """
+    from ptq.cli import display
+    from ptq.runtime.verify import verify as verify_checkpoint
+
+    verdict = verify_checkpoint(checkpoint)
+    if json:
+        display.print_json(verdict.to_dict())
+    else:
+        display.print_verdict(verdict, quiet=quiet)
+    if not verdict.ok:
+        sys.exit(2)
+
+
+@app.command()
+@guarded
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],

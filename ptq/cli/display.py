@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ptq.runtime.evaluate import TOP, Evaluation
 from ptq.runtime.inspect import Report, block, kind, mean, natural
+from ptq.runtime.verify import Verdict
 
 if TYPE_CHECKING:  # ptq inspect must not wait for transformers
     from ptq.pipeline.forecast import Forecast
@@ -54,6 +55,17 @@ def _finite(data: object) -> object:
 def note(text: str) -> None:
     """A remark on stderr."""
     err.print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
+    """A line for each problem, or one that there is none; what was not looked at as a remark."""
+    for line in verdict.problems:
+        out.print(" ".join(line.split()), markup=False, soft_wrap=True)
+    if verdict.ok and not quiet:
+        looked = ", ".join(verdict.checked)
+        out.print(f"{verdict.path}: ok ({looked})", markup=False, soft_wrap=True)
+    if not quiet:
+        note(f"not checked: {'; '.join(verdict.unchecked)}")
 
 
 # ---------------------------------------------------------------- progress

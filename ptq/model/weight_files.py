@@ -37,6 +37,15 @@ OTHER_WEIGHTS = (
 )
 
 
+def stays_inside(name: object) -> bool:
+    """Whether ``name`` is the name of a file that lies in the directory it is resolved in, or
+    below."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
 def listed_files(weight_map: Iterable[object], index: Path) -> list[str]:
     """The files that the ``weight_map`` of ``index`` names, each once, in their order.
 
@@ -45,14 +54,11 @@ def listed_files(weight_map: Iterable[object], index: Path) -> list[str]:
     """
     files = list(dict.fromkeys(weight_map))
     for file in files:
-        path = PurePosixPath(file) if isinstance(file, str) else None
-        if path is None or not path.name or path.is_absolute() or ".." in path.parts:
+        if not stays_inside(file):
             raise ValueError(
                 f"{index} names the weight file {file!r}, which is no file of its directory; "
                 "download the model again"
             )
-        if not str(file).isprintable():
-            raise ValueError(f"{index} names the weight file {file!r}; download the model again")
     return [str(file) for file in files]
 
 

@@ -84,6 +84,12 @@ def load(
         model.set_submodule(target, layer.to(place, source.compute_dtype))
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    logger.info(
+        "types, shapes and ranges of %d quantized layers were checked, not whether files are "
+        "unchanged: `ptq verify %s` does that",
+        len(replaced),
+        checkpoint.path,
+    )
     settle_inputs(model, inputs)
     if device_map:
         distribute(model, device_map, max_memory, offload_folder)

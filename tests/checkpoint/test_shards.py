@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq.checkpoint.safetensors_files import Entry, read_header, write_tensors
+from ptq.checkpoint.safetensors_files import Entry, read_header, sha256, write_tensors
 from ptq.checkpoint.shards import write_shards
 
 
@@ -27,7 +27,8 @@ def test_files_are_as_large_as_they_may_be(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    entries = write_shards(out, parts, limit)
+    entries, sums = write_shards(out, parts, limit)
+    assert sums == {path.name: sha256(path) for path in out.iterdir()}
     names = sorted(path.name for path in out.glob("*.safetensors"))
     single = ["model.safetensors"]
     several = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]

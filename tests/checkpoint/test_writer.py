@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq.checkpoint.checksums import SUMS, read_sums
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.reader import INDEX, REPORT, Checkpoint, to_disk
+from ptq.checkpoint.safetensors_files import sha256
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -122,12 +124,14 @@ def test_a_finished_checkpoint_is_a_model_directory(tmp_path):
     ):
         (source / file).write_text(file)
     run(out, extra=companion_files(source))
-    names = {"model.safetensors", INDEX, "config.json", "README.md", REPORT}
-    assert {p.name for p in out.iterdir()} == names | {
+    names = {"model.safetensors", INDEX, "config.json", "README.md", REPORT, SUMS}
+    contents = {p.name for p in out.iterdir()}
+    assert contents == names | {
         "tokenizer.json",
         "generation_config.json",
         "chat_template.jinja",
     }
+    assert read_sums(out) == {name: sha256(out / name) for name in contents if name != SUMS}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "llama" and config["quantization_config"]["ignore"] == [

@@ -131,7 +131,7 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(float(done.stderr.split()[-1]) for done in runs) < 0.5
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "inspect", "generate"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "inspect", "verify", "generate"])
 def test_every_command_has_help(ptq: Run, command: str):
     result = ptq(command, "--help")
     assert result.code == 0 and result.err == ""
@@ -257,6 +257,27 @@ def test_inspect_shows_kinds_and_blocks(ptq: Run, checkpoint: Path):
         "bits per quantized weight",
     ):
         assert word in text
+
+
+def test_verify_of_what_was_written_and_of_what_was_changed(
+    ptq: Run, checkpoint: Path, tmp_path: Path
+):
+    done = ptq("verify", checkpoint)
+    assert done.code == 0 and ": ok (" in done.out and "not checked: " in done.err
+    quiet = ptq("verify", checkpoint, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    there = copy(checkpoint, tmp_path / "copy")
+    change(there, "model.norm.weight", lambda t: t[3].fill_(float("nan")))
+    (there / "note.txt").write_text("")
+    done = ptq("verify", there, "--quiet")
+    assert done.code == 2 and done.err == ""
+    changed, added, norm = done.out.splitlines()
+    assert changed.startswith("model.safetensors is changed") and "note.txt" in added
+    assert norm.startswith("model.norm.weight holds NaN")
+    found = ptq("verify", there, "--json")
+    assert found.code == 2 and json.loads(found.out)["problems"] == [changed, added, norm]
+    missing = ptq("verify", tmp_path / "nothing")
+    assert missing.code == 2 and "is no directory" in missing.error
 
 
 def test_inspect_loads_neither_model_nor_transformers(checkpoint: Path):

@@ -71,7 +71,7 @@ DAMAGES = {
     ),
     "absolute": (ValueError, "names the weight file '/dev/zero', which is no file of its"),
     "no name": (ValueError, "names the weight file 7, which is no file of its"),
-    "a line": (ValueError, r"names the weight file 'a\\n.safetensors'; download"),
+    "a zero": (ValueError, "names the weight file 'a.+b', which is no file of its"),
     "no index": (FileNotFoundError, "has 2 safetensors files but no model.safetensors.index.json"),
 }
 
@@ -98,10 +98,10 @@ def damage(kind: str, path: Path) -> None:
         case "broken index":
             weights.unlink()
             index.write_text("{}")
-        case "outside" | "absolute" | "no name" | "a line":
+        case "outside" | "absolute" | "no name" | "a zero":
             other = shutil.move(weights, path.parent / "other.safetensors")
             names = {"outside": f"../{other.name}", "absolute": "/dev/zero", "no name": 7}
-            file = names.get(kind, "a\n.safetensors")
+            file = names.get(kind, "a\0b")
             index.write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
         case "no index":
             shutil.copy(weights, path / "a.safetensors")

@@ -136,9 +136,9 @@ def test_inputs_are_as_asked(written, token_ids, caplog):
     full, quantized = load(written, inputs="full"), load(written, inputs="quantized")
     with caplog.at_level(logging.INFO, "ptq.runtime.load"):
         auto = load(written)
-    assert (
-        len(caplog.messages) == 1 and "keep 16 bits" in caplog.messages[0]
-    )  # a CPU does not multiply FP4
+    unchecked, told = caplog.messages
+    assert f"`ptq verify {written}`" in unchecked and "not whether files" in unchecked
+    assert "keep 16 bits" in told  # a CPU does not multiply FP4
     assert torch.equal(logits(auto, token_ids), logits(full, token_ids))
     assert not torch.equal(logits(quantized, token_ids), logits(full, token_ids))
     with pytest.raises(ValueError, match="auto, quantized, full"):

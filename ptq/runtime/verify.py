@@ -1,0 +1,103 @@
+"""Whether a checkpoint is what was written, and what a reader may rely on.
+
+A check is a row of ``CHECKS``; what no row asks is said in ``UNCHECKED``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ptq.checkpoint.checksums import SUMS, differences
+from ptq.checkpoint.layer_checks import FLOATS, check_numbers
+from ptq.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A question to a checkpoint directory.
+
+    Attributes:
+        what: is looked at, in words.
+        problems: one line for each that is found.
+    """
+
+    what: str
+    problems: Callable[[Path], Iterator[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found.
+
+    Attributes:
+        checked, unchecked: what was looked at, and what was not, in words.
+        problems: one line each; none if all is well.
+    """
+
+    path: str
+    checked: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: all fields, and ``ok``."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(path: Path | str) -> Verdict:
+    """Ask all ``CHECKS``; reads every file twice, and holds one tensor or layer at a time.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no directory: give that of a quantized checkpoint")
+    return Verdict(
+        path=str(path),
+        checked=tuple(check.what for check in CHECKS),
+        unchecked=UNCHECKED,
+        # two checks may stumble over the same thing
+        problems=tuple(dict.fromkeys(line for check in CHECKS for line in check.problems(path))),
+    )
+
+
+def damaged_tensors(path: Path) -> Iterator[str]:
+    """What a reader would refuse: of configuration, reports and every tensor."""
+    try:
+        checkpoint = Checkpoint(path)
+        _ = checkpoint.reports, checkpoint.layers
+    except (ValueError, OSError) as error:
+        yield str(error)
+        return
+    if not checkpoint.layers:
+        yield f"{path} has no quantized layer, although its config.json says how they are stored"
+    for name in checkpoint.layers:
+        try:
+            checkpoint.layer(name)
+        except (ValueError, OSError) as error:
+            yield str(error)
+    for name in checkpoint.other_names():
+        try:
+            tensor = checkpoint.tensor(name)
+            if tensor.dtype in FLOATS:
+                check_numbers(tensor, name)
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+CHECKS = (
+    Check(what=f"files against {SUMS}", problems=differences),
+    Check(what="types, shapes and ranges of all tensors", problems=damaged_tensors),
+)
+UNCHECKED = (
+    f"who wrote {SUMS}",
+    "whether config.json is of the same model (ptq.load asks that)",
+    "how close the numbers are to the original's (ptq eval measures that)",
+    "whether other engines open it",
+)
