@@ -24,7 +24,7 @@ NORMAL = (2.0**-126, 2.0**126)
 
 def check_layer(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> None:
     """Raise ValueError unless ``tensors`` are those of a quantized layer as the ``ptq`` dialect
-    stores it.
+    stores it (C4).
 
     Args:
         tensors: by names that do not repeat that of the layer; others than those of a layer are not

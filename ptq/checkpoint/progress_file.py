@@ -12,15 +12,19 @@ from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import sha256, write_json
 
 NAME = "progress.json"
-VERSION = 1
+VERSION = 2
+WEIGHTS = "weights"  # the part of an identity that has hashes by tensor
+SHOWN = 3  # differences between two runs
 
 
 @dataclass(frozen=True)
 class Block:
-    """A finished block: its file, the hash of that file, and what is known of its layers."""
+    """A finished block: its file, the hash of that file, what is known of its layers, and hashes of
+    the weights that it was made of, by tensor of the source."""
 
     file: str
     sha256: str
+    weights: Mapping[str, str]
     layers: Mapping[str, LayerInfo]
     reports: tuple[LayerReport, ...]
 
@@ -29,6 +33,7 @@ class Block:
         return {
             "file": self.file,
             "sha256": self.sha256,
+            "weights": dict(self.weights),
             "layers": {name: info.to_dict() for name, info in self.layers.items()},
             "reports": [report.to_dict() for report in self.reports],
         }
@@ -40,6 +45,7 @@ class Block:
         return cls(
             file=data["file"],
             sha256=data["sha256"],
+            weights=dict(data["weights"]),
             layers={name: LayerInfo.from_dict(info) for name, info in data["layers"].items()},
             reports=tuple(LayerReport.from_dict(report) for report in data["reports"]),
         )
@@ -74,15 +80,26 @@ class ProgressFile:
             raise ValueError(
                 f"{self.folder} was left by another version of ptq: delete it to start over"
             )
-        if differences := _differences(progress["identity"], self.identity):
-            raise ValueError(
-                f"{self.folder} is of a different run ({'; '.join(differences)}): delete "
-                f"{self.folder} to start over, or repeat the options of that run to continue it"
-            )
+        self._refuse(_differences(progress["identity"], self.identity))
         try:
             return {name: Block.from_dict(data) for name, data in progress["blocks"].items()}
         except (ValueError, KeyError) as error:
             raise ValueError(f"{damaged} ({error})") from error
+
+    def check(self, block: Block, weights: Mapping[str, str]) -> None:
+        """Raise ValueError, as :meth:`read` does, unless ``weights`` are those that ``block`` was
+        made of."""
+        self._refuse(_differences({WEIGHTS: block.weights}, {WEIGHTS: weights}))
+
+    def _refuse(self, differences: list[str]) -> None:
+        if not differences:
+            return
+        more = len(differences) - SHOWN
+        shown = [*differences[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise ValueError(
+            f"{self.folder} is of a different run ({'; '.join(shown)}): delete {self.folder} to "
+            "start over, or repeat that run to continue it: the same model, options and versions"
+        )
 
     def intact(self) -> dict[str, Block]:
         """The blocks of :meth:`read` whose files are what was written."""
@@ -104,13 +121,17 @@ class ProgressFile:
         )
 
 
-def _differences(old: Mapping[str, object], new: Mapping[str, object], path: str = "") -> list[str]:
+def _differences(
+    old: Mapping[str, object], new: Mapping[str, object], path: tuple[str, ...] = ()
+) -> list[str]:
     """One ``key was … and is …`` for every leaf that differs."""
     result = []
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            result += _differences(a, b, f"{path}{key}.")
+        a, b, place = old.get(key), new.get(key), (*path, key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            result += _differences(a, b, place)
+        elif a != b and path == (WEIGHTS,):
+            result.append(f"{key} is not the weight that it was")
         elif a != b:
-            result.append(f"{path}{key} was {a!r} and is {b!r}")
+            result.append(f"{'.'.join(place)} was {a!r} and is {b!r}")
     return result

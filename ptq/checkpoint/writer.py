@@ -28,7 +28,7 @@ from ptq.checkpoint.layer_checks import check_layer
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.model_card import model_card
 from ptq.checkpoint.progress_file import NAME as PROGRESS
-from ptq.checkpoint.progress_file import Block, ProgressFile
+from ptq.checkpoint.progress_file import WEIGHTS, Block, ProgressFile
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, natural, summarize
 from ptq.checkpoint.reader import PARTIAL, REPORT, config_dtype
 from ptq.checkpoint.safetensors_files import (
@@ -44,6 +44,9 @@ from ptq.checkpoint.shards import SHARD_BYTES, write_shards
 
 FINISHED = "finished"
 LOCK = ".lock"
+# Of what changes numbers, if only in their last bits: a run that another version continues would
+# not be the run that its provenance says.
+VERSIONS = ("ptq", "torch", "transformers")
 
 
 class CheckpointWriter:
@@ -64,6 +67,7 @@ class CheckpointWriter:
         recipe: JsonDict,
         provenance: JsonDict,
         fingerprint: str,
+        weights: Mapping[str, str] | None = None,
         overwrite: bool = False,
         dialect: str = "auto",
         shard_bytes: int = SHARD_BYTES,
@@ -73,9 +77,11 @@ class CheckpointWriter:
 
         Args:
             source_config: config.json of the source model.
-            recipe, provenance: plain JSON; a continued run must have the same
-                ``provenance["calibration"]``.
-            fingerprint: identifies the weights of the source.
+            recipe, provenance: plain JSON; a continued run must have the same ``calibration`` and
+                versions of ``VERSIONS`` in its provenance.
+            fingerprint: identifies the source.
+            weights: hashes of tensors outside of blocks, as far as the fingerprint does not tell
+                them apart.
             overwrite: replace a checkpoint at ``path``, once the new one is complete.
             dialect, foreign: see :func:`ptq.checkpoint.dialect_choice.choose`; they may differ
                 between the runs of one checkpoint.
@@ -95,6 +101,8 @@ class CheckpointWriter:
             "recipe": self.recipe,
             "source": fingerprint,
             "calibration": self.provenance.get("calibration"),
+            "versions": {name: self.provenance.get(name) for name in VERSIONS},
+            WEIGHTS: dict(weights or {}),
         }
         self.progress = ProgressFile(self.partial, identity)
         if self.path.is_file() or (
@@ -153,6 +161,11 @@ class CheckpointWriter:
             for name, entry in read_header(self.partial / self.blocks[block].file).items()
         }
 
+    def check_weights(self, block: str, weights: Mapping[str, str]) -> None:
+        """Raise ValueError unless a finished block was made of ``weights``, hashes by tensor of the
+        source."""
+        self.progress.check(self.blocks[block], weights)
+
     def layers(self, block: str) -> dict[str, LayerInfo]:
         """The quantized layers of a finished block."""
         return dict(self.blocks[block].layers)
@@ -163,6 +176,7 @@ class CheckpointWriter:
         tensors: Mapping[str, Tensor],
         layers: Mapping[str, LayerInfo],
         reports: Sequence[LayerReport],
+        weights: Mapping[str, str] | None = None,
     ) -> None:
         """Write a finished block; when this returns it survives a loss of power.
 
@@ -171,6 +185,7 @@ class CheckpointWriter:
                 returns them.
             layers: its quantized layers by full name, in the order of the model.
             reports: one for each layer, under its name in the checkpoint.
+            weights: hashes of what it was made of, see :meth:`check_weights`.
 
         Raises:
             ValueError: a layer that no reader would take; blocks that were finished before stay.
@@ -186,7 +201,8 @@ class CheckpointWriter:
             check_layer(by_layer[name], info, name)  # what cannot be loaded is not written
         file = f"block-{block}.safetensors"
         digest = write_tensors(self.partial / file, tensors)
-        finished = self.blocks | {block: Block(file, digest, dict(layers), tuple(reports))}
+        made = Block(file, digest, dict(weights or {}), dict(layers), tuple(reports))
+        finished = self.blocks | {block: made}
         self.progress.write(finished)
         self.blocks = finished
 

@@ -19,6 +19,7 @@ from ptq.model.experts import unfuse
 from ptq.model.extremes import LARGEST, extremes
 from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
 from ptq.model.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
+from ptq.model.tensor_digest import digest
 from ptq.model.weight_files import Shards
 
 CONV1D = "its Conv1D layers are linear layers here, which other programs do not look for"
@@ -33,11 +34,12 @@ class CheckpointSource:
     Linears. Modules are filled when they are needed and released afterwards.
     """
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None):
+    def __init__(self, path: str | Path, *, dtype: torch.dtype | None = None, hashed: bool = False):
         """Read the configuration and the headers of all files, and build the skeleton.
 
         Args:
             dtype: to compute in; None is the checkpoint's own.
+            hashed: hash every tensor that is read, see :meth:`digests`.
 
         Raises:
             FileNotFoundError, ValueError: with what to do, for anything that is not a readable
@@ -46,6 +48,7 @@ class CheckpointSource:
         self.path = resolve(path)
         self.config: PretrainedConfig = load_config(self.path)
         self._shards = Shards(self.path)
+        self._digests: dict[str, str] | None = {} if hashed else None
         self.dtype = self._shards.common_dtype()
         self.compute_dtype = dtype or self.dtype
         self.total_bytes = self._shards.total_bytes
@@ -113,9 +116,53 @@ class CheckpointSource:
         return self._shards.names()
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the checkpoint as stored, on the CPU; ValueError when there is none of that
-        name."""
-        return self._shards.tensor(name)
+        """One tensor of the checkpoint as stored, on the CPU.
+
+        Raises:
+            ValueError: there is none of that name, or it is not what it was when it was read first.
+        """
+        value = self._shards.tensor(name)
+        if self._digests is not None and (now := digest(value)) != self._digests.setdefault(
+            name, now
+        ):
+            raise ValueError(
+                f"{self.path}: {name} changed while it was in use: leave the model alone, and run "
+                "the same command again"
+            )
+        return value
+
+    def digests(self, block: str | None) -> dict[str, str]:
+        """Hashes of the data of all tensors of ``block``, or of those outside of all blocks, by
+        their names in the checkpoint.
+
+        Those of tensors that were read already cost nothing. ``hashed`` must have been asked for.
+        """
+        assert self._digests is not None, "asked to hash nothing"
+        inside = self._sources([f"{block}."]) if block else self._names_outside(self._blocks)
+        for name in inside:
+            if name not in self._digests:
+                self.tensor(name)
+        return {name: self._digests[name] for name in sorted(inside)}
+
+    def _sources(self, prefixes: Collection[str]) -> set[str]:
+        """The tensors that parameters whose names start so are made of."""
+        starts = tuple(prefixes)
+        return {
+            source
+            for name, origin in self._origins.items()
+            if name.startswith(starts)
+            for source in origin.names
+        }
+
+    def _names_outside(self, modules: Collection[str]) -> list[str]:
+        """The tensors of the checkpoint that belong to none of ``modules``, sorted."""
+        prefixes = tuple(f"{name}." for name in modules)
+        inside = self._sources(prefixes)
+        return [
+            name
+            for name in self.names()
+            if name not in inside and not self.module_name(name).startswith(prefixes)
+        ]
 
     def checkpoint_name(self, name: str) -> str:
         """What the checkpoint calls a tensor of the model, also one that only a quantized layer
@@ -142,16 +189,8 @@ class CheckpointSource:
     def rest(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the checkpoint that belong to no block, nor to modules in ``without``, one
         at a time, as stored."""
-        prefixes = tuple(f"{name}." for name in (*self._blocks, *without))
-        inside = {
-            source
-            for name, origin in self._origins.items()
-            if name.startswith(prefixes)
-            for source in origin.names
-        }
-        for name in self.names():
-            if name not in inside and not self.module_name(name).startswith(prefixes):
-                yield name, self.tensor(name)
+        for name in self._names_outside((*self._blocks, *without)):
+            yield name, self.tensor(name)
 
     def kept(self, block: str, replaced: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors of ``block``, as stored, without those of the parameters in

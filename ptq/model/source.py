@@ -30,6 +30,14 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    def digests(self, block: str | None) -> dict[str, str]:
+        """What the fingerprint does not tell apart: hashes of the data of the tensors of ``block``,
+        or with None of those outside of all blocks, by their names in the checkpoint.
+
+        Tensors that were not read yet are read.
+        """
+        ...
+
     def skeleton(self) -> nn.Module:
         """The whole model, of which any module may be empty: on the meta device."""
         ...

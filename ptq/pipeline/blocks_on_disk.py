@@ -94,11 +94,17 @@ class BlocksOnDisk:
             name = self.source.checkpoint_name(parameter)
             kept[name] = value.to("cpu", kept[name].dtype)  # exact: see ptq.calib.fold
         renamed = [replace(report, name=stored[report.name]) for report in reports]
-        self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed)
+        weights = self.source.digests(block.name)
+        self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed, weights)
 
     def reinstall(self, block: CalibratedBlock) -> None:
         """Its quantized layers, and the values of norms, biases and routers that balancing
-        changed."""
+        changed.
+
+        Raises:
+            ValueError: the source has other weights than those that the block was made of (C3).
+        """
+        self.writer.check_weights(block.name, self.source.digests(block.name))
         infos = self.writer.layers(block.name)
         tensors = from_disk(self.writer.read(block.name), infos)
         self._restore(block, tensors)

@@ -251,6 +251,7 @@ def quantize_model(
         recipe=recipe.to_dict(),
         provenance=_provenance(source, data),
         fingerprint=source.fingerprint,
+        weights=source.digests(None),
         overwrite=overwrite,
         dialect=dialect,
         foreign=plan.foreign,
@@ -281,7 +282,7 @@ def _opened(
     if out is None:
         raise ValueError("give a directory for the checkpoint")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    source = CheckpointSource(model, dtype=dtype)
+    source = CheckpointSource(model, dtype=dtype, hashed=True)
     return source, tokenizer or load_tokenizer(source.path)
 
 

@@ -16,7 +16,10 @@ IDENTITY = {"recipe": {"format": "nvfp4", "seed": 0}, "source": "abc"}
 def blocks(tmp_path: Path) -> dict[str, Block]:
     layers = {"a.q": LayerInfo(format="nvfp4", rotation=16)}
     digests = {name: write_file(tmp_path / f"{name}.st", [name.encode()]) for name in "ab"}
-    return {name: Block(f"{name}.st", digest, layers, ()) for name, digest in digests.items()}
+    return {
+        name: Block(f"{name}.st", digest, {"w": "1f"}, layers, ())
+        for name, digest in digests.items()
+    }
 
 
 def test_blocks_survive_the_file(tmp_path: Path, blocks: dict[str, Block]) -> None:
@@ -54,3 +57,20 @@ def test_the_file_is_json_that_people_can_read(tmp_path: Path, blocks: dict[str,
     ProgressFile(tmp_path, IDENTITY).write(blocks)
     data = json.loads((tmp_path / NAME).read_text())
     assert data["identity"] == IDENTITY and data["blocks"]["a"]["file"] == "a.st"
+
+
+def test_a_block_is_of_the_weights_that_it_was_made_of(
+    tmp_path: Path, blocks: dict[str, Block]
+) -> None:
+    file = ProgressFile(tmp_path, IDENTITY)
+    file.check(blocks["a"], {"w": "1f"})
+    for weights in ({"w": "2e"}, {}, {"w": "1f", "v": "2e"}):
+        with pytest.raises(ValueError, match=r"different run \([vw] is not the weight that it was"):
+            file.check(blocks["a"], weights)
+
+
+def test_a_few_differences_stand_for_many(tmp_path: Path) -> None:
+    ProgressFile(tmp_path, IDENTITY | {"weights": {f"w{i}": "1f" for i in range(9)}}).write({})
+    other = ProgressFile(tmp_path, IDENTITY | {"weights": {f"w{i}": "2e" for i in range(9)}})
+    with pytest.raises(ValueError, match=r"w2 is not the weight that it was; and 6 more\): delete"):
+        other.read()

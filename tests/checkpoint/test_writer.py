@@ -179,6 +179,16 @@ def test_a_finished_block_can_be_read_back(tmp_path):
         )
 
 
+def test_a_finished_block_knows_what_it_was_made_of(tmp_path):
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "out") as w:
+        w.add(BLOCKS[0], *block(BLOCKS[0]), {"up": "1f"})
+        raise KeyboardInterrupt
+    with writer(tmp_path / "out") as w:
+        w.check_weights(BLOCKS[0], {"up": "1f"})
+        with pytest.raises(ValueError, match=r"out\.partial is of a different run \(up is not the"):
+            w.check_weights(BLOCKS[0], {"up": "2e"})
+
+
 def test_an_interruption_before_the_first_block_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", stop_after=0)
@@ -269,6 +279,11 @@ def test_a_damaged_block_is_made_again(tmp_path, whole, damage):
             r"recipe\.format was 'nvfp4' and is 'mxfp4'",
         ),
         ({"fingerprint": "f2"}, "source was 'f1' and is 'f2'"),
+        ({"weights": {"lm_head.weight": "2e"}}, r"lm_head\.weight is not the weight that it was"),
+        (
+            {"provenance": {"calibration": CALIBRATION, "torch": "3.0"}},
+            r"versions\.torch was None and is '3\.0'",
+        ),
         (
             {"provenance": {"calibration": CALIBRATION | {"sha256": "x"}}},
             r"calibration\.sha256 was 'c0ffee' and is 'x'",

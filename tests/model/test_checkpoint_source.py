@@ -13,6 +13,7 @@ from torch import nn
 
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
+from ptq.model.tensor_digest import digest
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -315,3 +316,31 @@ def test_experts_whose_checkpoint_is_transposed_are_filled(
     assert stored.shape == (4, 24, 32)  # in, out
     with torch.no_grad():
         assert torch.equal(filled(source)(batches[0]).logits, model(batches[0]).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_every_tensor_is_hashed_in_one_place(family: str, tiny_checkpoint: Save):
+    source = CheckpointSource(tiny_checkpoint(family), hashed=True)
+    parts = [source.digests(name) for name in (*(n for n, _ in source.blocks()), None)]
+    found = {name: value for part in parts for name, value in part.items()}
+    assert sum(map(len, parts)) == len(found)
+    assert found == {name: digest(source.tensor(name)) for name in source.names()}
+
+
+def test_what_is_read_is_hashed_on_the_way(tiny_checkpoint: Save, monkeypatch):
+    source = CheckpointSource(tiny_checkpoint("llama"), hashed=True)
+    name, block = source.blocks()[1]
+    source.fill(block, name, "cpu")
+    monkeypatch.setattr(source, "tensor", None)
+    assert len(source.digests(name)) == 9
+
+
+def test_a_tensor_that_changes_under_way_is_refused(tiny_checkpoint: Save, tmp_path: Path):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "m")
+    source = CheckpointSource(tmp_path / "m", hashed=True)
+    name = "model.norm.weight"
+    source.tensor(name)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file(tensors | {name: 2 * tensors[name]}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} changed while it was in use"):
+        source.tensor(name)

@@ -35,6 +35,7 @@ def test_tensors_are_those_of_the_start_whatever_layers_were_replaced_by(tiny_mo
     assert torch.equal(source.tensor(f"{name}.mlp.up_proj.weight"), before)
     assert torch.equal(dict(source.kept(name, set()))[f"{name}.mlp.up_proj.weight"], before)
     assert source.fingerprint == fingerprint
+    assert source.digests(None) == source.digests("model.layers.0") == {}
     with pytest.raises(ValueError, match="the model in memory has no tensor nonesuch"):
         source.tensor("nonesuch")
 

@@ -60,7 +60,7 @@ def test_a_block_comes_back_as_it_was_written(
     make_tiny_model: Make, tmp_path: Path, kind: str
 ) -> None:
     path = make_tiny_model(kind)
-    source = CheckpointSource(path, dtype=torch.float32)
+    source = CheckpointSource(path, dtype=torch.float32, hashed=True)
     block = filled(source)
     linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
     linears = {
@@ -80,7 +80,7 @@ def test_a_block_comes_back_as_it_was_written(
         assert not blocks.has(block.name)
         blocks.add(block, layers, [report(name) for name in layers], changes)
         assert blocks.has(block.name)
-    again = CheckpointSource(path, dtype=torch.float32)
+    again = CheckpointSource(path, dtype=torch.float32, hashed=True)
     fresh = filled(again)
     with writer(tmp_path / "out", again) as opened:
         blocks = BlocksOnDisk(source=again, writer=opened, device=CPU)

@@ -234,6 +234,62 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert not (tmp_path / "parts.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_that_changed_in_place_are_not_mixed(
+    tiny_llama: Path, quick, tmp_path: Path, name: str
+) -> None:
+    """Of the same names, sizes and headers."""
+    source, recipe = tmp_path / "source", quick(algorithm="rtn")
+    shutil.copytree(tiny_llama, source)
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def again() -> object:
+        return quantize_model(source, tmp_path / "out", recipe=recipe, device="cpu")
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(source, tmp_path / "out", recipe=recipe, device="cpu", on_block=stop)
+    whole = (source / "model.safetensors").read_bytes()
+    tensors = load_file(source / "model.safetensors")
+    tensors[name].view(torch.int32).view(-1)[5] ^= 1  # the last bit of one weight
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert len((source / "model.safetensors").read_bytes()) == len(whole)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out.partial").iterdir()}
+    with pytest.raises(ValueError, match=f"{name} is not the weight that it was") as caught:
+        again()
+    assert "out.partial to start over" in str(caught.value) and "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out.partial").iterdir()} == before
+    (source / "model.safetensors").write_bytes(whole)
+    again()
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("package", ["ptq", "torch", "transformers"])
+def test_another_version_does_not_continue(
+    tiny_llama: Path, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = quick(algorithm="rtn")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu", on_block=stop)
+    place = "" if package == "ptq" else f".{package}"
+    monkeypatch.setattr(f"ptq.pipeline.run{place}.__version__", "9.9.0")
+    with pytest.raises(ValueError, match=rf"versions\.{package} was '.*' and is '9\.9\.0'"):
+        quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+
+
 def test_a_poisoned_weight_is_named_and_nothing_stays(
     tiny_llama: Path, quick, tmp_path: Path
 ) -> None:
