@@ -1,10 +1,18 @@
 """Where a result may go: never over what is not a checkpoint of ours, never over its own source."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def check_destination(out: Path | str, model: Path | None = None, *, overwrite: bool) -> Path:
+def check_destination(
+    out: Path | str,
+    model: Path | None = None,
+    *,
+    overwrite: bool,
+    recipe: Mapping[str, object] | None = None,
+) -> Path:
     """The real path of ``out``, links resolved, after making sure that a result may take its place.
 
     Nothing is written, and nothing is removed.
@@ -12,17 +20,22 @@ def check_destination(out: Path | str, model: Path | None = None, *, overwrite: 
     Args:
         model: the directory that the run reads, if there is one.
         overwrite: allow a directory that holds a checkpoint of ours, to be replaced.
+        recipe: in plain JSON; allow a directory that holds a checkpoint which was made by it, of
+            which the writer finds out whether the same run has made it.
 
     Raises:
         ValueError: an empty path; one that is, contains or lies in the model or is, or contains,
-            the working directory; with ``overwrite`` a directory that holds something else than a
-            checkpoint of ours.
+            the working directory; a mount point; with ``overwrite`` a directory that holds
+            something else than a checkpoint of ours.
         FileExistsError: a file, or without ``overwrite`` a directory that is not empty.
+        OSError: no directory can be made there.
     """
     if not str(out).strip():
         raise ValueError("--out is empty: give the directory of the result")
-    place = Path(out).resolve()
+    place = Path(os.path.realpath(out))
     shown = str(out) if str(place) == str(out) else f"{out} ({place})"
+    if place.is_symlink():
+        raise ValueError(f"--out {shown} is a link that leads back to itself")
     if place == Path.cwd() or place in Path.cwd().parents:
         raise ValueError(
             f"--out {shown} is, or contains, the working directory: name a directory of its own"
@@ -31,8 +44,10 @@ def check_destination(out: Path | str, model: Path | None = None, *, overwrite: 
         _refuse_overlap(place, shown, model.resolve())
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"{shown} exists and is not a directory: choose another --out")
+    _check_surroundings(place, shown)
     holds = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
-    if holds and not overwrite:
+    again = bool(holds) and recipe is not None and _recipe(place) == recipe
+    if holds and not (overwrite or again):
         raise FileExistsError(
             f"{shown} exists and is not empty: choose another directory, or --overwrite"
         )
@@ -43,6 +58,21 @@ def check_destination(out: Path | str, model: Path | None = None, *, overwrite: 
             "directory"
         )
     return place
+
+
+def _check_surroundings(place: Path, shown: str) -> None:
+    """The result is made beside its place and renamed in the end: better no hours of work before
+    that turns out to be impossible."""
+    if place.is_mount():
+        raise ValueError(
+            f"--out {shown} is a mount point, which no result can take the place of: name a "
+            "directory in it"
+        )
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {shown}: {above} is not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {shown}: no permission to write in {above}")
 
 
 def _refuse_overlap(place: Path, shown: str, model: Path) -> None:
@@ -59,11 +89,24 @@ def _refuse_overlap(place: Path, shown: str, model: Path) -> None:
 
 def is_ours(directory: Path) -> bool:
     """Whether a directory holds a checkpoint that ptq wrote, by its config.json."""
+    return _our_part(directory) is not None
+
+
+def _recipe(directory: Path) -> object:
+    """What a checkpoint of ours was made by; None if it is none."""
+    return (_our_part(directory) or {}).get("recipe")
+
+
+def _our_part(directory: Path) -> dict[str, object] | None:
+    """What ptq noted in the config.json of a checkpoint that it wrote."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict):
-        return False
-    return quantization.get("quant_method") == "ptq" or isinstance(quantization.get("ptq"), dict)
+        return None
+    if quantization.get("quant_method") == "ptq":
+        return quantization
+    part = quantization.get("ptq")
+    return part if isinstance(part, dict) else None

@@ -3,16 +3,14 @@ when it is complete.
 
     <out>.partial/progress.json              the run, and its finished blocks (progress_file)
     <out>.partial/block-<name>.safetensors   a finished block, as the ``ptq`` dialect stores it
-    <out>.partial/finished/                  made by finish(); renamed to <out> as the last step
+    <out>.partial/finished/                  made by finish(); becomes <out> (work_folder)
 
 Every file is durable before progress.json names it. The dialect is decided at the end, when all
 layers are known.
 """
 
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -30,20 +28,18 @@ from ptq.checkpoint.model_card import model_card
 from ptq.checkpoint.progress_file import NAME as PROGRESS
 from ptq.checkpoint.progress_file import WEIGHTS, Block, ProgressFile
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, natural, summarize
-from ptq.checkpoint.reader import PARTIAL, REPORT, config_dtype
+from ptq.checkpoint.reader import REPORT, Checkpoint, config_dtype
 from ptq.checkpoint.safetensors_files import (
     Entry,
     read_header,
     read_tensor,
-    sync_folder,
     write_file,
     write_json,
     write_tensors,
 )
 from ptq.checkpoint.shards import SHARD_BYTES, write_shards
+from ptq.checkpoint.work_folder import WorkFolder
 
-FINISHED = "finished"
-LOCK = ".lock"
 # Of what changes numbers, if only in their last bits: a run that another version continues would
 # not be the run that its provenance says.
 VERSIONS = ("ptq", "torch", "transformers")
@@ -57,6 +53,10 @@ class CheckpointWriter:
     source and calibration data; those whose file is not what was recorded are forgotten, to be made
     again. Leaving the context before a block is finished removes everything; later,
     ``<out>.partial`` stays for the next run.
+
+    Attributes:
+        done: the dialect of what is at ``path``, if that is what this run would write and nothing
+            is left to do but :meth:`settle`; None otherwise.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class CheckpointWriter:
 
         Raises:
             FileExistsError: ``path`` exists and is not an empty directory.
-            ValueError: ``<path>.partial`` is of a different run.
+            ValueError: ``<path>.partial`` is of a different run, or not of ptq.
         """
         self.foreign = foreign
         self.path = Path(os.path.abspath(path))
-        self.partial = self.path.with_name(self.path.name + PARTIAL)
-        self.previous = self.path.with_name(self.path.name + ".previous")
+        self.work = WorkFolder(self.path, overwrite=overwrite)
+        self.partial = self.work.path
         self.source_config, self.dialect = source_config, dialect
-        self.overwrite, self.shard_bytes = overwrite, shard_bytes
+        self.shard_bytes = shard_bytes
         self.recipe, self.provenance = _plain(recipe), _plain(provenance)
         identity = {
             "recipe": self.recipe,
@@ -105,36 +105,49 @@ class CheckpointWriter:
             WEIGHTS: dict(weights or {}),
         }
         self.progress = ProgressFile(self.partial, identity)
-        if self.path.is_file() or (
-            self.path.is_dir() and any(self.path.iterdir()) and not overwrite
-        ):
-            raise FileExistsError(
-                f"{self.path} exists and is not empty: choose another directory, or --overwrite"
-            )
-        self.blocks = self.progress.read()
-        self._lock: int | None = None
+        self.blocks: dict[str, Block] = {}
+        self.done = self._done(overwrite)
+        if self.done is None:
+            self.work.check()
+            if not self.work.published:  # else the remains of a run that is complete
+                self.blocks = self.progress.read()
+
+    def _done(self, overwrite: bool) -> Choice | None:
+        if overwrite and not self.work.published:
+            return None  # a checkpoint that is to be made anew
+        try:
+            found = Checkpoint(self.path)
+        except (OSError, ValueError):
+            return None
+        made = found.parsed
+        if (made.recipe, made.provenance) != (self.recipe, self.provenance):
+            return None
+        if self.dialect not in ("auto", found.dialect):
+            return None
+        return Choice(found.dialect, "an earlier run of the same command had finished it")
+
+    def settle(self) -> None:
+        """Remove what a run that is ``done`` left behind: it was killed in its last moments.
+
+        Raises:
+            ValueError: another process is just doing it.
+        """
+        assert self.done is not None
+        self.work.settle()
 
     def __enter__(self) -> "CheckpointWriter":
-        """Take possession of ``<out>.partial``; raises ValueError if another process has it."""
-        if (
-            self.previous.is_dir() and not self.path.exists()
-        ):  # killed while the old checkpoint was being replaced
-            self.previous.rename(self.path)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR)
+        """Take possession of ``<out>.partial``; raises ValueError if another process has it, or it
+        is not ours."""
+        self.work.open()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ValueError(
-                f"another process is writing {self.partial}: wait for it, or choose another "
-                "directory"
-            ) from error
-        self.blocks = self.progress.intact()
-        keep = {b.file for b in self.blocks.values()} | {PROGRESS, LOCK}
-        for path in self.partial.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not self.work.published:
+                self.blocks = self.progress.intact()
+            self.work.clear({b.file for b in self.blocks.values()} | {PROGRESS})
+            self.progress.write(self.blocks)  # from now on the folder says whose it is
+            self.work.begin()
+        except BaseException:
+            self.work.close()
+            raise
         return self
 
     def __exit__(
@@ -143,11 +156,11 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self.blocks:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if not self.blocks:
+                self.work.remove()
+        finally:
+            self.work.close()
 
     def has(self, block: str) -> bool:
         """Whether a block is finished."""
@@ -191,7 +204,7 @@ class CheckpointWriter:
             ValueError: a layer that no reader would take; blocks that were finished before stay.
             OSError: no space left; likewise.
         """
-        assert self._lock is not None, "only inside the context"
+        assert self.work.held, "only inside the context"
         by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
@@ -224,12 +237,11 @@ class CheckpointWriter:
             ValueError: an explicit dialect cannot express the result.
             OSError: no space left; the finished blocks stay.
         """
-        assert self._lock is not None, "only inside the context"
+        assert self.work.held, "only inside the context"
         blocks = [self.blocks[name] for name in sorted(self.blocks, key=natural)]
         layers = {name: info for block in blocks for name, info in block.layers.items()}
-        folder = self.partial / FINISHED
-        if folder.exists():
-            shutil.rmtree(folder)
+        folder = self.work.finished
+        self.work.clear({block.file for block in blocks} | {PROGRESS})
         folder.mkdir()
         choice = self._choose(blocks, layers)
         dialect = DIALECTS[choice.dialect]
@@ -249,10 +261,13 @@ class CheckpointWriter:
         name = self.path.name
         card = model_card(choice, layers, size, self.recipe, self.provenance, name)
         sums["README.md"] = write_file(folder / "README.md", [card.encode()])
+        # last but for the sums: now it is a model
         whole = self.source_config | {"quantization_config": config}
         sums["config.json"] = write_json(folder / "config.json", whole)
         write_sums(folder, sums)
-        self._publish(folder)
+        self.work.publish()
+        self.blocks = {}
+        self.work.remove()
         return choice
 
     def _choose(self, blocks: Iterable[Block], layers: Mapping[str, LayerInfo]) -> Choice:
@@ -300,20 +315,6 @@ class CheckpointWriter:
             file = self.partial / f"rest-{i:05}.safetensors"
             write_tensors(file, {name: tensor})
             yield read_header(file)
-
-    def _publish(self, folder: Path) -> None:
-        """``folder`` takes the place of the output; the old one, if any, disappears after that."""
-        sync_folder(folder)
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if self.previous.is_dir():
-                shutil.rmtree(self.previous)
-            self.path.rename(self.previous)
-        folder.rename(self.path)
-        sync_folder(self.path.parent)
-        self.blocks = {}
-        shutil.rmtree(self.partial)
-        if self.previous.is_dir():
-            shutil.rmtree(self.previous)
 
 
 def _plain(data: Mapping[str, object]) -> JsonDict:

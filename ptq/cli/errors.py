@@ -14,7 +14,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,7 +46,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             except (KeyboardInterrupt, Exception) as error:
                 if interrupts or isinstance(error, KeyboardInterrupt):
                     out = options.get("out")
-                    resumable = out and Path(f"{out}.partial").is_dir()
+                    resumable = out and os.path.isdir(f"{os.path.realpath(out)}.partial")
                     then = (
                         "; the same command continues after the finished blocks"
                         if resumable

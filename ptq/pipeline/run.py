@@ -218,7 +218,9 @@ def quantize_model(
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
     companions: list[Path] = []
     if out is not None:
-        out = check_destination(out, source.path, overwrite=overwrite)
+        out = check_destination(
+            out, source.path, overwrite=overwrite, recipe=json.loads(json.dumps(recipe.to_dict()))
+        )
         companions = companion_files(source.path)
     plan = Plan.of(source, recipe)
     if out is not None and dialect != "auto":
@@ -256,6 +258,11 @@ def quantize_model(
         dialect=dialect,
         foreign=plan.foreign,
     )
+    (done,) = from_first([writer.done])
+    if done is not None:
+        if rank == 0:
+            writer.settle()
+        return done
     with _owned(writer):
         run(BlocksOnDisk(source=source, writer=writer, device=device))
         if rank != 0:

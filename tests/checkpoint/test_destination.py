@@ -88,3 +88,41 @@ def test_files_and_devices_are_refused_before_any_work(model: Path, tmp_path: Pa
     for out in (tmp_path / "file", "/dev/null"):
         with pytest.raises(FileExistsError, match="not a directory"):
             check_destination(out, model, overwrite=True)
+
+
+def test_a_link_is_resolved_before_any_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "place")
+    assert check_destination(tmp_path / "link", model, overwrite=False) == tmp_path / "new/place"
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="a link that leads back to itself"):
+        check_destination(tmp_path / "a", model, overwrite=False)
+
+
+def test_where_no_directory_can_be_made_is_said_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is not a directory"):
+        check_destination(tmp_path / "file" / "out" / "deep", model, overwrite=False)
+    with pytest.raises(NotADirectoryError, match="/dev/null is not a directory"):
+        check_destination("/dev/null/out", model, overwrite=False)
+    with pytest.raises(ValueError, match="is a mount point"):
+        check_destination("/proc", model, overwrite=True)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match="no permission to write in"):
+        check_destination(tmp_path / "out", model, overwrite=False)
+
+
+def test_a_checkpoint_of_the_same_recipe_may_be_what_the_run_would_write(
+    model: Path, tmp_path: Path
+) -> None:
+    """Whether it is, the writer finds out, who knows the calibration data."""
+    ours = checkpoint(tmp_path / "ours", {"quant_method": "ptq", "recipe": {"format": "nvfp4"}})
+    other = checkpoint(tmp_path / "other", {"ptq": {"recipe": {"format": "mxfp4"}}})
+    foreign = checkpoint(tmp_path / "foreign", {"recipe": {"format": "nvfp4"}})
+    recipe = {"format": "nvfp4"}
+    assert check_destination(ours, model, overwrite=False, recipe=recipe) == ours
+    for place in (other, foreign):
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            check_destination(place, model, overwrite=False, recipe=recipe)

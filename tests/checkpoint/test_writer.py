@@ -328,14 +328,14 @@ def test_existing_results_are_kept_unless_told_otherwise(tmp_path, whole):
 def test_a_death_between_the_two_renames_loses_nothing(tmp_path, whole, monkeypatch):
     out = tmp_path / "out"
     run(out)
-    rename = Path.rename
+    rename = os.rename
 
     def die(path, target):
-        if path.name == "finished":
+        if Path(path).name == "finished":
             raise KeyboardInterrupt
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", die)
+    monkeypatch.setattr(os, "rename", die)
     with pytest.raises(KeyboardInterrupt):
         run(out, overwrite=True)
     monkeypatch.undo()

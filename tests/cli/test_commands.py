@@ -1,9 +1,11 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -721,9 +723,9 @@ def deep_llama(make_tiny_model: Callable[..., Path]) -> Path:
 
 
 def interrupted(
-    deep_llama: Path, tiny_text: Path, out: Path, number: int, *more: str
+    deep_llama: Path, tiny_text: Path, out: Path, number: int, *more: str, after: float = 0.0
 ) -> subprocess.Popen[str]:
-    """A run that got ``number`` as soon as it had started to write."""
+    """A run that got ``number`` so many seconds ``after`` it had started to write, or has ended."""
     options = ["--calibration", str(tiny_text), "--samples", "64", "--seq-len", "128"]
     command = [
         sys.executable,
@@ -753,6 +755,8 @@ def interrupted(
         and time.monotonic() < limit
     ):
         time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.wait(after)
     run.send_signal(number)
     return run
 
@@ -775,28 +779,43 @@ def test_a_request_to_end_is_one_line_and_leaves_no_checkpoint(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_killed_run_leaves_no_checkpoint_and_can_be_repeated(
-    ptq: Run, deep_llama: Path, tiny_text: Path, tmp_path: Path
+KILLS = int(os.environ.get("PTQ_KILLS", "1"))  # at random moments
+
+
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(
+    ptq: Run, make_tiny_model: Callable[..., Path], tiny_text: Path, tmp_path: Path
 ):
-    run = interrupted(deep_llama, tiny_text, tmp_path / "q", signal.SIGKILL)
-    run.communicate(timeout=120)
-    assert run.returncode == -signal.SIGKILL
-    assert not (tmp_path / "q").exists()
+    """With the bytes of an undisturbed one. tests/checkpoint/test_work_folder.py kills at every
+    single operation, in one process."""
+    model = make_tiny_model("llama", num_hidden_layers=4)
     options = ["--calibration", tiny_text, "--samples", 64, "--seq-len", 128, "--quiet"]
-    assert (
-        ptq(
-            "quantize",
-            "--model",
-            deep_llama,
-            "--format",
-            "nvfp4",
-            "--out",
-            tmp_path / "q",
-            *options,
-        ).code
-        == 0
-    )
-    assert not (tmp_path / "q.partial").exists()
+    command = ["quantize", "--model", model, "--format", "nvfp4", *options, "--out"]
+    place = tmp_path / "undisturbed" / "q"
+    start = time.monotonic()
+    assert ptq(*command, place).code == 0
+    whole, seconds = results(place), time.monotonic() - start
+    generator = random.Random(0)
+    for number in range(KILLS):
+        out = tmp_path / str(number) / "q"
+        out.parent.mkdir()
+        after = generator.uniform(0, seconds)
+        run = interrupted(model, tiny_text, out, signal.SIGKILL, after=after)
+        run.communicate(timeout=120)
+        assert run.returncode in (0, -signal.SIGKILL)
+        if out.exists():
+            assert results(out) == whole, number
+        assert ptq(*command, out).code == 0, number
+        assert results(out) == whole, number
+        assert os.listdir(out.parent) == ["q"], number
+
+
+def results(checkpoint: Path) -> dict[str, bytes]:
+    """The files of a checkpoint; of the report, all but what time it took."""
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    report = json.loads(files["ptq_report.json"])
+    for layer in report["layers"]:
+        del layer["seconds"]
+    return files | {"ptq_report.json": json.dumps(report).encode()}
 
 
 # ---------------------------------------------------------------- the bundled model

@@ -5,6 +5,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ptq.calib.walk import Watch, walk
+from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.work_folder import WorkFolder
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.pipeline.blocks_on_disk import BlocksInMemory
@@ -288,6 +291,31 @@ def test_another_version_does_not_continue(
     monkeypatch.setattr(f"ptq.pipeline.run{place}.__version__", "9.9.0")
     with pytest.raises(ValueError, match=rf"versions\.{package} was '.*' and is '9\.9\.0'"):
         quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_same_command_ends_a_run_that_died_in_its_last_moments(
+    tiny_llama: Path, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out, told = tmp_path / "out", []
+    if overwrite:
+        quantize_model(tiny_llama, out, recipe=quick("mxfp4"), device="cpu")
+    again = partial(
+        quantize_model, tiny_llama, out, recipe=quick(), device="cpu", on_block=told.append
+    )
+
+    def die(self: WorkFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkFolder, "remove", die)
+        again(overwrite=overwrite)
+    assert len(told) == 2 and (tmp_path / "out.partial").exists()
+    choice = again(overwrite=overwrite)
+    assert isinstance(choice, Choice) and "had finished" in choice.reason
+    assert len(told) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        quantize_model(tiny_llama, out, recipe=quick(samples=3), device="cpu")
 
 
 def test_a_poisoned_weight_is_named_and_nothing_stays(
