@@ -124,9 +124,10 @@ class ProgressFile:
 def _differences(
     old: Mapping[str, object], new: Mapping[str, object], path: tuple[str, ...] = ()
 ) -> list[str]:
-    """One ``key was … and is …`` for every leaf that differs."""
+    """One ``key was … and is …`` for every leaf that differs, in the order of ``new``: what a user
+    gave comes before what follows from it."""
     result = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in [*new, *sorted(old.keys() - new.keys())]:
         a, b, place = old.get(key), new.get(key), (*path, key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             result += _differences(a, b, place)
