@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ptq.checkpoint.safetensors_files import sha256, write_file
-from ptq.model.weight_files import stays_inside
+from ptq.reading.schema import stays_inside
 
 SUMS = "SHA256SUMS"
 # A line that starts with a backslash has escapes in its name.

@@ -9,6 +9,7 @@ What is said here about other programs was read in compressed-tensors 0.17 to 0.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ptq.checkpoint.quantization_config import (
 )
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import hadamard
+from ptq.reading.schema import JsonObject, check
 
 # Loaders that read config_groups strictly stop at an unknown key and show its text; those that
 # would compute a rotated model without rotating its inputs are among them.
@@ -116,79 +118,114 @@ def is_rotation_tensor(name: str) -> bool:
     return name.endswith("_input.weight")
 
 
+@dataclass(frozen=True)
+class _Group:
+    """A scheme of quantization, as far as ptq reads it; so are those below."""
+
+    targets: list[str] | None = None
+    weights: JsonObject = field(default_factory=dict)
+    input_activations: JsonObject | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    targets: list[str]
+    location: str
+    ignore: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Transform:
+    type: str
+    apply: list[_Place]
+    head_dim: int = 0
+    randomize: bool = False
+
+
+@dataclass(frozen=True)
+class _Transforms:
+    config_groups: dict[str, _Transform]
+
+
+@dataclass(frozen=True)
+class _Ours:
+    input_rule: str = "default"
+    recipe: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Config:
+    config_groups: dict[str, _Group]
+    format: str | None = None
+    ignore: list[str] | None = None
+    kv_cache_scheme: JsonObject | None = None
+    transform_config: _Transforms | None = None
+    ptq: _Ours | None = None
+
+
 def parse_ct(config: Mapping[str, object]) -> Quantization:
     """What a ``compressed-tensors`` configuration of ours says.
 
     Raises:
         ValueError: it says something that ptq does not write, and therefore might read wrongly.
     """
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1 or config.get("kv_cache_scheme"):
+    said = check(config, _Config, "quantization_config", "ptq writes it otherwise")
+    if len(said.config_groups) != 1 or said.kv_cache_scheme:
         raise ValueError(
             "ptq reads compressed-tensors checkpoints with one config group and no quantized KV "
             "cache"
         )
-    (group,) = groups.values()
+    (group,) = said.config_groups.values()
     formats = {record.name: record for record in CT_FORMATS.values()}
-    name = group.get("format") or config.get("format")
+    name = group.format or said.format
     if name not in formats:
         raise ValueError(
             f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(formats)}"
         )
-    fmt = formats[str(name)]
-    weights, inputs = dict(group["weights"]), group.get("input_activations")
+    fmt, weights = formats[name], group.weights
     wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
-    if (
-        wrong
-        or weights.get("actorder") not in (None, "weight")
-        or group.get("targets") != ["Linear"]
-    ):
-        raise ValueError(
-            f"ptq does not read this variant of {name}: {wrong or group.get('targets')}"
-        )
-    size, overrides = _parse_transforms(config.get("transform_config"))
-    ours, ignore = config.get("ptq") or {}, config.get("ignore") or []
-    if not isinstance(ours, dict) or not isinstance(ignore, list):
-        raise ValueError(
-            "ptq or ignore in quantization_config is damaged: copy the checkpoint again"
-        )
+    if wrong or weights.get("actorder") not in (None, "weight") or group.targets != ["Linear"]:
+        raise ValueError(f"ptq does not read this variant of {name}: {wrong or group.targets}")
+    size, overrides = _parse_transforms(said.transform_config)
+    ours, inputs = said.ptq or _Ours(), group.input_activations is not None
     values = {
         "format": fmt.format.name,
         "hadamard": size,
-        "quantize_activations": inputs is not None,
-        "static_activations": inputs is not None and fmt.format.has_global_scale,
-        "input_rule": ours.get("input_rule", "default"),
+        "quantize_activations": inputs,
+        "static_activations": inputs and fmt.format.has_global_scale,
+        "input_rule": ours.input_rule,
     }
     return Quantization(
         values=values,
         overrides={"hadamard": overrides} if overrides else {},
-        ignore=tuple(ignore),
-        recipe=ours.get("recipe", {}),
-        provenance=ours.get("provenance", {}),
+        ignore=tuple(said.ignore or ()),
+        recipe=dict(ours.recipe),
+        provenance=dict(ours.provenance),
     )
 
 
-def _parse_transforms(config: object) -> tuple[int, dict[str, int]]:
+def _parse_transforms(config: _Transforms | None) -> tuple[int, dict[str, int]]:
     """The block size of all layers (0 for none), and that of some by pattern."""
     size, overrides = 0, {}
-    schemes = config.get("config_groups", {}) if isinstance(config, dict) else {}
-    for name, scheme in schemes.items():
-        inputs = [a for a in scheme["apply"] if a["location"] == "input"]
+    for name, scheme in config.config_groups.items() if config else ():
+        inputs = [place for place in scheme.apply if place.location == "input"]
         if (
-            scheme["type"] != "hadamard"
-            or scheme.get("randomize")
+            scheme.type != "hadamard"
+            or scheme.randomize
             or len(inputs) != 1
-            or len(scheme["apply"]) != 2
+            or len(scheme.apply) != 2
         ):
             raise ValueError(
-                f"ptq does not read the transform {name!r} of type {scheme['type']!r}, only "
+                f"ptq does not read the transform {name!r} of type {scheme.type!r}, only "
                 "Hadamard on inputs"
             )
-        overrides |= dict.fromkeys(inputs[0].get("ignore", ()), 0)
-        if inputs[0]["targets"] == ["Linear"]:
-            size = scheme["head_dim"]
+        overrides |= dict.fromkeys(inputs[0].ignore, 0)
+        if inputs[0].targets == ["Linear"]:
+            size = scheme.head_dim
         else:
-            overrides |= dict.fromkeys(inputs[0]["targets"], scheme["head_dim"])
+            overrides |= dict.fromkeys(inputs[0].targets, scheme.head_dim)
     return size, overrides
 
 

@@ -21,6 +21,10 @@ from collections.abc import Iterable, Mapping
 
 from ptq.checkpoint.dialect import Dialect, Export, Layers
 from ptq.checkpoint.quantization_config import PER_LAYER, VERSION, JsonDict, Quantization
+from ptq.reading.schema import JsonObject, check
+
+HERE = "in quantization_config"
+DAMAGED = "the checkpoint is damaged, copy it again"
 
 
 def ptq_config(
@@ -60,31 +64,14 @@ def parse_ptq(config: Mapping[str, object]) -> Quantization:
     return Quantization(
         values={key: config.get(key, default) for key, default in PER_LAYER.items()},
         overrides={
-            key: _mapping(config, name) for name, key in overridden.items() if name in config
+            key: check(config[name], JsonObject, f"{name} {HERE}", DAMAGED)
+            for name, key in overridden.items()
+            if name in config
         },
-        ignore=_strings(config["ignore"]),
-        recipe=_mapping(config, "recipe"),
-        provenance=_mapping(config, "provenance"),
+        ignore=tuple(check(config["ignore"], list[str], f"ignore {HERE}", DAMAGED)),
+        recipe=check(config.get("recipe", {}), JsonObject, f"recipe {HERE}", DAMAGED),
+        provenance=check(config.get("provenance", {}), JsonObject, f"provenance {HERE}", DAMAGED),
     )
-
-
-def _mapping(config: Mapping[str, object], key: str) -> JsonDict:
-    value = config.get(key, {})
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{key} in quantization_config is {value!r} and should be an object: the checkpoint is "
-            "damaged"
-        )
-    return value
-
-
-def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(
-            f"ignore in quantization_config is {value!r} and should be a list of names: the "
-            "checkpoint is damaged"
-        )
-    return tuple(value)
 
 
 def _refusal(export: Export) -> str | None:

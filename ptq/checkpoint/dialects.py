@@ -20,9 +20,9 @@ def dialect_of(quantization: Mapping[str, object], where: object = "config.json"
     """The dialect of a ``quantization_config``; ValueError, starting with ``where``, if it is none
     of ours."""
     method = quantization.get("quant_method")
-    if method not in DIALECTS:
+    if not isinstance(method, str) or method not in DIALECTS:
         raise ValueError(f"{where} is quantized by {method!r}; ptq reads {', '.join(DIALECTS)}")
-    return DIALECTS[str(method)]
+    return DIALECTS[method]
 
 
 def parse(quantization: Mapping[str, object], where: object = "config.json") -> Quantization:

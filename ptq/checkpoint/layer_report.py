@@ -1,11 +1,11 @@
 """What a run found out about a layer, as ``ptq_report.json`` keeps it."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Self, cast
+from dataclasses import dataclass
+from typing import Annotated, Self
 
-# Python has no fields of these names.
-_KEYS = {"name": "layer", "out_features": "out", "in_features": "in"}
+from pydantic import Field
+
+from ptq.reading.schema import Count, check, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,12 @@ class LayerReport:
         seconds: of solving it, wall time.
     """
 
-    name: str
-    out_features: int
-    in_features: int
+    # Python has no fields of these names.
+    name: Annotated[str, Field(alias="layer")]
+    out_features: Annotated[Count, Field(alias="out")]
+    in_features: Annotated[Count, Field(alias="in")]
     format: str
-    rotation: int
+    rotation: Count
     algorithm: str
     damping: float
     error: float
@@ -48,28 +49,15 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values, under the keys of ``ptq_report.json``."""
-        return {_KEYS.get(key, key): value for key, value in asdict(self).items()}
+        return plain(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """The inverse of :meth:`to_dict`; keys that later versions added are left out.
 
         Raises:
             ValueError: a key is missing (except those that have a default), or its value is of
                 another type; the message names the layer and the key.
         """
-        where = f"the report of {data.get('layer', 'a layer')}"
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            key = _KEYS.get(field.name, field.name)
-            if key not in data:
-                if field.default is MISSING:
-                    raise ValueError(f"{where} has no {key!r}")
-                continue
-            value, kind = data[key], cast("type", field.type)
-            # JSON may write a whole float without its point
-            whole = isinstance(value, int) and isinstance(0.0, kind)
-            if not (whole or isinstance(value, kind)):
-                raise ValueError(f"{where} has {value!r} as {key!r}")
-            values[field.name] = value
-        return cls(**values)
+        name = data.get("layer", "a layer") if isinstance(data, dict) else "a layer"
+        return check(data, cls, f"the report of {name}")

@@ -1,15 +1,17 @@
 """progress.json in an unfinished checkpoint: which run it is of, and every block that is
 finished."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated
+
+from pydantic import Field
 
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import sha256, write_json
+from ptq.reading.schema import JsonObject, plain, read_json
 
 NAME = "progress.json"
 VERSION = 2
@@ -22,7 +24,7 @@ class Block:
     """A finished block: its file, the hash of that file, what is known of its layers, and hashes of
     the weights that it was made of, by tensor of the source."""
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[^/]+$")]
     sha256: str
     weights: Mapping[str, str]
     layers: Mapping[str, LayerInfo]
@@ -30,25 +32,18 @@ class Block:
 
     def to_dict(self) -> JsonDict:
         """Plain JSON values."""
-        return {
-            "file": self.file,
-            "sha256": self.sha256,
-            "weights": dict(self.weights),
-            "layers": {name: info.to_dict() for name, info in self.layers.items()},
-            "reports": [report.to_dict() for report in self.reports],
-        }
+        return plain(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; raises ValueError or KeyError on what it does not
-        know."""
-        return cls(
-            file=data["file"],
-            sha256=data["sha256"],
-            weights=dict(data["weights"]),
-            layers={name: LayerInfo.from_dict(info) for name, info in data["layers"].items()},
-            reports=tuple(LayerReport.from_dict(report) for report in data["reports"]),
-        )
+
+@dataclass(frozen=True)
+class _Version:
+    version: int
+
+
+@dataclass(frozen=True)
+class _Progress:
+    identity: JsonObject
+    blocks: dict[str, Block]
 
 
 @dataclass(frozen=True)
@@ -69,22 +64,16 @@ class ProgressFile:
                 says what differs, and what to do.
         """
         path = self.folder / NAME
-        if not path.is_file():
+        if not path.exists():
             return {}
-        damaged = f"{path} is damaged: delete {self.folder} to start over"
-        try:
-            progress = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(damaged) from error
-        if progress.get("version") != VERSION:
+        remedy = f"it is damaged: delete {self.folder} to start over"
+        if read_json(path, _Version, remedy).version != VERSION:
             raise ValueError(
                 f"{self.folder} was left by another version of ptq: delete it to start over"
             )
-        self._refuse(_differences(progress["identity"], self.identity))
-        try:
-            return {name: Block.from_dict(data) for name, data in progress["blocks"].items()}
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{damaged} ({error})") from error
+        progress = read_json(path, _Progress, remedy)
+        self._refuse(_differences(progress.identity, self.identity))
+        return progress.blocks
 
     def check(self, block: Block, weights: Mapping[str, str]) -> None:
         """Raise ValueError, as :meth:`read` does, unless ``weights`` are those that ``block`` was

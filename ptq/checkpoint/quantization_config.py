@@ -7,12 +7,29 @@ of the name.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict
 
 from ptq.numerics.formats import FORMATS
+from ptq.reading.name_patterns import check_pattern, matches_name
+from ptq.reading.schema import Count, check, plain
 
 VERSION = 1  # of what ptq writes into a configuration, in any dialect
 JsonDict = dict[str, object]
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"this ptq knows {', '.join(FORMATS)}")
+    return name
+
+
+def _power_of_two(size: int) -> int:
+    if size & (size - 1):
+        raise ValueError("it must be a power of two")
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +44,10 @@ class LayerInfo:
         bias: whether it has one.
     """
 
-    format: str
-    rotation: int = 1
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format: Annotated[str, AfterValidator(_known_format)]
+    rotation: Annotated[Count, AfterValidator(_power_of_two)] = 1
     quantize_inputs: bool = False
     static_inputs: bool = False
     input_rule: str = "default"
@@ -36,15 +55,13 @@ class LayerInfo:
 
     def to_dict(self) -> JsonDict:
         """The JSON form."""
-        return asdict(self)
+        return plain(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "LayerInfo":
-        """The inverse of :meth:`to_dict`; raises ValueError on an unknown key."""
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"a layer description has unknown keys {sorted(unknown)}")
-        return cls(**data)  # pyright: ignore[reportArgumentType]
+        """The inverse of :meth:`to_dict`; raises ValueError on a key or value that it does not
+        know."""
+        return check(data, cls, "a layer description")
 
 
 def is_expert(name: str) -> bool:
@@ -68,12 +85,6 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` (an exact name, or ``re:`` and an expression matched from the start)
-    selects ``name``."""
-    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
-
-
 def patterns(selected: Iterable[str], everything: Iterable[str]) -> list[str]:
     """A short list of patterns that select ``selected`` and nothing else of ``everything``.
 
@@ -92,7 +103,7 @@ def patterns(selected: Iterable[str], everything: Iterable[str]) -> list[str]:
         if (
             len(inside) == len(names)
             and suffix != names[0]
-            and {n for n in known if matches(suffix, n)} <= wanted
+            and {n for n in known if matches_name(suffix, n)} <= wanted
         ):
             result.append(suffix)
         else:
@@ -147,13 +158,15 @@ class Quantization:
         for key in PER_LAYER:
             for value in (self.values[key], *self.overrides.get(key, {}).values()):
                 _check(key, value)
+        for pattern in (*self.ignore, *(p for by in self.overrides.values() for p in by)):
+            check_pattern(pattern)
 
     def layer(self, name: str, *, bias: bool) -> LayerInfo:
         """What this configuration says about the quantized layer ``name``."""
         facts = {}
         for key, value in self.values.items():
             overrides = self.overrides.get(key, {}).items()
-            facts[key] = next((v for pattern, v in overrides if matches(pattern, name)), value)
+            facts[key] = next((v for pattern, v in overrides if matches_name(pattern, name)), value)
         return LayerInfo(
             format=facts["format"],
             rotation=max(facts["hadamard"], 1),
@@ -165,12 +178,12 @@ class Quantization:
 
     def ignores(self, name: str) -> bool:
         """Whether the linear layer ``name`` is left as it was."""
-        return any(matches(pattern, name) for pattern in self.ignore)
+        return any(matches_name(pattern, name) for pattern in self.ignore)
 
 
 def _check(key: str, value: object) -> None:
     if key == "format":
-        if value not in FORMATS:
+        if not isinstance(value, str) or value not in FORMATS:
             raise ValueError(
                 f"unknown format {value!r} in quantization_config; this ptq knows "
                 f"{', '.join(FORMATS)}"
@@ -179,7 +192,7 @@ def _check(key: str, value: object) -> None:
         if (
             not isinstance(value, int)
             or isinstance(value, bool)
-            or value < 0
+            or not 0 <= value < 2**31
             or value & (value - 1)
         ):
             raise ValueError(

@@ -1,8 +1,8 @@
 """The reader of quantized checkpoints; the schema is the docstring of :mod:`ptq.checkpoint`."""
 
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,14 +13,21 @@ from ptq.checkpoint.dialects import dialect_of, parse
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
-from ptq.checkpoint.safetensors_files import Entry, read_header, read_tensor
-from ptq.model.weight_files import listed_files
+from ptq.checkpoint.safetensors_files import read_tensor
 from ptq.numerics.formats import FORMATS
+from ptq.reading.model_config import read_model_config
+from ptq.reading.safetensors_layout import Entry, check_listed, read_header, read_index
+from ptq.reading.schema import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "ptq_report.json"
 PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class _Reports:
+    layers: list[LayerReport]
 
 
 def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
@@ -184,14 +191,7 @@ class Checkpoint:
         path = self.path / REPORT
         if not path.is_file():
             return []
-        try:
-            return [
-                LayerReport.from_dict(report) for report in json.loads(path.read_text())["layers"]
-            ]
-        except KeyError as error:
-            raise ValueError(f"{path} has no {error.args[0]!r}: it is no report of ptq") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove the file, nothing else needs it") from error
+        return read_json(path, _Reports, "remove the file, nothing else needs it").layers
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -220,35 +220,33 @@ def read_config(path: Path) -> JsonDict:
         raise FileNotFoundError(
             f"{path} has no config.json" if path.is_dir() else f"{path} does not exist"
         )
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a model configuration")
-    return config
+    return read_model_config(path)
 
 
 def config_dtype(config: Mapping[str, object]) -> str | None:
-    """The name of the dtype in a config.json, such as ``"bfloat16"``; None if it has none."""
+    """The name of the dtype in a config.json, such as ``"bfloat16"``; None if it has none.
+
+    Raises:
+        ValueError: it is no floating dtype of torch.
+    """
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):
         value = level.get("dtype") or level.get("torch_dtype")
         if value:
-            return str(value).removeprefix("torch.")
+            name = str(value).removeprefix("torch.")
+            dtype = getattr(torch, name, None)
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(
+                    f"dtype in config.json is {value!r}: it should be bfloat16, float16 or float32"
+                )
+            return name
     return None
 
 
 def _entries(path: Path) -> dict[str, Entry]:
     index = path / INDEX
     if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            names = dict.fromkeys(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{index} is not the index of a model: the file is damaged, copy it again"
-            ) from error
+        weight_map = read_index(index)
     elif (path / SINGLE).is_file():
         return read_header(path / SINGLE)
     else:
@@ -256,15 +254,11 @@ def _entries(path: Path) -> dict[str, Entry]:
             f"{path} has neither {INDEX} nor {SINGLE}: the copy is incomplete, copy it again"
         )
     entries: dict[str, Entry] = {}
-    for file in listed_files(names, index):
+    for file in dict.fromkeys(weight_map.values()):
         if not (path / file).is_file():
             raise FileNotFoundError(
                 f"{path / file} is missing: the copy is incomplete, copy it again"
             )
         entries |= read_header(path / file)
-    missing = weight_map.keys() - entries.keys()
-    if missing:
-        raise ValueError(
-            f"{path} lacks the tensor {min(missing)}, which its index lists: copy it again"
-        )
+    check_listed(weight_map, entries, index)
     return entries

@@ -11,47 +11,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ptq.reading.safetensors_layout import DTYPES, Entry
+
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 PIECE = 16 << 20  # bytes copied at a time
-# In the order in which safetensors lays tensors out: descending here, then by name, so that all of
-# them are aligned.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {name: i for i, name in enumerate(DTYPES)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: ``bytes`` bytes of ``file`` from ``offset`` on."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
@@ -159,43 +129,6 @@ def _header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[by
     return len(text).to_bytes(8, "little") + text, order
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, without reading them.
-
-    Raises:
-        ValueError: the file is shorter than it says, or no safetensors file.
-        FileNotFoundError: it does not exist.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= size else b""
-    try:
-        head = json.loads(text)
-        head.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                path,
-                e["dtype"],
-                tuple(e["shape"]),
-                8 + length + e["data_offsets"][0],
-                e["data_offsets"][1] - e["data_offsets"][0],
-            )
-            for name, e in head.items()
-        }
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a safetensors file, or its head is damaged: copy it again"
-        ) from error
-    end = max((e.offset + e.bytes for e in entries.values()), default=8 + length)
-    if end != size:
-        raise ValueError(
-            f"{path} has {size} bytes and its head says {end}: the copy is incomplete, copy it "
-            "again"
-        )
-    return entries
-
-
 def read_tensor(entry: Entry) -> Tensor:
     """One tensor, read into memory of its own."""
     buffer = bytearray(entry.bytes)
@@ -206,7 +139,12 @@ def read_tensor(entry: Entry) -> Tensor:
                 f"{entry.file} ends in the middle of a tensor: the copy is incomplete, copy it "
                 "again"
             )
-    dtype = DTYPES[entry.dtype]
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise ValueError(
+            f"{entry.file} holds a tensor of dtype {entry.dtype}, which torch does not have: "
+            "convert it first"
+        )
     flat = (
         torch.frombuffer(buffer, dtype=torch.uint8).view(dtype)
         if entry.bytes

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ptq.checkpoint.reader import INDEX, SINGLE
-from ptq.checkpoint.safetensors_files import Entry, merge_tensors, write_json
+from ptq.checkpoint.safetensors_files import merge_tensors, write_json
+from ptq.reading.safetensors_layout import Entry
 
 # Of a file; a single larger part makes a larger one.
 SHARD_BYTES = 5 * 1000**3

@@ -30,8 +30,6 @@ from ptq.checkpoint.progress_file import WEIGHTS, Block, ProgressFile
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, natural, summarize
 from ptq.checkpoint.reader import REPORT, Checkpoint, config_dtype
 from ptq.checkpoint.safetensors_files import (
-    Entry,
-    read_header,
     read_tensor,
     write_file,
     write_json,
@@ -39,6 +37,7 @@ from ptq.checkpoint.safetensors_files import (
 )
 from ptq.checkpoint.shards import SHARD_BYTES, write_shards
 from ptq.checkpoint.work_folder import WorkFolder
+from ptq.reading.safetensors_layout import Entry, read_header
 
 # Of what changes numbers, if only in their last bits: a run that another version continues would
 # not be the run that its provenance says.

@@ -84,9 +84,9 @@ def parse_rotation(name: str) -> int:
 def make_recipe(format: str | None, file: Path | None, options: dict[str, object]):
     """The recipe of a file and of the options, which override it; what neither says is the default
     of the format."""
-    from ptq.pipeline.recipe import Recipe
+    from ptq.pipeline.recipe import Recipe, checked_choices
 
-    choices = {} if file is None else read_choices(file)
+    choices = {} if file is None else checked_choices(read_choices(file), f"--recipe {file}")
     choices |= {name: value for name, value in options.items() if value is not None}
     name = choices.pop("format", None) if format is None else format
     choices.pop("format", None)
@@ -97,23 +97,15 @@ def make_recipe(format: str | None, file: Path | None, options: dict[str, object
 
 def read_choices(file: Path) -> dict[str, object]:
     """The table of a JSON or TOML file. Raises ValueError if it is neither, or not a table."""
-    import json
     import tomllib
 
-    if not file.is_file():
+    from ptq.reading.schema import JsonObject, read_bytes, read_json
+
+    if not file.exists():
         raise FileNotFoundError(f"--recipe {file}: no such file")
+    if file.suffix != ".toml":
+        return dict(read_json(file, JsonObject, "--recipe takes a table of choices"))
     try:
-        choices = (
-            tomllib.loads(file.read_text("utf-8"))
-            if file.suffix == ".toml"
-            else json.loads(file.read_text("utf-8"))
-        )
-    except ValueError as error:  # both parsers' errors, and UnicodeDecodeError
+        return tomllib.loads(read_bytes(file).decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # the parser's, and UnicodeDecodeError
         raise ValueError(f"--recipe {file}: {error}") from error
-    if not isinstance(choices, dict):
-        raise ValueError(
-            f"--recipe {file}: expected a table of choices, found {type(choices).__name__}"
-        )
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()
-    }

@@ -5,7 +5,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -20,6 +19,7 @@ from ptq.model.structure import (
     load_config,
     resolve,
 )
+from ptq.model.weight_files import Shards, has_weights
 
 TOKENS = 8  # of the sequence that a model without weights is run on
 
@@ -48,11 +48,11 @@ class Blueprint:
             FileNotFoundError, ValueError: as for reading the model itself.
         """
         directory = resolve(path)
-        config = load_config(directory)
+        stored = Shards(directory).stored if has_weights(directory) else None
+        config = load_config(directory, stored)
         dtype = getattr(config, "dtype", None)
-        with init_empty_weights(include_buffers=False):
-            known = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-            model = build_model(config, directory, known)
+        known = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        model = build_model(config, directory, known, stored)
         names = NameMap(model)
         transposed = linearize(model)
         stacked = [path for path in unfuse(model, names.expert_names) if names.stacked(path)]

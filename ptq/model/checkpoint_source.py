@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -46,14 +45,14 @@ class CheckpointSource:
                 causal language model in safetensors files.
         """
         self.path = resolve(path)
-        self.config: PretrainedConfig = load_config(self.path)
         self._shards = Shards(self.path)
         self._digests: dict[str, str] | None = {} if hashed else None
+        self.config: PretrainedConfig = load_config(self.path, self._shards.stored)
         self.dtype = self._shards.common_dtype()
         self.compute_dtype = dtype or self.dtype
         self.total_bytes = self._shards.total_bytes
-        with init_empty_weights(include_buffers=False):
-            self._model = build_model(self.config, self.path, self.compute_dtype)
+        stored = self._shards.stored
+        self._model = build_model(self.config, self.path, self.compute_dtype, stored)
         self._model.requires_grad_(False).eval()
         self._names = NameMap(self._model)
         self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)

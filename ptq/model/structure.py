@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -25,6 +26,24 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ptq.reading.model_config import CONFIG, Stored, check_sizes, read_model_config
+
+# What transformers raises for values that it does not expect: it checks types, not sizes.
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+LARGEST_PARAMETER = 1 << 36  # the experts of a layer of the largest known models have 2^34 numbers
+LARGEST_BUFFERS = 4 << 30  # causal masks of GPT-Neo: 24 · 2048²
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -63,23 +82,21 @@ def resolve(path: str | Path) -> Path:
     raise AssertionError
 
 
-def load_config(path: Path) -> PretrainedConfig:
-    """The model's configuration. Raises FileNotFoundError or ValueError; code in the checkpoint is
-    never run."""
-    if not (path / "config.json").is_file():
+def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
+    """The model's configuration. Raises OSError or ValueError; code in the checkpoint is never run.
+
+    Args:
+        stored: what the weight files hold, if there are any: numbers of layers and experts that do
+            not fit are refused before anything is looped over.
+    """
+    if not (path / CONFIG).exists():
         raise FileNotFoundError(
             f"{path} has no config.json: not the directory of a Hugging Face model"
         )
+    check_sizes(read_model_config(path), stored, path / CONFIG)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
+    except FOREIGN as error:
         cause = (
             error.__cause__
             if isinstance(error, StrictDataclassError) and error.__cause__
@@ -88,11 +105,17 @@ def load_config(path: Path) -> PretrainedConfig:
         raise ValueError(f"{path / 'config.json'} cannot be used: {_first_line(cause)}") from error
 
 
-def build_model(config: PretrainedConfig, path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """An untrained model of the configured class, to be called under ``init_empty_weights``.
+def build_model(
+    config: PretrainedConfig, path: Path, dtype: torch.dtype, stored: Stored | None = None
+) -> PreTrainedModel:
+    """An untrained model of the configured class: parameters on the meta device, buffers real.
 
     The class that the configuration names if it is a causal or a vision-language model, else the
-    one that belongs to its type. Raises ValueError when that is not causal, or cannot be built.
+    one that belongs to its type. It is built twice: first without any memory, to see that no
+    parameter is larger than the weight files and that its buffers fit.
+
+    Raises:
+        ValueError: it is not causal, cannot be built, or has sizes that the weights do not.
     """
     config = copy.deepcopy(config)
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
@@ -107,12 +130,27 @@ def build_model(config: PretrainedConfig, path: Path, dtype: torch.dtype) -> Pre
         kind = f"architecture {architecture}, model type {config.model_type!r}"
         raise ValueError(f"{path} is not a causal language model ({kind})")
     try:
-        return suited[0].from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        with init_empty_weights(include_buffers=True):
+            _check_tensors(suited[0].from_config(config, dtype=dtype), stored)
+        with init_empty_weights(include_buffers=False):
+            return suited[0].from_config(config, dtype=dtype)
+    except FOREIGN as error:
         name = classes[suited[0]]
         raise ValueError(
             f"{path}: {name} cannot be built from config.json: {_first_line(error)}"
         ) from error
+
+
+def _check_tensors(model: nn.Module, stored: Stored | None) -> None:
+    """Raise ValueError for a parameter that the weight files cannot hold, or buffers that do not
+    fit."""
+    most = LARGEST_PARAMETER if stored is None else 8 * stored.bytes  # a bit a weight
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > most:
+            files = "" if stored is None else f" and the weight files {stored.bytes} bytes in all"
+            raise ValueError(f"{name} would have shape {tuple(parameter.shape)}{files}")
+    if (size := sum(b.numel() * b.itemsize for b in model.buffers())) > LARGEST_BUFFERS:
+        raise ValueError(f"its buffers would take {size} bytes, those of no known model do")
 
 
 def _class_of(

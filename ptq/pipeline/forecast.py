@@ -26,7 +26,7 @@ from torch import nn
 
 from ptq.calib.hessian import WIDE
 from ptq.model.blueprint import Blueprint
-from ptq.model.weight_files import Shards
+from ptq.model.weight_files import Shards, has_weights
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
@@ -191,9 +191,7 @@ def _hidden(config: object) -> int:
 
 def _stored_bytes(path: Path) -> int:
     """Bytes of the weights beside the configuration; 0 when there are none."""
-    if not path.is_dir() or not any(path.glob("*.safetensors")):
-        return 0
-    return Shards(path).total_bytes
+    return Shards(path).total_bytes if has_weights(path) else 0
 
 
 def _seconds(

@@ -18,7 +18,8 @@ from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.structure import is_router, positions
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.emulated_inputs import emulated
-from ptq.pipeline.recipe import Recipe, check_patterns, matches
+from ptq.pipeline.recipe import Recipe, check_patterns
+from ptq.reading.name_patterns import matches
 
 
 class Described(Protocol):

@@ -6,16 +6,21 @@ the module unquantized.
 """
 
 import difflib
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
 
+import torch
+from pydantic import AfterValidator, Field
+
+from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.algorithms import ALGORITHMS
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
-from ptq.numerics.scales import RULES
+from ptq.numerics.scales import RULES, Grid
+from ptq.reading.name_patterns import check_pattern, matches
+from ptq.reading.schema import Count, Share, check, check_fields
 
 SCHEMES = ("w4a16", "w4a4")
 # Scale choices beyond the rules of ptq.numerics.scales: made inside the GPTQ sweep, from the
@@ -37,16 +42,9 @@ PER_MODULE = (
     "input_rule",
     "balance",
 )
-
-
-def matches(pattern: str, *names: str) -> bool:
-    """Whether a pattern selects a module that has these names: ``re:`` and a regular expression
-    matched from the start, a shell-style wildcard pattern, or a name; a pattern without wildcard
-    also selects by the last parts of the name (``down_proj``, ``mlp.gate``)."""
-    if pattern.startswith("re:"):
-        return any(re.match(pattern[3:], name) for name in names)
-    tail = f"*.{pattern}"
-    return any(fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, tail) for n in names)
+Pattern = Annotated[str, AfterValidator(check_pattern)]
+# What a rule says of a module: fields to replace, "skip", or the name of a format.
+Change = dict[str, Any] | str
 
 
 def check_patterns(patterns: Iterable[str], names: Iterable[str], what: str) -> None:
@@ -104,24 +102,25 @@ class Recipe:
     scales: str = "mse"
     weighted: bool = False
     order: str = "act"
-    damping: float = 0.01
-    descent: int = 0
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    descent: Annotated[int, Field(ge=0, le=1000)] = 0
     global_scale: str = "absmax"
     input_scale: str = "static"
     input_rule: str | None = None
-    balance: float = 0.0
-    ignore: tuple[str, ...] = ()
-    rules: tuple[tuple[str, Mapping[str, Any] | str], ...] = ()
+    balance: Share = 0.0
+    ignore: tuple[Pattern, ...] = ()
+    rules: tuple[tuple[Pattern, Change], ...] = ()
     lm_head: bool = False
     route_all_experts: bool = False
     calibration: str = "builtin"
     field: str | None = None
-    samples: int = 128
-    seq_len: int = 2048
-    batch_size: int = 4
-    seed: int = 0
+    samples: Count = 128
+    seq_len: Count = 2048
+    batch_size: Count = 4
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "the recipe")
         _choice("format", self.format, FORMATS)
         _choice("scheme", self.scheme, SCHEMES)
         _choice("algorithm", self.algorithm, ALGORITHMS)
@@ -130,7 +129,7 @@ class Recipe:
         _choice("global_scale", self.global_scale, ("absmax", "alternating"))
         _choice("input_scale", self.input_scale, ("static", "token"))
         if self.rotation != "auto":
-            if not isinstance(self.rotation, int):
+            if isinstance(self.rotation, str):
                 raise ValueError(
                     f"unknown rotation {self.rotation!r}; give none, a power of two, or auto"
                 )
@@ -145,11 +144,7 @@ class Recipe:
                 f"scales {self.scales!r} need the columns of a group together; use order group or "
                 "natural, not act"
             )
-        _positive("damping", self.damping)
-        if not isinstance(self.balance, int | float) or not 0 <= self.balance <= 1:
-            raise ValueError(f"balance must be from 0 (none) to 1, got {self.balance!r}")
-        for name in ("samples", "seq_len", "batch_size"):
-            _positive(name, getattr(self, name))
+        _try_rules(self.format, None if self.scales in IN_LOOP else self.scales, self.input_rule)
         for pattern, change in self.rules:
             self._apply(pattern, change)
 
@@ -205,7 +200,10 @@ class Recipe:
                 f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; "
                 f"{', '.join(PER_MODULE)} can"
             )
-        return replace(self, ignore=(), rules=(), **change)
+        try:
+            return replace(self, ignore=(), rules=(), **change)
+        except ValueError as error:
+            raise ValueError(f"rule for {pattern!r}: {error}") from error
 
     @classmethod
     def default(cls, format: str, **given: Any) -> "Recipe":
@@ -233,20 +231,10 @@ class Recipe:
         Raises:
             ValueError: unknown keys or values.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(
-                f"unknown recipe keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
-        changed = dict(values)
-        if "ignore" in changed:
-            changed["ignore"] = tuple(changed["ignore"])
-        if "rules" in changed:
-            rules = changed["rules"]
-            changed["rules"] = tuple(
-                (p, c) for p, c in (rules.items() if isinstance(rules, Mapping) else rules)
-            )
-        return cls(**changed)
+        choices = checked_choices(values, "the recipe")
+        if "format" not in choices:
+            raise ValueError(f"the recipe has no format; choose one of {', '.join(FORMATS)}")
+        return cls(**choices)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -281,6 +269,32 @@ def _choice(field: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {field} {value!r}; choose from {', '.join(known)}")
 
 
-def _positive(field: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{field} must be positive, got {value}")
+@lru_cache(maxsize=1024)
+def _try_rules(format: str, scales: str | None, input_rule: str | None) -> None:
+    """Raise ValueError where a format does not have a rule for the scales of weights or of inputs:
+    seen by trying it on a group."""
+    fmt, group = FORMATS[format], torch.ones(1, FORMATS[format].group_size)
+    if scales is not None:
+        Grid(fmt, torch.ones(()), scales).scales(group)
+    if input_rule is not None:
+        quantize_inputs(group, fmt, Rotation(1), torch.ones(()), input_rule)
+
+
+def checked_choices(choices: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a recipe as JSON or TOML has them, as :class:`Recipe` takes them.
+
+    Raises:
+        ValueError: a name that is no field, or a value of another type; ``where`` it stands.
+    """
+    types = {f.name: f.type for f in fields(Recipe)}
+    if unknown := sorted(choices.keys() - types.keys()):
+        raise ValueError(
+            f"{where}: unknown recipe keys {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(types))}"
+        )
+    if isinstance(rules := choices.get("rules"), Mapping):
+        choices = {**choices, "rules": list(rules.items())}
+    return {
+        key: check(value, types[key], f"{where}: {key}")  # pyright: ignore[reportArgumentType]
+        for key, value in choices.items()
+    }

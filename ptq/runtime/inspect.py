@@ -12,8 +12,8 @@ import torch
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
-from ptq.checkpoint.safetensors_files import Entry
 from ptq.kernels import gpu
+from ptq.reading.safetensors_layout import Entry
 from ptq.runtime.quant_linear import kernel_obstacle
 
 

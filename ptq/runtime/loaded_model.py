@@ -99,7 +99,7 @@ def load_model(
         dtype = torch.float32
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in DIALECTS:
+    if isinstance(method, str) and method in DIALECTS:
         cache = 4 * Checkpoint(path).sizes["weights"] <= CACHE_BYTES  # the same bits, in less time
         module = load(path, device, dtype=dtype, inputs="quantized", cache=cache)
     else:

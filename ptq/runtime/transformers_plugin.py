@@ -27,12 +27,12 @@ from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import parse
 from ptq.checkpoint.layer_checks import check_layer
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.checkpoint.safetensors_files import read_header
 from ptq.model.experts import FUSED, unfuse
 from ptq.model.parameter_names import NameMap
 from ptq.model.structure import linearize
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import Scales
+from ptq.reading.safetensors_layout import read_header
 from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
 from ptq.runtime.quant_linear import FIXED, QuantLinear
 

@@ -87,7 +87,7 @@ def test_the_configuration_of_the_specification_is_enough():
         ({"hadamard_overrides": {"a": -1}}, "hadamard is -1"),
         ({"quantize_activations": "yes"}, "quantize_activations is 'yes'"),
         ({"zero_points": 1}, "keys that this ptq does not know: zero_points"),
-        ({"ignore": "lm_head"}, "should be a list of names"),
+        ({"ignore": "lm_head"}, "ignore in quantization_config is 'lm_head'"),
         ({"recipe": []}, "recipe in quantization_config"),
     ],
 )

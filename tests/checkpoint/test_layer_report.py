@@ -69,5 +69,5 @@ def test_a_missing_key_is_refused_by_layer_and_key(key):
 
 @pytest.mark.parametrize(("key", "value"), [("error", "small"), ("rtn_error", None), ("out", 1.5)])
 def test_a_value_of_another_type_is_refused(key, value):
-    with pytest.raises(ValueError, match=rf"has {value!r} as '{key}'"):
+    with pytest.raises(ValueError, match=rf"up_proj: {key} is {value!r}, it should be a valid"):
         LayerReport.from_dict(STORED | {key: value})

@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file, save
 
 from ptq.checkpoint.safetensors_files import (
-    DTYPES,
     merge_tensors,
-    read_header,
     read_tensor,
     sha256,
     write_file,
     write_json,
     write_tensors,
 )
+from ptq.reading.safetensors_layout import DTYPES, read_header
 
 
 @pytest.fixture

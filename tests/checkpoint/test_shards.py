@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq.checkpoint.safetensors_files import Entry, read_header, sha256, write_tensors
+from ptq.checkpoint.safetensors_files import sha256, write_tensors
 from ptq.checkpoint.shards import write_shards
+from ptq.reading.safetensors_layout import Entry, read_header
 
 
 @pytest.fixture

@@ -161,11 +161,11 @@ DAMAGES = {
     "missing": (FileNotFoundError, "does not exist"),
     "file": (FileNotFoundError, "is a file; give the directory"),
     "no config": (FileNotFoundError, "has no config.json"),
-    "broken config": (ValueError, "config.json cannot be used"),
-    "unknown model": (ValueError, "config.json cannot be used.*nonesuch"),
+    "broken config": (ValueError, "config.json .*cannot be used"),
+    "unknown model": (ValueError, "config.json .*cannot be used.*nonesuch"),
     "encoder": (ValueError, "not a causal language model.*BertForMaskedLM"),
     "translation": (ValueError, "not a causal language model.*T5ForConditionalGeneration"),
-    "contradiction": (ValueError, "config.json cannot be used: .*hidden size"),
+    "contradiction": (ValueError, "config.json .*cannot be used: .*hidden size"),
 }
 
 

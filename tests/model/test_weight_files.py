@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import save_file
 
 from ptq.model.checkpoint_source import CheckpointSource
-from ptq.model.weight_files import Shards, listed_files
+from ptq.model.weight_files import Shards
+from ptq.reading.safetensors_layout import read_index
 
 Build = Callable[..., transformers.PreTrainedModel]
 Save = Callable[[str], Path]
@@ -124,8 +125,10 @@ def test_unusable_files_are_named_in_one_line(
 
 
 def test_files_of_an_index_may_lie_deeper(tmp_path: Path):
-    names = ["b.safetensors", "part/a.safetensors", "b.safetensors"]
-    assert listed_files(names, tmp_path / "index") == ["b.safetensors", "part/a.safetensors"]
+    index = tmp_path / "index.json"
+    files = {"x": "b.safetensors", "y": "part/a.safetensors", "z": "b.safetensors"}
+    index.write_text(json.dumps({"weight_map": files}))
+    assert read_index(index) == files
 
 
 def test_a_pipe_is_no_weight_file(tiny_checkpoint: Save, tmp_path: Path):

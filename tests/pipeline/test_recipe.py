@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ptq.numerics.formats import FORMATS
-from ptq.pipeline.recipe import Recipe, check_patterns, matches
+from ptq.pipeline.recipe import Recipe, check_patterns
+from ptq.reading.name_patterns import matches
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -40,8 +41,8 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
         ({"rotation": "huge"}, "unknown rotation"),
         ({"algorithm": "rtn", "scales": "trial"}, "inside the GPTQ sweep"),
         ({"scales": "trial", "order": "act"}, "order group or natural"),
-        ({"damping": 0.0}, "damping must be positive"),
-        ({"samples": 0}, "samples must be positive"),
+        ({"damping": 0.0}, "damping is 0.0, it should be greater than 0"),
+        ({"samples": 0}, "samples is 0, it should be greater than or equal to 1"),
         ({"rules": (("a", {"samples": 3}),)}, "samples cannot differ by module"),
         ({"colour": "red"}, "unknown recipe keys colour"),
     ],

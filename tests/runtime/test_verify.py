@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptq.checkpoint.checksums import SUMS
-from ptq.checkpoint.safetensors_files import read_header
+from ptq.reading.safetensors_layout import read_header
 from ptq.runtime.verify import verify
 
 
