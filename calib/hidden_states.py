@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def check_storage(storage: str) -> None:
+    """Raise ValueError for a place that hidden states cannot live in."""
+    if storage not in ("ram", "device", "disk"):
+        raise ValueError(f"activations must be 'ram', 'device' or 'disk', not {storage!r}")
+
+
 class HiddenStates:
     """One tensor per batch, kept once: writing a batch again overwrites it. A context manager.
 
@@ -18,8 +24,7 @@ class HiddenStates:
     """
 
     def __init__(self, storage: str, device: torch.device):
-        if storage not in ("ram", "device", "disk"):
-            raise ValueError(f"activations must be 'ram', 'device' or 'disk', not {storage!r}")
+        check_storage(storage)
         self.device, self._storage = device, storage
         self._tensors: dict[int, Tensor] = {}
         self._directory: tempfile.TemporaryDirectory[str] | None = None

@@ -23,6 +23,7 @@ DEMO = "demo"
 LARGEST_ON_CPU = 1 << 21
 SMALL: tuple["Layer", ...] = (("square", 512, 512), ("wide", 1024, 256))
 CPU_TOKENS = (1, 16, 128)
+MOST_TOKENS = 1 << 20  # rows of the inputs of a layer; a prefill has thousands
 REPEATS = {"cuda": 30, "cpu": 10}
 
 
@@ -199,7 +200,7 @@ def print_tables(measurements: Sequence["Measurement"], limits: "Limits") -> Non
         for row in rows:
             table.add_row(*row)
         display.out.print(table)
-    display.out.print(speed_report.provenance(measurements, limits), style="dim", markup=False)
+    display.out.print(speed_report.provenance(measurements, limits), style="dim")
 
 
 # ---------------------------------------------------------------- what the options say
@@ -218,7 +219,10 @@ def parse_tokens(values: Sequence[str] | None) -> list[int]:
     words = listed(values)
     if wrong := [word for word in words if not word.isdecimal()]:
         raise ValueError(f"--tokens {wrong[0]!r}: give whole numbers, such as 1,16,128")
-    return sorted({int(word) for word in words})
+    counts = sorted({int(word) for word in words})
+    if counts and not (counts[0] >= 1 and counts[-1] <= MOST_TOKENS):
+        raise ValueError(f"--tokens {','.join(words)}: give numbers from 1 to {MOST_TOKENS}")
+    return counts
 
 
 def find_place(predict: str | None, device: str | None) -> "torch.device | Limits":

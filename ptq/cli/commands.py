@@ -26,6 +26,7 @@ from ptq.cli.options import (
     parse_dtype,
     parse_rotation,
 )
+from ptq.cli.terminal import printable
 
 app = typer.Typer(
     name="ptq",
@@ -177,7 +178,13 @@ def quantize(
     if dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         prediction = forecast(
-            source, choices, device=place, dtype=kind, activations=activations, ranks=ranks
+            source,
+            choices,
+            device=place,
+            dtype=kind,
+            activations=activations,
+            dialect=dialect,
+            ranks=ranks,
         )
         if lead:
             if json:
@@ -220,11 +227,13 @@ def evaluate(
     ] = "builtin",
     field: Field = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Use at most so many tokens of the text.")
+        int | None, typer.Option(min=2, help="Use at most so many tokens of the text.")
     ] = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens in a window; 2048, or fewer if the model has fewer positions."),
+        typer.Option(
+            min=2, help="Tokens in a window; 2048, or fewer if the model has fewer positions."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -312,11 +321,11 @@ def verify(
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -346,7 +355,8 @@ def generate(
     )
     for piece in stream_text(subject.decode, encoded, record(tokens, new_tokens)):
         if not json:
-            print(piece if pieces else prompt + piece, end="", flush=True)
+            told = piece if pieces else prompt + piece
+            print(printable(told) if sys.stdout.isatty() else told, end="", flush=True)
         pieces.append(piece)
     seconds = time.perf_counter() - start
     if json:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from rich import box, progress
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ptq.cli.terminal import printable
 from ptq.runtime.evaluate import TOP, Evaluation
 from ptq.runtime.inspect import Report, block, kind, mean, natural
 from ptq.runtime.verify import Verdict
@@ -22,9 +24,21 @@ if TYPE_CHECKING:  # ptq inspect must not wait for transformers
     from ptq.pipeline.forecast import Forecast
     from ptq.pipeline.run import Progress
 
+
+class PlainConsole(Console):
+    """A console to which every string is text: no markup, no emoji codes, no escape sequences.
+    Styles are given as ``style=`` or as :class:`rich.text.Text`."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-out = Console(highlight=False, width=WIDTH)
-err = Console(stderr=True, highlight=False)
+out = PlainConsole(width=WIDTH)
+err = PlainConsole(stderr=True)
 
 
 class Messages(logging.Handler):
@@ -34,7 +48,6 @@ class Messages(logging.Handler):
         err.print(
             f"{record.levelname.lower()}: {record.getMessage()}",
             style="yellow",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -54,7 +67,7 @@ def _finite(data: object) -> object:
 
 def note(text: str) -> None:
     """A remark on stderr."""
-    err.print(text, style="dim", markup=False, soft_wrap=True)
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
@@ -88,12 +101,12 @@ def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(elapsed_when_finished=False),
-            progress.TextColumn("{task.fields[text]}"),
+            progress.TextColumn("{task.fields[text]}", markup=False),
         )
         with progress.Progress(*columns, console=err, transient=True) as bars:
             task = bars.add_task(what, total=None, text="")
             yield lambda done, total, text: bars.update(
-                task, completed=done, total=total, text=text
+                task, completed=done, total=total, text=printable(text)
             )
     else:
         start = time.monotonic()
@@ -187,8 +200,8 @@ def print_report(report: Report, *, layers: bool) -> None:
     block and kind."""
     schemes = " + ".join(sorted({row.scheme for row in report.layers}))
     out.print(
-        f"[bold]{Path(report.path)}[/]  {' + '.join(report.formats)} {schemes}, dialect "
-        f"{report.dialect}"
+        Text(printable(str(Path(report.path))), "bold"),
+        f" {' + '.join(report.formats)} {schemes}, dialect {report.dialect}",
     )
     out.print(
         f"{size(report.bytes)} of tensors ({size(report.file_bytes)} on disk), "
@@ -206,7 +219,6 @@ def print_report(report: Report, *, layers: bool) -> None:
         out.print(
             "recipe: " + ", ".join(f"{key}={value}" for key, value in choices.items()),
             style="dim",
-            markup=False,
         )
     out.print(_kinds(report))
     if layers and any(row.error is not None for row in report.layers):
@@ -281,10 +293,10 @@ def _errors(report: Report) -> Table:
 def print_forecast(model: str, forecast: "Forecast") -> None:
     """What a run will need, part by part, and whether this machine has it."""
     out.print(
-        f"[bold]{model}[/]  {forecast.parameters / 1e9:.2f} billion parameters, {forecast.blocks} "
-        "blocks; "
+        Text(printable(model), "bold"),
+        f" {forecast.parameters / 1e9:.2f} billion parameters, {forecast.blocks} blocks; "
         f"{forecast.layers} layers with {forecast.quantized / forecast.parameters:.1%} of them "
-        "would be quantized"
+        "would be quantized",
     )
     out.print(
         f"result {size(forecast.output_bytes)}, "
@@ -298,7 +310,7 @@ def print_forecast(model: str, forecast: "Forecast") -> None:
     table.add_column("size", justify="right")
     for part in ("program", "activations", "block", "hessians", "solver"):
         table.add_row(part, size(getattr(forecast, part)))
-    table.add_row("[bold]peak[/]", f"[bold]{size(forecast.peak_bytes)}[/]")
+    table.add_row("peak", size(forecast.peak_bytes), style="bold")
     out.print(table)
     verdict = "fits" if forecast.peak_bytes < 0.9 * forecast.machine_bytes else "does NOT fit"
     time = "" if forecast.seconds is None else f"; about {duration(forecast.seconds)} here"

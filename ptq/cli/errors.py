@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ptq.cli.terminal import printable
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, red if that is a terminal, and the end of the program."""
-    line = f"error: {' '.join(message.split())}"
+    line = f"error: {printable(' '.join(message.split()))}"
     print(
         f"\033[31m{line}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else line,
         file=sys.stderr,

@@ -104,7 +104,7 @@ def read_choices(file: Path) -> dict[str, object]:
     if not file.exists():
         raise FileNotFoundError(f"--recipe {file}: no such file")
     if file.suffix != ".toml":
-        return dict(read_json(file, JsonObject, "--recipe takes a table of choices"))
+        return dict(read_json(file, JsonObject, "write a table of choices", f"--recipe {file}"))
     try:
         return tomllib.loads(read_bytes(file).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # the parser's, and UnicodeDecodeError

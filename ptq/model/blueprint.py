@@ -17,6 +17,7 @@ from ptq.model.structure import (
     find_head,
     linearize,
     load_config,
+    refuse_quantized,
     resolve,
 )
 from ptq.model.weight_files import Shards, has_weights
@@ -74,7 +75,9 @@ class Blueprint:
         return self.names.stored_name(name)
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The decoder's blocks in order, with their full names."""
+        """The decoder's blocks in order, with their full names; ValueError when the checkpoint is
+        quantized already."""
+        refuse_quantized(self.config, self.path)
         return [(name, self.model.get_submodule(name)) for name in self.block_names]
 
     def head(self) -> tuple[str, nn.Module]:

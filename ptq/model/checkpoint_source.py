@@ -13,11 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ptq.model.coverage import Header, check_layers, check_tensor
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
 from ptq.model.extremes import LARGEST, extremes
 from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
-from ptq.model.structure import build_model, find_blocks, find_head, linearize, load_config, resolve
+from ptq.model.structure import (
+    DEQUANTIZED,
+    build_model,
+    find_blocks,
+    find_head,
+    linearize,
+    load_config,
+    quantized_by,
+    refuse_quantized,
+    resolve,
+)
 from ptq.model.tensor_digest import digest
 from ptq.model.weight_files import Shards
 
@@ -62,6 +73,7 @@ class CheckpointSource:
         self._module_paths = {name for name, _ in self._model.named_modules()}
         self._module_names: dict[str, str] = {}  # of tensors that were asked for
         self._blocks = find_blocks(self._model)
+        self._compared = False
 
     def _find_origins(self) -> dict[str, Origin]:
         """Where every parameter comes from; splits fused experts of the skeleton into Linears."""
@@ -90,9 +102,33 @@ class CheckpointSource:
         """The model with its parameters on the meta device."""
         return self._model
 
+    def check(self) -> None:
+        """Compare the model with the headers of the weight files, once, and tell of tensors that it
+        does not have. A checkpoint that is quantized already is left to its reader.
+
+        Raises:
+            ValueError: layers that only config.json or only the files have, a parameter without a
+                tensor, or with one of another shape or of a dtype that no weights have.
+        """
+        if self._compared or quantized_by(self.config) not in (None, *DEQUANTIZED):
+            return
+        self._compared = True
+        read = {name for origin in self._origins.values() for name in origin.names}
+        unread = {n: self._names.candidates(n) for n in self.names() if n not in read}
+        check_layers(self._model, self._blocks, self._origins.keys(), unread, self.path)
+        for name, owner, is_buffer in _stored(self._model, True):
+            origin = self._origin(name, is_buffer)
+            if origin is not None and origin.direct and origin.part is None:
+                stored, leaf = origin.direct, name.rpartition(".")[2]
+                current = owner._buffers[leaf] if is_buffer else owner._parameters[leaf]
+                header = Header(self._shards.shape(stored), self._shards.dtype(stored))
+                check_tensor(header, cast(Tensor, current), name, self.path)
+
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The decoder's blocks in order; ValueError when the checkpoint is quantized already."""
-        self._refuse_quantized()
+        """The decoder's blocks in order; ValueError when the checkpoint is quantized already, or as
+        :meth:`check`."""
+        refuse_quantized(self.config, self.path)
+        self.check()
         return [(name, self._model.get_submodule(name)) for name in self._blocks]
 
     def head(self) -> tuple[str, nn.Module]:
@@ -226,7 +262,7 @@ class CheckpointSource:
         filled stay as they are. Raises ValueError for tensors that are missing, have another shape,
         or contain NaN or infinity.
         """
-        self._refuse_quantized()
+        refuse_quantized(self.config, self.path)
         prefix = f"{prefix.rstrip('.')}." if prefix else ""
         by_origin: dict[Origin, list[tuple[Origin, str, nn.Module, bool]]] = {}
         for name, owner, is_buffer in _stored(module, recurse):
@@ -269,20 +305,6 @@ class CheckpointSource:
         else:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def _refuse_quantized(self) -> None:
-        method = getattr(self.config, "quantization_config", None)
-        if method and not (
-            isinstance(method, dict) and method.get("quant_method") == "mxfp4"
-        ):  # filled dequantized
-            kind = (
-                method.get("quant_method", "unknown method")
-                if isinstance(method, dict)
-                else type(method).__name__
-            )
-            raise ValueError(
-                f"{self.path} is already quantized ({kind}); start from the original model"
-            )
-
     def _origin(self, name: str, is_buffer: bool) -> Origin | None:
         origin = self._origins.get(name) or self._origins.get(self._tied.get(name, ""))
         if origin is None and not self._may_be_missing(name):
@@ -306,11 +328,7 @@ class CheckpointSource:
         )
 
     def _checked(self, value: Tensor, name: str, current: Tensor, limit: float) -> Tensor:
-        if value.shape != current.shape:
-            raise ValueError(
-                f"{self.path}: {name} has shape {tuple(value.shape)}, its model wants "
-                f"{tuple(current.shape)}"
-            )
+        check_tensor(Header(tuple(value.shape), value.dtype), current, name, self.path)
         if value.dtype.is_floating_point and value.dtype.itemsize > 1:
             low, high = extremes(value)
             if not (-limit < low and high < limit):  # false for NaN
@@ -319,11 +337,6 @@ class CheckpointSource:
                     f"{self.path}: {name} contains {beyond or 'NaN or infinity'}; the checkpoint "
                     "is damaged"
                 )
-        elif value.dtype.is_floating_point or current.dtype.is_floating_point:
-            raise ValueError(
-                f"{self.path}: {name} is stored as {value.dtype}: already quantized; start from "
-                "the original model"
-            )
         return value
 
 

@@ -1,7 +1,9 @@
 """From a path to an empty model, the names of its decoder blocks, its head and its routers."""
 
 import copy
+import logging
 import re
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,12 +23,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Cache,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
 from ptq.reading.model_config import CONFIG, Stored, check_sizes, read_model_config
+from ptq.reading.schema import JsonObject, read_json
+
+logger = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
 
 # What transformers raises for values that it does not expect: it checks types, not sizes.
 FOREIGN = (
@@ -44,6 +52,7 @@ FOREIGN = (
 )
 LARGEST_PARAMETER = 1 << 36  # the experts of a layer of the largest known models have 2^34 numbers
 LARGEST_BUFFERS = 4 << 30  # causal masks of GPT-Neo: 24 · 2048²
+DEQUANTIZED = ("mxfp4",)  # methods whose tensors are filled dequantized
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -56,6 +65,7 @@ def resolve(path: str | Path) -> Path:
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
+        _refuse_devices(directory)
         return directory
     if directory.exists():
         raise FileNotFoundError(f"{path} is a file; give the directory of the model")
@@ -80,6 +90,28 @@ def resolve(path: str | Path) -> Path:
                     f"Face hub ({reason})"
                 ) from error
     raise AssertionError
+
+
+def _refuse_devices(directory: Path) -> None:
+    """Raise OSError for a pipe or device in the place of a file: libraries would read it without
+    end."""
+    for path in directory.iterdir():
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG  # a dead link is missing
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(f"{path} is no regular file: put a copy of the file there")
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """The ``generation_config.json`` of a model; None where there is none or, with a warning, where
+    it cannot be used: transformers ignores such a file, too."""
+    file = directory / GENERATION
+    if not file.exists():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_json(file, JsonObject, "copy it again"))
+    except FOREIGN as error:
+        logger.warning("%s is left out, it cannot be used: %s", file, _first_line(error))
+        return None
 
 
 def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
@@ -173,6 +205,22 @@ def _first_line(error: BaseException) -> str:
     return next(
         (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
     )
+
+
+def quantized_by(config: PretrainedConfig) -> str | None:
+    """The method that quantized a checkpoint, None for weights as they were trained."""
+    method = getattr(config, "quantization_config", None)
+    if not method:
+        return None
+    if not isinstance(method, dict):
+        return type(method).__name__
+    return str(method.get("quant_method", "unknown method"))
+
+
+def refuse_quantized(config: PretrainedConfig, path: Path) -> None:
+    """Raise ValueError for a checkpoint that cannot be the source of a run."""
+    if (kind := quantized_by(config)) not in (None, *DEQUANTIZED):
+        raise ValueError(f"{path} is already quantized ({kind}); start from the original model")
 
 
 def find_blocks(model: nn.Module) -> list[str]:

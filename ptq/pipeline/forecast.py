@@ -25,7 +25,11 @@ import torch
 from torch import nn
 
 from ptq.calib.hessian import WIDE
+from ptq.calib.hidden_states import check_storage
+from ptq.checkpoint.dialect_choice import choose
+from ptq.checkpoint.reader import config_dtype, read_config
 from ptq.model.blueprint import Blueprint
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.weight_files import Shards, has_weights
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
@@ -76,6 +80,7 @@ def forecast(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     activations: str = "ram",
+    dialect: str = "auto",
     ranks: int = 1,
 ) -> Forecast:
     """Predict a run of :func:`ptq.pipeline.run.quantize_model` with the same arguments; reads no
@@ -84,8 +89,13 @@ def forecast(
     Raises:
         ValueError, FileNotFoundError: what the run itself would refuse before reading weights.
     """
+    check_storage(activations)
     blueprint, device = Blueprint.of(model), torch.device(device)
+    if has_weights(blueprint.path):
+        CheckpointSource(blueprint.path).blocks()  # refuses what does not fit together
     plan = Plan.of(blueprint, recipe)
+    named = config_dtype(read_config(blueprint.path)) or "float32"
+    choose(plan.infos, dialect, dtype=named, foreign=plan.foreign)
     skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)

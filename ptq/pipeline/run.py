@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from ptq import __version__
+from ptq.calib.hidden_states import check_storage
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination
@@ -27,6 +28,7 @@ from ptq.checkpoint.writer import CheckpointWriter, config_dtype
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.source import Source
+from ptq.model.structure import GENERATION, read_generation_config
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
 from ptq.pipeline.plan import Plan
@@ -215,6 +217,7 @@ def quantize_model(
             what to do.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_storage(activations)
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
     companions: list[Path] = []
     if out is not None:
@@ -226,6 +229,7 @@ def quantize_model(
     if out is not None and dialect != "auto":
         stored = config_dtype(_config(source)) or "float32"
         choose(plan.infos, dialect, dtype=stored, foreign=plan.foreign)
+    companions = _companions(source)
     data = _calibration(plan, tokenizer)
     rank, ranks = world()
 
@@ -291,6 +295,14 @@ def _opened(
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     source = CheckpointSource(model, dtype=dtype, hashed=True)
     return source, tokenizer or load_tokenizer(source.path)
+
+
+def _companions(source: Source) -> list[Path]:
+    """What is copied from beside the weights: nothing that we could not load ourselves."""
+    files = companion_files(source.path)
+    if any(f.name == GENERATION for f in files) and read_generation_config(source.path) is None:
+        return [f for f in files if f.name != GENERATION]
+    return files
 
 
 def _calibration(plan: Plan, tokenizer: Any) -> Calibration:

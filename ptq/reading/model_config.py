@@ -17,6 +17,7 @@ OTHER = "it is of another model than the weights, or damaged: copy it again"
 # Keys of numbers that modules are made in a loop over: of every layer and expert.
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w+coder_layers|depth|num_blocks")
 EXPERTS = re.compile(r"(num|n)_(\w+_)?experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk")
 LABELS = "num_labels"  # for each of which transformers makes a name
 # Where no weights are there to compare with; the largest known are 126 layers and 512 experts.
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 1000, 10_000, 100_000
@@ -64,12 +65,15 @@ def read_model_config(directory: Path) -> JsonObject:
 def check_sizes(config: Mapping[str, object], stored: Stored | None, where: Path) -> None:
     """Raise ValueError for a number of layers or experts that the weight files cannot have, and for
     one that no model has where there are none (``stored`` is None)."""
+    experts = [n for key, n in _numbers(config) if EXPERTS.fullmatch(key.rpartition(".")[2])]
     for key, value in _numbers(config):
         leaf = key.rpartition(".")[2]
         if LAYERS.fullmatch(leaf):
             most = MOST_LAYERS if stored is None else stored.tensors
         elif EXPERTS.fullmatch(leaf):
             most = MOST_EXPERTS if stored is None else max(stored.tensors, stored.largest)
+        elif leaf in CHOSEN and experts:
+            most = max(experts)
         else:
             most = MOST_LABELS if leaf == LABELS else LARGEST_NUMBER
         if value > most:
@@ -79,7 +83,7 @@ def check_sizes(config: Mapping[str, object], stored: Stored | None, where: Path
             raise ValueError(f"{where}: {key} is {value}, {reason}: {OTHER}")
 
 
-def _numbers(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, int | float]]:
+def _numbers(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")

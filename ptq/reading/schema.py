@@ -51,11 +51,12 @@ FileName = Annotated[str, AfterValidator(_inside)]
 JsonObject = dict[str, JsonValue]
 
 
-def read_json(path: Path, schema: type[T], remedy: str) -> T:
+def read_json(path: Path, schema: type[T], remedy: str, where: str | None = None) -> T:
     """The content of a JSON file, as ``schema`` has it.
 
     Args:
         remedy: what to do about a file that is otherwise, as the end of a sentence.
+        where: what messages call the file, if not by its path.
 
     Raises:
         ValueError: the file is no JSON, or not of the schema, or larger than any such file.
@@ -64,7 +65,7 @@ def read_json(path: Path, schema: type[T], remedy: str) -> T:
     try:
         return _adapter(schema).validate_json(read_bytes(path), strict=True)
     except ValidationError as error:
-        raise ValueError(_told(error, str(path), remedy)) from error
+        raise ValueError(_told(error, where or str(path), remedy)) from error
 
 
 def check(value: object, schema: type[T], where: str, remedy: str = "") -> T:

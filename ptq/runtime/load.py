@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
 from ptq.model.checkpoint_source import CheckpointSource
+from ptq.model.structure import read_generation_config
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -65,7 +66,7 @@ def load(
     source = CheckpointSource(path, dtype=dtype or (getattr(torch, named) if named else None))
     source.config.__dict__.pop("quantization_config", None)  # ours to interpret, not transformers'
     model = source.skeleton()
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, PreTrainedModel)  # of this source
     place = torch.device("cpu") if device_map else torch.device(device)
     modules, replaced = dict(model.named_modules()), {}
     for name in checkpoint.layer_names():
@@ -82,8 +83,8 @@ def load(
         layer = stored_layer(modules[target], checkpoint.layers[name], checkpoint.layer(name), name)
         layer.cache = cache
         model.set_submodule(target, layer.to(place, source.compute_dtype))
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if (settings := read_generation_config(checkpoint.path)) is not None:
+        model.generation_config = settings
     logger.info(
         "types, shapes and ranges of %d quantized layers were checked, not whether files are "
         "unchanged: `ptq verify %s` does that",

@@ -78,7 +78,9 @@ class Loaded:
             raise ValueError(
                 f"--seq-len {seq_len} is more than the {limit} positions of {self.name}; lower it"
             )
-        return seq_len or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
+        if seq_len is not None:
+            return seq_len
+        return min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
 
 
 def load_model(
@@ -111,7 +113,7 @@ def _load_original(path: Path, device: torch.device, dtype: torch.dtype | None) 
     """A model of transformers as it is. ``CheckpointSource`` looks first, because its errors name
     the file and the remedy."""
     source = CheckpointSource(path)
-    source.skeleton()
+    source.check()
     model_and_info = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype or source.dtype, local_files_only=True, output_loading_info=True
     )

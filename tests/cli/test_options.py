@@ -33,7 +33,12 @@ def test_options_override_the_file_and_both_the_default(tmp_path: Path, suffix: 
     ("name", "text", "error", "message"),
     [
         ("r.json", "{", ValueError, "--recipe .*r.json"),
-        ("r.json", "[1]", ValueError, "expected a table of choices, found list"),
+        (
+            "r.json",
+            "[1]",
+            ValueError,
+            r"r.json is \[1\], it should be an object: write a table of choices",
+        ),
         ("r.toml", "a = ", ValueError, "--recipe .*r.toml"),
         ("none.toml", None, FileNotFoundError, "no such file"),
     ],

@@ -208,9 +208,9 @@ def test_damaged_tensors_are_named(bad: str, tiny_checkpoint: Save, tmp_path: Pa
             tensors[name][3, 5] = float(bad)
 
     source = CheckpointSource(edited(tiny_checkpoint("llama"), tmp_path / "bad", damage))
-    first, second = source.blocks()
-    source.fill(first[1], first[0], "cpu")
     with pytest.raises(ValueError, match=name) as caught:
+        first, second = source.blocks()  # says what names and shapes tell
+        source.fill(first[1], first[0], "cpu")
         source.fill(second[1], second[0], "cpu")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="has no tensor nonesuch"):
@@ -224,9 +224,8 @@ def test_a_missing_expert_is_named(tiny_checkpoint: Save, tmp_path: Path):
             tiny_checkpoint("mixtral"), tmp_path / "bad", lambda tensors: tensors.__delitem__(gone)
         )
     )
-    name, block = source.blocks()[0]
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.2.w3.weight"):
-        source.fill(block, name, "cpu")
+        source.blocks()
 
 
 def test_experts_stored_fused_are_split_on_filling(
