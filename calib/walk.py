@@ -267,10 +267,11 @@ class _Steps:
         for index in range(len(self.batches)):
             before = self.states[index]
             after = hidden_states(self.calls[index][block.index](block.module, before))
-            assert after.dtype == before.dtype and after.shape == before.shape, (  # G28
-                f"{block.name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
-                f"{tuple(after.shape)}"
-            )
+            if after.dtype != before.dtype or after.shape != before.shape:  # G28
+                raise ValueError(
+                    f"{block.name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
+                    f"{tuple(after.shape)}: models whose blocks do that are not supported"
+                )
             self.states[index] = after
 
 

@@ -258,7 +258,13 @@ def progress(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "format": "nvfp4", "rotation": 16, "quantize_inputs": False, "static_inputs": False,
         "input_rule": "default", "bias": False,
     }  # fmt: skip
-    block = {"file": "a.st", "sha256": empty, "layers": {"a.q": info}, "reports": reports}
+    block = {
+        "file": "a.st",
+        "sha256": empty,
+        "weights": {},
+        "layers": {"a.q": info},
+        "reports": reports,
+    }
     ProgressFile(folder, identity).write({})
     written = json.loads((folder / PROGRESS).read_text()) | {"blocks": {"a": block}}
     (folder / PROGRESS).write_text(json.dumps(written))

@@ -8,7 +8,7 @@ of the name.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict
 
@@ -17,7 +17,7 @@ from ptq.reading.name_patterns import check_pattern, matches_name
 from ptq.reading.schema import Count, check, plain
 
 VERSION = 1  # of what ptq writes into a configuration, in any dialect
-JsonDict = dict[str, object]
+JsonDict = dict[str, Any]
 
 
 def _known_format(name: str) -> str:

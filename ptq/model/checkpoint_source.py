@@ -27,6 +27,7 @@ from ptq.model.structure import (
     load_config,
     quantized_by,
     refuse_quantized,
+    require_config,
     resolve,
 )
 from ptq.model.tensor_digest import digest
@@ -56,6 +57,7 @@ class CheckpointSource:
                 causal language model in safetensors files.
         """
         self.path = resolve(path)
+        require_config(self.path)
         self._shards = Shards(self.path)
         self._digests: dict[str, str] | None = {} if hashed else None
         self.config: PretrainedConfig = load_config(self.path, self._shards.stored)

@@ -114,6 +114,14 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
         return None
 
 
+def require_config(path: Path) -> None:
+    """Raise FileNotFoundError where a directory has no configuration, so is none of a model."""
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{path} has no config.json: not the directory of a Hugging Face model"
+        )
+
+
 def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
     """The model's configuration. Raises OSError or ValueError; code in the checkpoint is never run.
 
@@ -121,10 +129,7 @@ def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
         stored: what the weight files hold, if there are any: numbers of layers and experts that do
             not fit are refused before anything is looped over.
     """
-    if not (path / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{path} has no config.json: not the directory of a Hugging Face model"
-        )
+    require_config(path)
     check_sizes(read_model_config(path), stored, path / CONFIG)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.calib.walk import CalibratedBlock
 from ptq.checkpoint.layer_report import LayerReport
@@ -108,10 +108,16 @@ class BlocksOnDisk:
         infos = self.writer.layers(block.name)
         tensors = from_disk(self.writer.read(block.name), infos)
         self._restore(block, tensors)
+        linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
         for stored, info in infos.items():
             name = self.source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
             inner = name.removeprefix(block.prefix)
-            old = block.module.get_submodule(inner)
+            if inner not in linears:
+                raise ValueError(
+                    f"{stored} of a finished block is no linear layer of the model: delete "
+                    f"{self.writer.partial} to start over"
+                )
+            old = linears[inner]
             buffers = {
                 key.removeprefix(f"{stored}."): tensor
                 for key, tensor in tensors.items()
@@ -131,7 +137,12 @@ class BlocksOnDisk:
                 continue
             if stored in known and torch.equal(tensors[stored], self.source.tensor(stored)):
                 continue
-            assert tensors[stored].shape == parameter.shape, stored
+            if tensors[stored].shape != parameter.shape:
+                raise ValueError(
+                    f"{stored} of a finished block has shape {tuple(tensors[stored].shape)}, the "
+                    f"model wants {tuple(parameter.shape)}: delete {self.writer.partial} to start "
+                    "over"
+                )
             parameter.data = tensors[stored].to(parameter)
 
     def _stored_name(self, name: str) -> str:

@@ -87,5 +87,8 @@ def _numbers(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                yield from _numbers({f"{key}[{i}]": inner}, prefix)
         elif isinstance(value, int) and not isinstance(value, bool):
             yield f"{prefix}{key}", value

@@ -141,7 +141,11 @@ class PtqQuantizer(HfQuantizer):
         unfused = unfuse(model, names.expert_names)
         self._fused = {f"{path}.{leaf}" for path in unfused for leaf in FUSED}
         stored, quantization = _tensor_names(checkpoint_files), self.quantization_config.parsed
-        assert quantization is not None
+        if quantization is None:
+            raise ValueError(
+                "PtqConfig says how to load a checkpoint that ptq quantized, and this is none: "
+                "quantize it with `ptq quantize` first"
+            )
         packed = {
             c.rpartition(".")[0] for n in stored if n.endswith(PACKED) for c in names.candidates(n)
         }

@@ -462,7 +462,7 @@ def test_blocks_that_change_the_type_are_caught(tiny_model: Build, batches: Batc
     model.get_submodule("model.layers.0").register_forward_hook(lambda _, __, out: out.double())
     blocks = run(MemorySource(model), batches)
     next(blocks)
-    with pytest.raises(AssertionError, match=r"model\.layers\.0 turned torch\.float32"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0 turned torch\.float32"):
         next(blocks)
 
 

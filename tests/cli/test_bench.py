@@ -213,7 +213,7 @@ def test_a_small_model_is_timed_as_it_is(bench: Run, tiny: Path):
             "give llama-3.1-8b, llama-3.1-70b, qwen3-8b, qwen3-32b, or a directory",
         ),
         (["/proc"], "/proc has no config.json"),
-        (["--tokens", "0"], "0 tokens"),
+        (["--tokens", "0"], "--tokens 0: give numbers from 1 to"),
         (["--tokens", "1,many"], "--tokens 'many'"),
         (["--format", "nvfp5"], "choose from mxfp4, nvfp4, nvint4, mxint4"),
         (["--format", "mxint8"], "no kernel for format 'mxint8'"),

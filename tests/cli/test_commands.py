@@ -478,7 +478,7 @@ def test_an_unknown_format_lists_the_formats(quantize: Run, tiny_llama: Path):
         ("--algorithm", "magic", "gptq"),
         ("--rotation", "turn", "none"),
         ("--rotation", "24", "power of two"),
-        ("--balance", "2", "from 0"),
+        ("--balance", "2", "less than or equal to 1"),
         ("--scales", "guess", "absmax"),
         ("--device", "tpu", "cpu"),
         ("--device", "cuda:99", "CUDA"),
