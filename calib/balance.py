@@ -53,7 +53,7 @@ def balance(
     """Balance ``block`` at ``sites``, in place.
 
     Args:
-        block: with the Hessians of some tokens.
+        block: with statistics of some tokens; of their Hessians the diagonals are enough.
         strengths: p by the full names of layers; the same for all readers of a site.
 
     Returns:
@@ -69,9 +69,7 @@ def balance(
         p = strengths[f"{block.prefix}{layers[0]}"]
         tokens = sum(group.hessian.tokens for group in groups)
         if p and tokens:
-            inputs = (
-                torch.stack([group.hessian.total().diagonal() for group in groups]).sum(0) / tokens
-            )
+            inputs = torch.stack([group.hessian.diagonal() for group in groups]).sum(0) / tokens
             weights = [block.module.get_parameter(f"{name}.weight").float() for name in layers]
             squares = torch.stack([w.square().sum(0) for w in weights]).sum(0) / sum(
                 map(len, weights)

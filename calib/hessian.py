@@ -11,17 +11,31 @@ from torch import Tensor
 WIDE = 4096  # features above which float64 sums would cost too much memory (in² · 8 bytes)
 
 
+def entry_bytes(features: int, device: torch.device) -> int:
+    """Bytes of an entry of a :class:`Hessian`'s sum."""
+    return 8 if device.type == "cpu" and features <= WIDE else 4
+
+
 class Hessian:
     """The mean of ``xᵀx`` over all tokens seen so far; every token has the same weight.
 
     Products are computed per batch in ``dtype`` without TF32; the running sum is float64 on the CPU
     up to 4096 features and ``dtype`` otherwise. What is observed is never written to.
+
+    With ``full=False`` only the diagonal of the sum is kept, the same numbers in 1/in of the
+    memory.
     """
 
     def __init__(
-        self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        full: bool = True,
     ):
         self.features, self.device, self.dtype = features, torch.device(device), dtype
+        self.full = full
         self.tokens = 0
         self._sum: Tensor | None = None  # allocated at the first token: an expert may never see one
 
@@ -31,12 +45,14 @@ class Hessian:
         if not len(x):
             return
         with full_precision():
-            self._add(x.T @ x)
+            product = x.T @ x
+        self._add(product if self.full else product.diagonal())
         self.tokens += len(x)
 
     def mean(self) -> Float[Tensor, "in in"]:
         """``Σ xᵀx / tokens``, exactly symmetric, in the dtype of the sum; ValueError when no token
         came by."""
+        assert self.full, "only the diagonal was kept"
         if not self.tokens or self._sum is None:
             raise ValueError(
                 "no tokens reached this layer during calibration; use more or longer samples, or "
@@ -46,6 +62,14 @@ class Hessian:
 
     def total(self) -> Float[Tensor, "in in"]:
         """``Σ xᵀx``; zeros when no token came by."""
+        assert self.full, "only the diagonal was kept"
+        return self._kept()
+
+    def diagonal(self) -> Float[Tensor, " in"]:
+        """The diagonal of :meth:`total`."""
+        return self._kept().diagonal() if self.full else self._kept()
+
+    def _kept(self) -> Tensor:
         return self._zeros() if self._sum is None else self._sum
 
     def reduce(self) -> None:
@@ -55,20 +79,16 @@ class Hessian:
         """
         if not distributed():
             return
-        self._sum = self.total()
+        self._sum = self._kept()
         count = torch.tensor(self.tokens, dtype=torch.int64, device=self.device)
         dist.all_reduce(self._sum)
         dist.all_reduce(count)
         self.tokens = int(count)
 
     def _zeros(self) -> Tensor:
-        exact = self.device.type == "cpu" and self.features <= WIDE
-        return torch.zeros(
-            self.features,
-            self.features,
-            device=self.device,
-            dtype=torch.float64 if exact else self.dtype,
-        )
+        shape = (self.features,) * (2 if self.full else 1)
+        exact = entry_bytes(self.features, self.device) == 8
+        return torch.zeros(shape, device=self.device, dtype=torch.float64 if exact else self.dtype)
 
     def _add(self, product: Tensor) -> None:
         if self._sum is None:

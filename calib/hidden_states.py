@@ -40,6 +40,14 @@ class HiddenStates:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def another(self) -> "HiddenStates":
+        """An empty one of the same kind, entered; whoever asks closes it."""
+        return HiddenStates(self._storage, self.device).__enter__()
+
+    def close(self) -> None:
+        """Drop the tensors, and the files they lie in."""
         self._tensors.clear()
         if self._directory is not None:
             self._directory.cleanup()

@@ -3,19 +3,24 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ptq.calib.hessian import Hessian, reduce_max
+from ptq.calib.hessian import Hessian, entry_bytes, reduce_max
 from ptq.model.experts import Expert, Experts
 
 SAMPLE = 2048  # tokens of a group's input that are kept as they are
 
 Probe = Callable[[Tensor], Tensor]
+
+
+def statistics_bytes(features: int, device: torch.device, itemsize: int) -> int:
+    """What an input group of so many features takes: two Hessians, and the sample of its inputs."""
+    return features * (2 * features * entry_bytes(features, device) + SAMPLE * itemsize)
 
 
 @dataclass(kw_only=True)
@@ -33,12 +38,26 @@ class InputGroup:
     sample: Tensor
     layers: dict[str, nn.Linear] = field(default_factory=dict)  # by name within the block
 
+    @property
+    def bytes(self) -> int:
+        """What its statistics take at most."""
+        features, device = self.hessian.features, self.hessian.device
+        return statistics_bytes(features, device, self.sample.element_size())
+
     def reduce(self) -> None:
         """Combine the statistics of all ranks, except the sample; a no-op on one rank."""
         self.hessian.reduce()
         self.holdout.reduce()
         for value in self.amax.values():
             reduce_max(value)
+
+    def clear(self) -> None:
+        """Drop what takes memory: Hessians and sample."""
+        old = self.hessian
+        self.hessian, self.holdout = (
+            Hessian(old.features, old.device, old.dtype, full=old.full) for _ in range(2)
+        )
+        self.sample = self.sample[:0].clone()
 
 
 @dataclass
@@ -56,7 +75,8 @@ class Observer:
 
     ``linears``: the layers to watch, by name within the block; ``prefix`` before that makes the
     full name. ``probes`` apply where their size divides the features. ``feed(name, x)`` says what a
-    layer gets instead of ``x``; statistics are those of ``x``.
+    layer gets instead of ``x``; statistics are those of ``x``. ``squares``: of Hessians only the
+    diagonals are kept, and no samples.
     """
 
     def __init__(
@@ -69,10 +89,13 @@ class Observer:
         device: torch.device,
         batches: int,
         prefix: str,
+        squares: bool = False,
     ):
         self._block, self._linears, self._probes, self._feed = block, linears, probes, feed
         self._device, self._prefix = device, prefix
-        self._quota = math.ceil(SAMPLE / batches)
+        self._quota = 0 if squares else math.ceil(SAMPLE / batches)
+        self._full = not squares
+        self._counted: Collection[str] = linears
         self._groups: list[InputGroup] = []
         self._group_of: dict[str, InputGroup] = {}
         self._readings: list[_Reading] = []
@@ -94,6 +117,10 @@ class Observer:
             for hook in hooks:
                 hook.remove()
 
+    def attend(self, names: Collection[str]) -> None:
+        """Measure only these layers from now on; how layers are grouped does not depend on it."""
+        self._counted = names
+
     def expect(self, shape: tuple[int, int], held: Tensor | None) -> None:
         """A batch of ``shape`` (sequences, length) follows, of which the sequences in ``held`` are
         for the holdout."""
@@ -111,11 +138,17 @@ class Observer:
                 sibling = self._unseen_sibling(name)
                 group = self._group_of.get(sibling) if sibling else None
                 self._join(name, layer, group or self._new_group(layer))
+        self.settle(self._groups)
         rank = {name: i for i, name in enumerate(self._linears)}
         for group in self._groups:
-            group.sample = torch.cat([group.sample, *self._samples.pop(id(group), [])])
             group.layers = dict(sorted(group.layers.items(), key=lambda item: rank[item[0]]))
         return sorted(self._groups, key=lambda group: rank[next(iter(group.layers))])
+
+    def settle(self, groups: Collection[InputGroup]) -> None:
+        """Put the samples of ``groups`` together."""
+        for group in groups:
+            if parts := self._samples.pop(id(group), None):
+                group.sample = torch.cat([group.sample, *parts])
 
     def _unseen_sibling(self, name: str) -> str | None:
         parent, _, leaf = name.rpartition(".")
@@ -155,13 +188,14 @@ class Observer:
         group = self._group_of[name]
         if all(group is not g for g in reading.groups):
             reading.groups.append(group)
-            self._count(group, name, x.detach(), self._held_rows(x, experts))
+            if name in self._counted:
+                self._count(group, name, x.detach(), self._held_rows(x, experts))
 
     def _new_group(self, layer: nn.Linear) -> InputGroup:
         size = layer.in_features
         group = InputGroup(
-            hessian=Hessian(size, self._device),
-            holdout=Hessian(size, self._device),
+            hessian=Hessian(size, self._device, full=self._full),
+            holdout=Hessian(size, self._device, full=self._full),
             amax={k: torch.zeros((), device=self._device) for k in self._probes if size % k == 0},
             sample=torch.empty(0, size, dtype=layer.weight.dtype, device=self._device),
         )

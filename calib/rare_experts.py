@@ -25,24 +25,39 @@ def pool_key(model: nn.Module, name: str) -> str | None:
     )
 
 
-def pooled(hessians: Iterable[Hessian]) -> Float[Tensor, "in in"]:
-    """``Σ sums / Σ tokens`` over the experts of one projection, float64 when theirs is.
+class Pool:
+    """``Σ sums / Σ tokens`` over the experts of one projection, in the order in which they are
+    added, float64 when theirs is.
 
     For gate and up this is the Hessian of the router's input with each token counted once per
-    expert chosen. Raises ValueError when none of them saw a token.
+    expert chosen.
     """
-    members = list(hessians)
-    tokens = sum(h.tokens for h in members)
-    if not tokens:
-        raise ValueError(
-            "no tokens reached any expert of this projection during calibration; use more or "
-            "longer samples"
-        )
-    total = members[0].total().clone()
-    for member in members[1:]:
-        if member.tokens:
-            total += member.total()
-    return (total + total.T) / (2 * tokens)
+
+    def __init__(self, hessians: Iterable[Hessian] = ()) -> None:
+        self.tokens = 0
+        self._sum: Tensor | None = None
+        self._mean: Tensor | None = None
+        for hessian in hessians:
+            self.add(hessian)
+
+    def add(self, hessian: Hessian) -> None:
+        """Count one expert, whose statistics are not needed after that."""
+        if self._sum is None:
+            self._sum = hessian.total().clone()
+        elif hessian.tokens:
+            self._sum += hessian.total()
+        self.tokens += hessian.tokens
+
+    def mean(self) -> Float[Tensor, "in in"]:
+        """The Hessian of them all; ValueError when none of them saw a token."""
+        if not self.tokens or self._sum is None:
+            raise ValueError(
+                "no tokens reached any expert of this projection during calibration; use more or "
+                "longer samples"
+            )
+        if self._mean is None:
+            self._mean = (self._sum + self._sum.T) / (2 * self.tokens)
+        return self._mean
 
 
 def top_up(

@@ -7,19 +7,19 @@ it is to look at comes in as functions (:class:`Watch`).
 import ctypes
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq.calib.block_arguments import Call, Recorder, hidden_states
+from ptq.calib.calibrated_block import CalibratedBlock
+from ptq.calib.expert_rounds import ExpertRounds, expert_of, expert_sizes, split
 from ptq.calib.hessian import distributed
 from ptq.calib.hidden_states import HiddenStates
 from ptq.calib.observer import InputGroup, Observer, Probe
-from ptq.calib.rare_experts import pool_key, pooled, top_up
 from ptq.model.experts import routed_everywhere
 from ptq.model.source import Source
 
@@ -43,6 +43,7 @@ class Watch:
             sends to them.
         head: the output head follows as a last block of one layer, which reads what the model makes
             of the last hidden states (final norm and whatever else).
+        squares: of Hessians the diagonals are enough, and no samples are wanted.
     """
 
     layers: Collection[str] | None = None
@@ -50,64 +51,16 @@ class Watch:
     feed: Callable[[str, Tensor], Tensor] | None = None
     route_all: bool = False
     head: bool = False
+    squares: bool = False
 
     def watches(self, layer: str) -> bool:
         """Whether there are to be statistics of the Linear of that full name."""
         return self.layers is None or layer in self.layers
 
     def first_look(self) -> "Watch":
-        """The same layers without probes and without a feed: all that preparing a block needs."""
-        return replace(self, probes={}, feed=None)
-
-
-@dataclass(kw_only=True)
-class CalibratedBlock:
-    """A block filled with its weights, and the groups of Linears in it (none when it was skipped).
-
-    ``prefix`` makes a name within ``module`` a full name: ``name`` and a dot, but for the output
-    head.
-    """
-
-    name: str
-    prefix: str
-    module: nn.Module
-    groups: list[InputGroup]
-    index: int
-    count: int
-    _pools: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def pool(self, group: InputGroup) -> str | None:
-        """The experts that a group may borrow from; None if it is no part of an expert."""
-        return pool_key(self.module, next(iter(group.layers)))
-
-    def borrows(self, group: InputGroup) -> bool:
-        """Whether the Hessian of a group is topped up (G30)."""
-        return group.hessian.tokens < group.hessian.features and self.pool(group) is not None
-
-    def hessian(self, group: InputGroup) -> Float[Tensor, "in in"]:
-        """The Hessian to solve ``group`` with: the mean over its tokens, topped up for rare experts
-        (G30).
-
-        With several ranks, reduce all groups first; with experts, ask before layers are replaced.
-
-        Raises:
-            ValueError: naming the layer, when neither the group nor the pool saw a token.
-        """
-        seen, pool = group.hessian, self.pool(group)
-        try:
-            if pool is None or not self.borrows(group):
-                return seen.mean()
-            if pool not in self._pools:
-                self._pools[pool] = pooled(g.hessian for g in self.groups if self.pool(g) == pool)
-            mean = seen.mean() if seen.tokens else None
-            return top_up(mean, self._pools[pool], seen.tokens, seen.features)
-        except ValueError as error:
-            raise ValueError(f"{self.prefix}{next(iter(group.layers))}: {error}") from error
-
-    def forget(self) -> None:
-        """Drop statistics and layers, so that nobody holds them while the next block is observed:
-        memory must not hold those of two blocks."""
-        self.groups, self._pools = [], {}
+        """The same layers without probes and without a feed, and only mean squares: all that
+        preparing a block needs."""
+        return replace(self, probes={}, feed=None, squares=True)
 
 
 Prepare = Callable[[CalibratedBlock, Callable[[], Tensor]], None]
@@ -125,6 +78,7 @@ def walk(
     activations: str = "ram",
     finished: Callable[[int, Tensor], None] | None = None,
     prepare: Prepare | None = None,
+    limit: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[CalibratedBlock]:
     """Yield every decoder block with statistics of what its Linears read, and go on through what
     the caller made of it.
@@ -144,6 +98,8 @@ def walk(
         prepare: may change a block before it is observed; it gets the block with statistics of its
             first ``PREPARE`` tokens, and a function that gives the hidden states that it returns
             for ``TRIAL`` tokens. The output head is not prepared.
+        limit: asked for every block before it is observed: bytes that the statistics of its experts
+            may take at a time, the same on all ranks.
 
     Raises:
         ValueError: unusable batches, NaN or infinity in activations (naming the layer), and
@@ -178,14 +134,16 @@ def walk(
                     steps.record()
                 if not skip(name):
                     if prepare is not None:
-                        block.groups = steps.observe(block, watch.first_look(), _few(batches))
+                        steps.observe(block, watch.first_look(), _few(batches))
                         prepare(block, steps.trial(block))
                         block.forget()
-                    block.groups = steps.observe(block, watch, len(batches))
+                    steps.observe(block, watch, len(batches), limit())
                 yield block
                 if index + 1 < len(blocks) or go_on:
                     steps.propagate(block)
             finally:
+                if block.later is not None:
+                    block.later.close()
                 source.release(module)
                 _trim()
         if finished is not None:
@@ -228,19 +186,54 @@ class _Steps:
                 self.calls.append(arguments)
             self.short = recorder(probe[:, :TRIAL])[1]
 
-    def observe(self, block: CalibratedBlock, watch: Watch, count: int) -> list[InputGroup]:
-        """The groups of Linears in a block, and what they read in the first ``count`` batches."""
+    def observe(
+        self, block: CalibratedBlock, watch: Watch, count: int, limit: float = math.inf
+    ) -> None:
+        """Give ``block`` the groups of its Linears, and what they read in the first ``count``
+        batches; of experts only those of the first round."""
         linears = {
             name: layer
             for name, layer in block.module.named_modules()
             if isinstance(layer, nn.Linear) and watch.watches(f"{block.prefix}{name}")
         }
         observer = self.observer(block, linears, watch, count)
-        with observer.installed(), routed_everywhere(block.module, watch.route_all):
+        rounds = self._rounds(block, watch, linears, observer, limit)
+        with ExitStack() as stack:
+            stack.enter_context(observer.installed())
+            stack.enter_context(routed_everywhere(block.module, watch.route_all))
+            begins = stack.enter_context(rounds.recording()) if rounds else lambda: None
             for index, batch in enumerate(self.batches[:count]):
+                begins()
                 observer.expect((batch.shape[0], batch.shape[1]), self.held[index])
                 self.calls[index][block.index](block.module, self.states[index])
-        return observer.groups()
+        block.groups, block.later = observer.groups(), rounds
+
+    def _rounds(
+        self,
+        block: CalibratedBlock,
+        watch: Watch,
+        linears: dict[str, nn.Linear],
+        observer: Observer,
+        limit: float,
+    ) -> ExpertRounds | None:
+        """What comes after the first pass, which then leaves out the experts of later rounds."""
+        parts = split(expert_sizes(block.module, linears, self.device), limit)
+        if len(parts) < 2:
+            return None
+        first = {None, *parts[0]}
+        observer.attend({name for name in linears if expert_of(block.module, name) in first})
+        return ExpertRounds(
+            module=block.module,
+            observer=observer,
+            parts=parts,
+            batches=[
+                ((len(batch), batch.shape[1]), mask)
+                for batch, mask in zip(self.batches, self.held, strict=True)
+            ],
+            inputs=self.states.another(),
+            limit=limit,
+            everywhere=watch.route_all,
+        )
 
     def observer(
         self, block: CalibratedBlock, linears: dict[str, nn.Linear], watch: Watch, count: int
@@ -254,6 +247,7 @@ class _Steps:
             device=self.device,
             batches=count,
             prefix=block.prefix,
+            squares=watch.squares,
         )
 
     def trial(self, block: CalibratedBlock) -> Callable[[], Tensor]:

@@ -24,6 +24,7 @@ from ptq.cli.options import (
     make_recipe,
     parse_device,
     parse_dtype,
+    parse_gigabytes,
     parse_rotation,
 )
 from ptq.cli.terminal import printable
@@ -128,6 +129,12 @@ def quantize(
     activations: Annotated[
         str, typer.Option(help="Where activations wait between blocks: ram, device or disk.")
     ] = "ram",
+    hessian_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GB for the Hessians of a block's experts at a time; half of what is free."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what --out holds.")
     ] = False,
@@ -172,6 +179,7 @@ def quantize(
         "seed": seed,
     }
     choices = make_recipe(format, recipe, options)
+    room = parse_gigabytes("--hessian-memory", hessian_memory)
     source = resolve_model(model)
     place, kind = parse_device(device), parse_dtype(dtype)
     lead = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks
@@ -184,6 +192,7 @@ def quantize(
             dtype=kind,
             activations=activations,
             dialect=dialect,
+            hessian_memory=room,
             ranks=ranks,
         )
         if lead:
@@ -202,6 +211,7 @@ def quantize(
             overwrite=overwrite,
             dialect=dialect,
             activations=activations,
+            hessian_memory=room,
             on_block=on_block,
         )
     if lead and not quiet and isinstance(choice, Choice):

@@ -312,6 +312,12 @@ def print_forecast(model: str, forecast: "Forecast") -> None:
         table.add_row(part, size(getattr(forecast, part)))
     table.add_row("peak", size(forecast.peak_bytes), style="bold")
     out.print(table)
+    if forecast.rounds > 1:
+        out.print(
+            f"Hessians of experts in {forecast.rounds} rounds (all at once would be "
+            f"{size(forecast.hessians_at_once)}; --hessian-memory): the same result, for one more "
+            "pass over the experts"
+        )
     verdict = "fits" if forecast.peak_bytes < 0.9 * forecast.machine_bytes else "does NOT fit"
     time = "" if forecast.seconds is None else f"; about {duration(forecast.seconds)} here"
     out.print(

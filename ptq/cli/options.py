@@ -1,6 +1,7 @@
 """Options that several commands share, and what a recipe is made of: option strings → values that
 the library takes."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,13 @@ def parse_device(name: str | None) -> "torch.device":
             f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices"
         )
     return torch.device(name)
+
+
+def parse_gigabytes(option: str, value: float | None) -> float | None:
+    """Bytes of a number of GB. Raises ValueError unless it is finite and positive."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{option} must be a positive number of GB, not {value:g}")
+    return None if value is None else value * 1e9
 
 
 def parse_rotation(name: str) -> int:

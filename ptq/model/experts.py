@@ -6,7 +6,7 @@ could be replaced. :func:`unfuse` puts a module in their place that computes the
 Linear per expert and projection, under the names that the model's checkpoints use.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -73,15 +73,30 @@ class Experts(nn.Module):
         for expert in called:  # ascending: sums in the order of the fused module
             if expert >= self.num_experts:  # a marker for "nowhere"
                 continue
-            slot, token = torch.where(
-                top_k_index.T.eq(expert)
-            )  # slots first, as the fused module does
+            slot, token = _routed(top_k_index, expert)
             self.routed = token if everyone is None else everyone
             y = self.get_submodule(str(expert))(hidden_states[self.routed], self.gating)
             y = (y if everyone is None else y[token]) * top_k_weights[token, slot, None]
             result.index_add_(0, token, y.to(result.dtype))
         self.routed = None
         return result
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, experts: Iterable[int]) -> None:
+        """Some experts on the tokens that a forward with these arguments gave them; what they
+        return is dropped. For whoever watches the Linears."""
+        for expert in experts:
+            token = _routed(top_k_index, expert)[1]
+            if self.everywhere:
+                token = torch.arange(len(hidden_states), device=hidden_states.device)
+            if len(token):
+                self.routed = token
+                self.get_submodule(str(expert))(hidden_states[token], self.gating)
+        self.routed = None
+
+
+def _routed(top_k_index: Tensor, expert: int) -> tuple[Tensor, ...]:
+    """(slots, tokens) of an expert; slots first, as the fused module does."""
+    return torch.where(top_k_index.T.eq(expert))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Balancing:
     def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
         """Balance ``block``, which has statistics of some tokens; ``run`` gives the hidden states
         that it returns."""
-        reduce(block)
+        reduce(block.groups)
         groups = [list(group.layers) for group in block.groups]
         sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
         layers = {f"{name}.weight": f"{block.prefix}{name}" for group in groups for name in group}

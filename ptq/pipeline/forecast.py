@@ -10,13 +10,14 @@
 - block: the largest decoder block's parameters in the dtype of the computation (float32 where they
   are balanced), and once more as they lie on disk while they are read; the token embedding takes
   its place at the start if it is larger.
-- Hessians: two (calibration, held out) of in² entries for every input group of a block.
+- Hessians: two (calibration, held out) of in² entries and a sample of the inputs for every input
+  group of a block; of experts those of a round (``--hessian-memory``), and if there are several
+  the inputs of the experts are kept like activations.
 - solver: for the input group that needs most, copies of the rows that are solved at a time and of
-its Hessian.
+  its Hessian; codes of all that is solved in a block, a byte each.
 """
 
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +25,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ptq.calib.hessian import WIDE
+from ptq.calib.expert_rounds import expert_of, split
+from ptq.calib.hessian import entry_bytes
 from ptq.calib.hidden_states import check_storage
+from ptq.calib.observer import statistics_bytes
 from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.reader import config_dtype, read_config
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.weight_files import Shards, has_weights
+from ptq.pipeline.memory import machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
@@ -48,7 +52,11 @@ EFFICIENCY = 0.35
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """All sizes in bytes, ``seconds`` on this machine (None when the device is not here)."""
+    """All sizes in bytes, ``seconds`` on this machine (None when the device is not here).
+
+    Statistics of experts are taken in ``rounds``; in one they would be ``hessians_at_once``. With
+    more than one, experts run once more over their calibration tokens: ``seconds`` counts that.
+    """
 
     parameters: int
     quantized: int
@@ -62,6 +70,8 @@ class Forecast:
     activations: int
     block: int
     hessians: int
+    hessians_at_once: int
+    rounds: int
     solver: int
     peak_bytes: int
     device: str
@@ -81,6 +91,7 @@ def forecast(
     dtype: torch.dtype | None = None,
     activations: str = "ram",
     dialect: str = "auto",
+    hessian_memory: float | None = None,
     ranks: int = 1,
 ) -> Forecast:
     """Predict a run of :func:`ptq.pipeline.run.quantize_model` with the same arguments; reads no
@@ -106,16 +117,25 @@ def forecast(
     output_bytes = round((total - quantized) * stored.itemsize + packed)
     tokens = recipe.samples * plan.seq_len // ranks
     groups = _groups(blueprint, plan)
-    work = [group for block in groups for group in block]
+    work = [(group.features, group.rows) for block in groups for group in block]
     sizes = [sum(p.numel() for p in block.parameters()) for _, block in blueprint.blocks()]
-    hessians = (sum(2 * n * n * _width(n, device) for n, _ in block) for block in groups)
+    codes = max((sum(group.weights for group in block) for block in groups), default=0)
     parts = {
         "program": round(PROGRAM),
         "activations": _activations(blueprint, plan, computed, activations, tokens),
         "block": _block(skeleton, max(sizes), plan, computed, stored),
-        "hessians": max(hessians, default=0),
-        "solver": max((_solver(n, rows, device) for n, rows in work), default=0),
+        "solver": max((_solver(n, rows, device) for n, rows in work), default=0) + codes,
     }
+    free = machine_bytes(device) - sum(parts.values()) + parts["solver"]
+    limit = statistics_limit(device, hessian_memory, free)
+    # balanced weights are float32, and with them the samples
+    width = 4 if plan.balances else computed.itemsize
+    statistics = [_Statistics.of(block, device, width, limit) for block in groups]
+    rounds = max((block.rounds for block in statistics), default=1)
+    if rounds > 1 and activations != "disk":
+        parts["activations"] += tokens * _hidden(blueprint.config) * computed.itemsize
+    parts["hessians"] = max((block.bytes for block in statistics), default=0)
+    passes = sum(sizes) + sum(block.repeated for block in statistics) // 2  # of two
     return Forecast(
         parameters=total,
         quantized=quantized,
@@ -126,9 +146,11 @@ def forecast(
         bits_per_quantized_weight=8 * packed / quantized,
         bits_per_parameter=8 * output_bytes / total,
         peak_bytes=sum(parts.values()),
+        hessians_at_once=max((block.at_once for block in statistics), default=0),
+        rounds=rounds,
         device=str(device),
-        machine_bytes=_machine_bytes(device),
-        seconds=_seconds(recipe, sum(sizes), tokens, work, device, ranks),
+        machine_bytes=machine_bytes(device),
+        seconds=_seconds(recipe, passes, tokens, work, device, ranks),
         **parts,
     )
 
@@ -166,17 +188,59 @@ def _block(
     return max(largest * (width + stored.itemsize), embedding)
 
 
-def _groups(blueprint: Blueprint, plan: Plan) -> list[list[tuple[int, int]]]:
-    """(inputs, rows) of the input groups of every block, the output head being one."""
-    blocks: dict[str, list[tuple[int, int]]] = {}
+@dataclass(frozen=True)
+class _Group:
+    """Layers that read the same: so many inputs and, of all together, rows; of which expert."""
+
+    features: int
+    rows: int
+    expert: str | None
+
+    @property
+    def weights(self) -> int:
+        return self.features * self.rows
+
+
+def _groups(blueprint: Blueprint, plan: Plan) -> list[list[_Group]]:
+    """The input groups of every block, the output head being one."""
+    blocks: dict[str, list[_Group]] = {}
     homes = [f"{name}." for name in blueprint.block_names]
     for names in blueprint.input_groups:
         layers = [plan[name] for name in names if name in plan.layers]
         if layers:
-            home = next((h for h in homes if layers[0].name.startswith(h)), layers[0].name)
+            first = layers[0].name
+            home = next((h for h in homes if first.startswith(h)), first)
             rows = sum(layer.out_features for layer in layers)
-            blocks.setdefault(home, []).append((layers[0].in_features, rows))
+            group = _Group(layers[0].in_features, rows, expert_of(blueprint.model, first))
+            blocks.setdefault(home, []).append(group)
     return list(blocks.values())
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Of a block: the bytes of the largest round, of all experts at once, how many rounds there
+    are, and how many weights run once more for that."""
+
+    bytes: int
+    at_once: int
+    rounds: int
+    repeated: int
+
+    @classmethod
+    def of(
+        cls, groups: list[_Group], device: torch.device, itemsize: int, limit: float
+    ) -> "_Statistics":
+        rest, experts = 0, dict[str, int]()
+        for group in groups:
+            size = statistics_bytes(group.features, device, itemsize)
+            if group.expert is None:
+                rest += size
+            else:
+                experts[group.expert] = experts.get(group.expert, 0) + size
+        sizes = [sum(experts[name] for name in part) for part in split(experts, limit)]
+        repeated = sum(group.weights for group in groups if group.expert) if sizes[1:] else 0
+        largest = max(rest + sum(sizes[:1]), max(sizes, default=0))
+        return cls(largest, rest + sum(sizes), max(len(sizes), 1), repeated)
 
 
 def _solver(features: int, rows: int, device: torch.device) -> int:
@@ -186,12 +250,7 @@ def _solver(features: int, rows: int, device: torch.device) -> int:
     Of the Hessian there are the mean of both parts, those rotated, and the factor in float32.
     """
     weights = WEIGHT_COPIES * 4 * min(rows * features, PART_ELEMENTS) + 3 * rows * features
-    return weights + features**2 * (HESSIAN_COPIES * 8 + 4 * _width(features, device) + 4)
-
-
-def _width(features: int, device: torch.device) -> int:
-    """Bytes of an entry of a Hessian (ptq.calib.hessian)."""
-    return 8 if device.type == "cpu" and features <= WIDE else 4
+    return weights + features**2 * (HESSIAN_COPIES * 8 + 4 * entry_bytes(features, device) + 4)
 
 
 def _hidden(config: object) -> int:
@@ -227,14 +286,6 @@ def _seconds(
                 + 2 * tries * rows * n * 32
             ) / ranks
     return flops / (_rate(device) * EFFICIENCY)
-
-
-def _machine_bytes(device: torch.device) -> int:
-    """Memory of the device that would compute; of the host for the CPU, and where the GPU asked for
-    is not here."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _rate(device: torch.device) -> float:

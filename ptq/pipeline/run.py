@@ -7,6 +7,7 @@ source ─▶ walk: Hessian and samples per input group ─▶ solve: codes and 
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,11 +32,12 @@ from ptq.model.source import Source
 from ptq.model.structure import GENERATION, read_generation_config
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
+from ptq.pipeline.memory import statistics_limit
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, share, world
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Solved
-from ptq.pipeline.tasks import Task, tasks
+from ptq.pipeline.tasks import Task, reduce, tasks
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import Calibration, load_calibration, load_tokenizer
 
@@ -71,13 +73,14 @@ def quantize(
     activations: str = "ram",
     held: Sequence[Tensor | None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
+    limit: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[Progress]:
     """Quantize the blocks of ``source`` one after the other, keeping each as soon as it is
     finished.
 
     Args:
         batches: token ids, each (sequences, length).
-        activations, held, finished: see :func:`ptq.calib.walk.walk`.
+        activations, held, finished, limit: see :func:`ptq.calib.walk.walk`.
 
     Yields:
         One :class:`Progress` per block.
@@ -93,14 +96,15 @@ def quantize(
         activations=activations,
         finished=finished,
         prepare=balancing if plan.balances else None,
+        limit=limit,
     )
     for block in blocks:
         resumed, reports = finished_blocks.has(block.name), list[LayerReport]()
         if resumed:
             finished_blocks.reinstall(block)
         else:
-            solved = share(tasks(block, plan), Task.solve)
-            layers, reports = install(block, [s for one in solved for s in one], plan, balancing)
+            solved = solve_block(block, plan)
+            layers, reports = install(block, solved, plan, balancing)
             tell(block, reports, plan)
             finished_blocks.add(block, layers, reports, balancing.changes_of(block))
             del solved, layers
@@ -112,6 +116,22 @@ def quantize(
             reports=reports,
             resumed=resumed,
         )
+
+
+def solve_block(block: CalibratedBlock, plan: Plan) -> list[Solved]:
+    """The quantized layers of a block, in the order of its groups however many rounds it takes."""
+    solved = [
+        result
+        for groups in block.rounds(reduce)
+        for results in share(tasks(block, groups, plan), Task.solve)
+        for result in results
+    ]
+    order = {
+        f"{block.prefix}{name}": index
+        for index, group in enumerate(block.groups)
+        for name in group.layers
+    }
+    return sorted(solved, key=lambda result: order[result.name])
 
 
 def install(
@@ -195,6 +215,7 @@ def quantize_model(
     overwrite: bool = False,
     dialect: str = "auto",
     activations: str = "ram",
+    hessian_memory: float | None = None,
     tokenizer: Any = None,
     on_block: Callable[[Progress], None] | None = None,
 ) -> Choice | nn.Module:
@@ -205,6 +226,8 @@ def quantize_model(
         out: directory of the checkpoint; required unless the model is in memory.
         dtype: of the computation; None is float32 on the CPU (weights and activations of 16 bits
             are exact in it), the checkpoint's own on other devices.
+        hessian_memory: bytes that the statistics of a block's experts may take at a time; None is a
+            part of what is free. Results do not depend on it.
         tokenizer: for a model in memory; otherwise the one beside the weights.
         on_block: called after every finished block.
 
@@ -244,6 +267,7 @@ def quantize_model(
             device=device,
             activations=activations,
             held=held[rank::ranks],
+            limit=lambda: from_first(statistics_limit(device, hessian_memory)),
         ):
             if on_block is not None:
                 on_block(progress)

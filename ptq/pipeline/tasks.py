@@ -1,6 +1,7 @@
 """What is to be solved in a block: one task per input group and recipe, on one of the ranks."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.calib.observer import InputGroup
@@ -53,10 +54,10 @@ class Task:
         return results if world()[1] == 1 else [result.to("cpu") for result in results]
 
 
-def reduce(block: CalibratedBlock) -> None:
+def reduce(groups: Sequence[InputGroup]) -> None:
     """Statistics of all ranks, on every rank."""
     with together():
-        for group in block.groups:
+        for group in groups:
             group.reduce()
 
 
@@ -67,12 +68,10 @@ def _unused(block: CalibratedBlock, group: InputGroup) -> bool:
     return not seen and block.pool(group) is None
 
 
-def tasks(block: CalibratedBlock, plan: Plan) -> list[Task]:
-    """The layers of every input group, split where their recipes differ. Reduces the block
-    first."""
-    reduce(block)
+def tasks(block: CalibratedBlock, groups: Sequence[InputGroup], plan: Plan) -> list[Task]:
+    """The layers of some of the block's input groups, split where their recipes differ."""
     result = []
-    for group in block.groups:
+    for group in groups:
         if _unused(block, group):
             logger.warning(
                 "%s: never called during calibration (its weight may be used directly); it stays "

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ptq.calib.hessian import Hessian
-from ptq.calib.rare_experts import pool_key, pooled, top_up
+from ptq.calib.rare_experts import Pool, pool_key, top_up
 from ptq.model.memory_source import MemorySource
 
 FEATURES = 24
@@ -37,13 +37,13 @@ def test_the_pool_weighs_experts_by_their_tokens():
         experts.append(Hessian(FEATURES))
         experts[-1].update(tokens(count, seed=i))
         everything.update(tokens(count, seed=i))
-    torch.testing.assert_close(pooled(experts), everything.mean(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Pool(experts).mean(), everything.mean(), rtol=1e-12, atol=1e-12)
     assert experts[0].tokens == 3
 
 
 def test_the_pool_of_experts_without_tokens_is_an_error():
     with pytest.raises(ValueError, match="no tokens reached any expert"):
-        pooled([Hessian(FEATURES)])
+        Pool([Hessian(FEATURES)]).mean()
 
 
 def test_a_rare_expert_tends_to_its_own_hessian_as_tokens_come_in():

@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
+from ptq.calib.walk import walk
+from ptq.model.checkpoint_source import CheckpointSource
 from ptq.pipeline.forecast import forecast
+from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
 
@@ -86,6 +89,40 @@ def test_the_size_is_what_a_run_writes(
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little") + 8
     assert written - header == pytest.approx(expected.output_bytes, rel=1e-3)
+
+
+def test_experts_come_in_rounds_where_memory_is_short(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(**QWEN3_30B.to_dict() | {"num_hidden_layers": 2})
+    config.architectures, config.dtype = ["Qwen3MoeForCausalLM"], torch.bfloat16
+    config.save_pretrained(tmp_path)
+    recipe = Recipe.default("nvfp4")
+    # of 128 experts: gate and up read 2048, down 768; on the CPU float64 and float32 samples
+    expert = sum(2 * 8 * n * n + 2048 * 4 * n for n in (2048, 768))
+    whole = forecast(tmp_path, recipe, hessian_memory=1e12)
+    assert whole.rounds == 1 and whole.hessians == whole.hessians_at_once > 128 * expert
+    some = forecast(tmp_path, recipe, hessian_memory=10.5 * expert)
+    assert some.rounds == 13 and some.hessians_at_once == whole.hessians
+    assert whole.hessians - some.hessians == (128 - 10) * expert
+    inputs = recipe.samples * recipe.seq_len * 2048 * 4
+    assert some.activations - whole.activations == inputs
+    assert whole.peak_bytes - some.peak_bytes == (128 - 10) * expert - inputs
+    assert some.seconds is not None and whole.seconds is not None
+    disk = [
+        forecast(tmp_path, recipe, hessian_memory=m, activations="disk").activations
+        for m in (1e12, 1.0)
+    ]
+    assert disk[0] == disk[1]
+
+
+@pytest.mark.parametrize("memory", [1.0, 4e6, 1e12])
+def test_rounds_are_those_of_the_run(make_tiny_model: Callable[..., Path], memory: float) -> None:
+    model, recipe = make_tiny_model("qwen3_moe"), Recipe.default("nvfp4", seq_len=8)
+    expected = forecast(model, recipe, hessian_memory=memory)
+    source = CheckpointSource(model, dtype=torch.float32)
+    plan, data = Plan.of(source, recipe), [torch.ones(1, 8, dtype=torch.int64)]
+    block = next(walk(source, data, plan.watch(), device="cpu", limit=lambda: memory))
+    assert expected.hessians_at_once == sum(group.bytes for group in block.groups)
+    assert expected.rounds == (len(block.later.parts) if block.later else 1)
 
 
 def test_what_the_run_would_refuse_is_refused(tiny_llama: Path) -> None:

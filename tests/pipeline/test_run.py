@@ -5,6 +5,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ptq.calib.walk import Watch, walk
 from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.reader import Checkpoint
 from ptq.checkpoint.work_folder import WorkFolder
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
@@ -209,6 +211,29 @@ def test_the_same_run_gives_the_same_bytes(tiny_llama: Path, quick, tmp_path: Pa
         quantize_model(tiny_llama, tmp_path / name, recipe=quick(), device="cpu")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("mixtral", {}),
+        ("qwen3_moe", {"samples": 2, "balance": 0.5}),  # all experts borrow
+        ("qwen3_moe", {"scheme": "w4a4", "rules": (("up_proj", "mxfp8"),)}),
+    ],
+)
+def test_rounds_of_experts_give_the_same_bytes(
+    make_tiny_model: Callable[..., Path], quick, tmp_path: Path, kind: str, options: dict
+) -> None:
+    model, recipe = make_tiny_model(kind), quick(**options)
+    for name, memory in (("once", 1e12), ("rounds", 1.0)):
+        out = tmp_path / name / "out"
+        quantize_model(model, out, recipe=recipe, device="cpu", hessian_memory=memory)
+    for file in ("model.safetensors", "config.json"):
+        once, rounds = (tmp_path / name / "out" / file for name in ("once", "rounds"))
+        assert once.read_bytes() == rounds.read_bytes()
+    reports = [Checkpoint(tmp_path / name / "out").reports for name in ("once", "rounds")]
+    once, rounds = ([replace(r, seconds=0.0) for r in made] for made in reports)
+    assert once == rounds
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(

@@ -32,7 +32,7 @@ def test_layers_that_read_the_same_are_one_task_unless_their_recipes_differ(
 ) -> None:
     block, plan = first_block(tiny_llama, Recipe.default("nvfp4"))
     attention, mlp = "self_attn.", "mlp."
-    assert names(tasks(block, plan)) == [
+    assert names(tasks(block, block.groups, plan)) == [
         (attention + "q_proj", attention + "k_proj", attention + "v_proj"),
         (attention + "o_proj",),
         (mlp + "gate_proj", mlp + "up_proj"),
@@ -40,7 +40,7 @@ def test_layers_that_read_the_same_are_one_task_unless_their_recipes_differ(
     ]
     rules = (("k_proj", "mxfp8"), ("up_proj", "skip"))
     block, plan = first_block(tiny_llama, Recipe.default("nvfp4", rules=rules))
-    assert names(tasks(block, plan)) == [
+    assert names(tasks(block, block.groups, plan)) == [
         (attention + "q_proj", attention + "v_proj"),
         (attention + "k_proj",),
         (attention + "o_proj",),
@@ -51,14 +51,14 @@ def test_layers_that_read_the_same_are_one_task_unless_their_recipes_differ(
 
 def test_a_task_costs_its_sweep_and_its_factorisation(tiny_llama: Path) -> None:
     block, plan = first_block(tiny_llama, Recipe.default("nvfp4"))
-    costs = {task.layers[0]: task.cost for task in tasks(block, plan)}
+    costs = {task.layers[0]: task.cost for task in tasks(block, block.groups, plan)}
     assert costs["self_attn.q_proj"] == 64 * 64 * ((64 + 32 + 32) + 64)
     assert costs["mlp.down_proj"] == 128 * 128 * (64 + 128)
 
 
 def test_results_are_named_in_full_and_count_their_tokens(tiny_llama: Path) -> None:
     block, plan = first_block(tiny_llama, Recipe.default("mxfp4", scheme="w4a4"))
-    results = [result for task in tasks(block, plan) for result in task.solve()]
+    results = [result for task in tasks(block, block.groups, plan) for result in task.solve()]
     assert [r.name for r in results] == [n for n in plan.layers if n.startswith("model.layers.0.")]
     assert {r.report.tokens for r in results} == {7 * 32}  # an eighth is held out
     assert all(r.report.held_out_error is not None for r in results)
@@ -66,7 +66,7 @@ def test_results_are_named_in_full_and_count_their_tokens(tiny_llama: Path) -> N
 
 def test_experts_that_saw_little_are_solved_with_what_others_lend(make_tiny_model: Make) -> None:
     block, plan = first_block(make_tiny_model("mixtral"), Recipe.default("nvfp4"))
-    experts = [task for task in tasks(block, plan) if "experts" in task.layers[0]]
+    experts = [task for task in tasks(block, block.groups, plan) if "experts" in task.layers[0]]
     rare = min(experts, key=lambda task: task.group.hessian.tokens)
     rare.group.hessian.tokens = 3
     reports = [result.report for result in rare.solve()]
@@ -77,6 +77,7 @@ def test_experts_that_saw_little_are_solved_with_what_others_lend(make_tiny_mode
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 def test_tasks_can_be_solved_in_any_order(tiny_llama: Path, fmt: str) -> None:
     block, plan = first_block(tiny_llama, Recipe.default(fmt))
-    forward = {r.name: r.weight.codes for task in tasks(block, plan) for r in task.solve()}
-    backward = {r.name: r.weight.codes for task in tasks(block, plan)[::-1] for r in task.solve()}
+    made = tasks(block, block.groups, plan)
+    forward = {r.name: r.weight.codes for task in made for r in task.solve()}
+    backward = {r.name: r.weight.codes for task in made[::-1] for r in task.solve()}
     assert all(torch.equal(forward[name], backward[name]) for name in forward)
