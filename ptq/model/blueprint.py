@@ -20,6 +20,7 @@ from ptq.model.structure import (
     refuse_quantized,
     resolve,
 )
+from ptq.model.tied_weights import settle
 from ptq.model.weight_files import Shards, has_weights
 
 TOKENS = 8  # of the sequence that a model without weights is run on
@@ -49,12 +50,15 @@ class Blueprint:
             FileNotFoundError, ValueError: as for reading the model itself.
         """
         directory = resolve(path)
-        stored = Shards(directory).stored if has_weights(directory) else None
+        shards = Shards(directory) if has_weights(directory) else None
+        stored = None if shards is None else shards.stored
         config = load_config(directory, stored)
         dtype = getattr(config, "dtype", None)
         known = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         model = build_model(config, directory, known, stored)
         names = NameMap(model)
+        if shards is not None and model.all_tied_weights_keys:
+            _settle_ties(model, names, shards)
         transposed = linearize(model)
         stacked = [path for path in unfuse(model, names.expert_names) if names.stacked(path)]
         return cls(
@@ -105,6 +109,17 @@ class Blueprint:
                 grouped = {name for group in groups for name in group}
                 return [*groups, *((name,) for name in linears if name not in grouped)]
         return [(name,) for name in linears]
+
+
+def _settle_ties(model: PreTrainedModel, names: NameMap, shards: Shards) -> None:
+    """Keep apart what the weight files do; of ties alone, data is looked at."""
+    origins = names.origins(shards.names())
+
+    def equal(a: str, b: str) -> bool:
+        (x,), (y,) = (origins[n].load(shards.tensor, names).values() for n in (a, b))
+        return torch.equal(x, y)
+
+    settle(model, origins, equal, shards.path)
 
 
 def _groups(model: nn.Module, arguments: dict[str, Tensor]) -> list[tuple[str, ...]]:

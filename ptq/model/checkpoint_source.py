@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ptq.model import tied_weights
 from ptq.model.coverage import Header, check_layers, check_tensor
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
@@ -68,9 +69,9 @@ class CheckpointSource:
         self._model = build_model(self.config, self.path, self.compute_dtype, stored)
         self._model.requires_grad_(False).eval()
         self._names = NameMap(self._model)
-        self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
         self._transposed = linearize(self._model)
         self._origins = self._find_origins()
+        self._tied = tied_weights.settle(self._model, self._origins, self._equal, self.path)
         self._dtypes = dtype_plan(self._model, self.compute_dtype)
         self._module_paths = {name for name, _ in self._model.named_modules()}
         self._module_names: dict[str, str] = {}  # of tensors that were asked for
@@ -89,6 +90,14 @@ class CheckpointSource:
             parameters = {name for name, _ in self._model.named_parameters()}
             apart(origins, stored, parameters, self._names)
         return origins
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Whether two parameters of the model have the same tensor."""
+        tensors = [
+            origin.load(self._shards.tensor, self._names)[origin.target]
+            for origin in (self._origins[a], self._origins[b])
+        ]
+        return torch.equal(*tensors)
 
     @property
     def fingerprint(self) -> str:

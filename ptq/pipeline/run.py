@@ -30,6 +30,7 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 from ptq.model.source import Source
 from ptq.model.structure import GENERATION, read_generation_config
+from ptq.model.tied_weights import says_untied
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
 from ptq.pipeline.memory import statistics_limit
@@ -363,11 +364,13 @@ def _owned(writer: CheckpointWriter) -> Iterator[None]:
 
 
 def _config(source: Source) -> dict[str, object]:
-    """config.json as it is beside the weights; of a model in memory as transformers would write
-    it."""
+    """config.json as it is beside the weights, but for matrices that it ties and they do not; of a
+    model in memory as transformers would write it."""
     if isinstance(source, MemorySource):
-        return source.config.to_dict()
-    return json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        written = source.config.to_dict()
+    else:
+        written = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    return says_untied(written, source.config, source.skeleton())
 
 
 def _provenance(source: Source, data: Calibration) -> dict[str, object]:
