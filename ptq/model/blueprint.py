@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq.model.checkpoint_source import CONV1D, STACKED
 from ptq.model.experts import Experts, unfuse
+from ptq.model.fp8_weights import open_shards
 from ptq.model.parameter_names import NameMap
 from ptq.model.structure import (
     build_model,
@@ -58,7 +59,7 @@ class Blueprint:
         model = build_model(config, directory, known, stored)
         names = NameMap(model)
         if shards is not None and model.all_tied_weights_keys:
-            _settle_ties(model, names, shards)
+            _settle_ties(model, names, open_shards(directory, config))
         transposed = linearize(model)
         stacked = [path for path in unfuse(model, names.expert_names) if names.stacked(path)]
         return cls(

@@ -18,6 +18,7 @@ from ptq.model.coverage import Header, check_layers, check_tensor
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
 from ptq.model.extremes import LARGEST, extremes
+from ptq.model.fp8_weights import open_shards
 from ptq.model.parameter_names import NameMap, Origin, apart, dtype_plan, split_experts
 from ptq.model.structure import (
     DEQUANTIZED,
@@ -59,13 +60,13 @@ class CheckpointSource:
         """
         self.path = resolve(path)
         require_config(self.path)
-        self._shards = Shards(self.path)
+        stored = Shards(self.path).stored
         self._digests: dict[str, str] | None = {} if hashed else None
-        self.config: PretrainedConfig = load_config(self.path, self._shards.stored)
+        self.config: PretrainedConfig = load_config(self.path, stored)
+        self._shards = open_shards(self.path, self.config)
         self.dtype = self._shards.common_dtype()
         self.compute_dtype = dtype or self.dtype
         self.total_bytes = self._shards.total_bytes
-        stored = self._shards.stored
         self._model = build_model(self.config, self.path, self.compute_dtype, stored)
         self._model.requires_grad_(False).eval()
         self._names = NameMap(self._model)

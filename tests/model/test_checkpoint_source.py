@@ -183,13 +183,13 @@ def test_the_fingerprint_follows_headers_and_config_but_not_the_place(
 def test_a_quantized_model_is_refused_before_any_work(tiny_checkpoint: Save, tmp_path: Path):
     shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     file.write_text(json.dumps(config))
     source = CheckpointSource(tmp_path / "model")
     model = source.skeleton()  # may be looked at
     for use in (source.blocks, lambda: source.fill(model, "", "cpu")):
         with pytest.raises(
-            ValueError, match=r"already quantized \(fp8\); start from the original"
+            ValueError, match=r"already quantized \(gptq\); start from the original"
         ) as e:
             use()
         assert "\n" not in str(e.value)
