@@ -80,6 +80,15 @@ def encode_e2m1(x):
 
 
 @triton.jit
+def round_to_e2m1(magnitude):
+    """Not negative fp32 → the nearest E2M1 number, ties to the even code, saturating, as fp32."""
+    magnitude = tl.minimum(magnitude, 6.0)
+    exponent = as_bits(tl.maximum(magnitude, 1.0)) & 0x7F800000
+    rounder = as_float(exponent + 0x0B400000)  # as in encode_e2m1
+    return (magnitude + rounder) - rounder
+
+
+@triton.jit
 def encode_int4(x):
     """fp32 → two's complement nibble in an int32: nearest integer within ±7, ties to even."""
     return as_bits(tl.clamp(x, -7.0, 7.0) + 12582912.0) & 15

@@ -35,6 +35,8 @@ E8M0_RULES = {
     ("int4", "ocp"): (2, 0x7FFFFF),
     ("int4", "theta"): (3, 0x180000),
 }
+# Element → rules of e4m3 scales.
+E4M3_RULES = {"e2m1": ("absmax", "four_six"), "int4": ("absmax",)}
 # What a launch is told that encodes nothing.
 NOTHING_ENCODED = Encoding("e2m1", "e4m3")
 
@@ -102,7 +104,9 @@ def quantize_tile(variant: Variant, rows: int, arch: int = 0) -> QuantizeTile:
 def quantize_constants(variant: Variant, tile: QuantizeTile, arch: int = 0) -> dict[str, object]:
     """The constexpr arguments of ``rotate_quantize_kernel``."""
     element, scale, rule = variant.encoding.flat
-    exponent, mantissa = E8M0_RULES[element, rule] if scale == "e8m0" else (0, 0)
+    exponent, mantissa = (0, 0)
+    if scale == "e8m0":
+        exponent, mantissa = E8M0_RULES[element, "theta" if rule == "default" else rule]
     return {
         "K": variant.k,
         "ELEMENT": element,
@@ -111,6 +115,7 @@ def quantize_constants(variant: Variant, tile: QuantizeTile, arch: int = 0) -> d
         "LARGEST": LARGEST[element],
         "EXPONENT": exponent,
         "MANTISSA": mantissa,
+        "FOUR_SIX": rule == "four_six",
         "ROTATION": variant.rotation,
         "PROLOGUE": variant.prologue,
         "OUTPUT": variant.output,
@@ -297,9 +302,10 @@ def rotate_quantize(
     dtype = x.dtype if scale == "e4m3" else torch.bfloat16
     k = prologue.features(x)
     coverage.require("rotate_quantize", element, scale, k, rotation=rotation, dtype=dtype)
-    if scale == "e8m0" and (element, rule) not in E8M0_RULES:
+    if rule not in (known_rules := ("default", *_rules(element, scale))):
         raise ValueError(
-            f"rotate_quantize: scale rule {rule!r} does not exist; choose theta, ocp or ceil"
+            f"rotate_quantize: scale rule {rule!r} does not exist; choose from "
+            f"{', '.join(known_rules)}"
         )
     flat = x.reshape(-1, x.shape[-1])
     known = None if scale == "e8m0" else global_scale
@@ -314,6 +320,13 @@ def rotate_quantize(
     if scale == "e8m0":
         return QuantizedInputs(packed, bits, None)
     return QuantizedInputs(packed, bits, per_token if known is None else known)
+
+
+def _rules(element: str, scale: str) -> tuple[str, ...]:
+    """The scale rules that the kernel has."""
+    if scale == "e4m3":
+        return E4M3_RULES[element]
+    return tuple(rule for name, rule in E8M0_RULES if name == element)
 
 
 def _rotate_quantize_fake(

@@ -97,12 +97,13 @@ class Encoding:
     Attributes:
         element: e2m1 or int4.
         scale: e4m3 or e8m0.
-        rule: of e8m0 scales: theta, ocp or ceil; e4m3 scales have one only.
+        rule: of e8m0 scales theta, ocp or ceil; of e4m3 scales absmax, and with e2m1 elements
+            four_six; default is the first of them.
     """
 
     element: str
     scale: str
-    rule: str = "theta"
+    rule: str = "default"
 
     @property
     def flat(self) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ a butterfly of reshapes costs 19–23. Launch with ``enable_fp_fusion=False``: c
 with an add that rounds would move ties.
 """
 # pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from ptq.kernels.codec import (
     pack_pairs,
     round_fp8,
     round_half,
+    round_to_e2m1,
     round_to_e4m3,
 )
 
@@ -95,6 +97,16 @@ def _rotate(
 
 
 @triton.jit
+def _e2m1_cost(y, inverse, scale):
+    """``s² · Σ d²`` of groups of E2M1 with E4M3 scales: the rule ``four_six`` of
+    ``ptq.numerics.activations``, whose sums are exact in any order."""
+    z = tl.abs(y * tl.div_rn(inverse + tl.zeros_like(scale), scale)[:, :, None])
+    distance = tl.minimum(tl.abs(z - round_to_e2m1(z)), 2.0)
+    distance = (distance + 24576.0) - 24576.0
+    return scale * scale * tl.sum(distance * distance, axis=2)
+
+
+@triton.jit
 def rotate_quantize_kernel(
     x_ptr,
     block_ptr,
@@ -113,6 +125,7 @@ def rotate_quantize_kernel(
     LARGEST: tl.constexpr,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
+    FOUR_SIX: tl.constexpr,
     ROTATION: tl.constexpr,
     PROLOGUE: tl.constexpr,
     OUTPUT: tl.constexpr,
@@ -130,7 +143,7 @@ def rotate_quantize_kernel(
     OUTPUT: "codes" (packed codes and scale bytes), "rotated" (y in the dtype of x) or "fp8" (E4M3,
     a scale per row). GLOBAL_SCALE: one for the whole "tensor" or one for each of its "rows" is
     read, or one per row is "computed" and stored. SWIZZLE: scale bytes are stored in the 128 × 4
-    blocks of Blackwell. LARGEST, EXPONENT, MANTISSA: the element and scale rule.
+    blocks of Blackwell. LARGEST, EXPONENT, MANTISSA, FOUR_SIX: the element and scale rule.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
@@ -162,7 +175,9 @@ def rotate_quantize_kernel(
                 )
                 y = _rotate(x, block_ptr, factor, BLOCK_M, BLOCK_K, ROTATION, INTERPRETED)
                 row_amax = tl.maximum(row_amax, tl.max(tl.abs(y), axis=1))
-            top: tl.constexpr = 448.0 if OUTPUT == "fp8" else 448.0 * LARGEST
+            # four_six: with room for 1.5 times the largest scale
+            largest: tl.constexpr = 256.0 if FOUR_SIX else 448.0
+            top: tl.constexpr = 448.0 if OUTPUT == "fp8" else largest * LARGEST
             t = tl.maximum(tl.div_rn(row_amax, top), 1.1754943508222875e-38)
             t = tl.where(row_amax > 0.0, t, 1.0)
             tl.store(global_scale_ptr + rows, t, mask=row_mask)
@@ -199,7 +214,12 @@ def rotate_quantize_kernel(
             y = y.reshape(BLOCK_M, GROUPS, GROUP)
             amax = tl.max(tl.abs(y), axis=2)
             if SCALE == "e4m3":
-                scale = round_to_e4m3(amax * constant)
+                wanted = amax * constant
+                scale = round_to_e4m3(wanted)
+                if FOUR_SIX:
+                    wider = round_to_e4m3(wanted * 1.5)
+                    cheaper = _e2m1_cost(y, inverse, wider) < _e2m1_cost(y, inverse, scale)
+                    scale = tl.where(cheaper, wider, scale)
                 byte = encode_e4m3(scale)
                 # div_rn does not broadcast
                 to_code = tl.div_rn(inverse + tl.zeros_like(scale), scale)

@@ -207,12 +207,13 @@ def quantize_case(
     output: str = "codes",
     global_scale: str = "tensor",
     prologue: str = "none",
+    rule: str = "default",
 ) -> Case:
     """Rotation and quantization of inputs, with the tile that a launch takes for so many rows."""
     variant = Variant(
         k=LONG,
         rotation=rotation,
-        encoding=Encoding(*PARTS[fmt]),
+        encoding=Encoding(*PARTS[fmt], rule),
         prologue=prologue,
         output=output,
         global_scale=global_scale,
@@ -222,6 +223,7 @@ def quantize_case(
     words.append(f"{tile.block_m}x{tile.block_k}")
     words += {"tensor": [], "rows": ["given rows"], "computed": ["per row"]}[global_scale]
     words += [] if prologue == "none" else [prologue]
+    words += [] if rule == "default" else [rule]
     return Case(
         name=" ".join(words),
         kernel=rotate_quantize_kernel,
@@ -262,6 +264,7 @@ def input_variants(arch: int) -> Iterator[Case]:
                 yield quantize_case(fmt, rotation, PREFILL, arch=arch)
     if arch >= 90:
         yield quantize_case("nvfp4", 128, PREFILL, arch=arch, output="fp8", global_scale="computed")
+    yield quantize_case("nvfp4", 1, 1, arch=arch, rule="four_six")
     for rotation in (16, 32, 64):
         yield quantize_case("nvfp4", rotation, PREFILL, arch=arch, output="rotated")
     yield quantize_case("nvfp4", 128, 1, arch=arch, output="rotated")
@@ -269,7 +272,9 @@ def input_variants(arch: int) -> Iterator[Case]:
         yield quantize_case("nvfp4", 16, rows, arch=arch, global_scale="computed")
         for rotation in (16, 128):
             yield quantize_case("nvfp4", rotation, rows, arch=arch, global_scale="rows")
+        yield quantize_case("nvfp4", 1, rows, arch=arch, global_scale="computed", rule="four_six")
         for prologue in ("rms_norm", "silu_mul"):
+            yield quantize_case("nvfp4", 1, rows, arch=arch, prologue=prologue, rule="four_six")
             yield quantize_case("nvfp4", 128, rows, arch=arch, prologue=prologue)
             yield quantize_case("nvfp4", 128, rows, arch=arch, output="rotated", prologue=prologue)
 
@@ -291,6 +296,7 @@ def cases(arch: int, *, all_rows: bool) -> Iterator[Case]:
                 yield case
     for fmt, rotation in USUAL:
         yield quantize_case(fmt, rotation, PREFILL, arch=arch)
+    yield quantize_case("nvfp4", 1, PREFILL, arch=arch, rule="four_six")
     yield quantize_case("nvfp4", 128, PREFILL, arch=arch, output="rotated")
     yield dequantize_case("nvfp4", fp8=False)
     if arch >= 90:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -11,7 +11,7 @@ def check_destination(
     model: Path | None = None,
     *,
     overwrite: bool,
-    recipe: Mapping[str, object] | None = None,
+    recipe: Callable[[], Mapping[str, object]] | None = None,
 ) -> Path:
     """The real path of ``out``, links resolved, after making sure that a result may take its place.
 
@@ -20,8 +20,9 @@ def check_destination(
     Args:
         model: the directory that the run reads, if there is one.
         overwrite: allow a directory that holds a checkpoint of ours, to be replaced.
-        recipe: in plain JSON; allow a directory that holds a checkpoint which was made by it, of
-            which the writer finds out whether the same run has made it.
+        recipe: gives that of the run, in plain JSON, and is asked once the path itself may be
+            used; allow a directory that holds a checkpoint which was made by it, of which the
+            writer finds out whether the same run has made it.
 
     Raises:
         ValueError: an empty path; one that is, contains or lies in the model or is, or contains,
@@ -46,7 +47,7 @@ def check_destination(
         raise FileExistsError(f"{shown} exists and is not a directory: choose another --out")
     _check_surroundings(place, shown)
     holds = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
-    again = bool(holds) and recipe is not None and _recipe(place) == recipe
+    again = bool(holds) and recipe is not None and _recipe(place) == recipe()
     if holds and not (overwrite or again):
         raise FileExistsError(
             f"{shown} exists and is not empty: choose another directory, or --overwrite"

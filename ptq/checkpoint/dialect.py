@@ -76,6 +76,9 @@ class Dialect:
         extra_tensors: what is stored besides the tensors of the model, by full name.
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
         extra_files: JSON files besides config.json, by name, from the ``quantization_config``.
+        applies_input_rule: whether all who read it scale inputs by the rule that it names; if not,
+            they may take the format's own
+            (:func:`ptq.numerics.activations.default_rule`).
     """
 
     name: str
@@ -89,3 +92,4 @@ class Dialect:
     extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
     is_extra: Callable[[str], bool] = lambda name: False
     extra_files: Callable[[JsonDict], dict[str, JsonDict]] = lambda config: {}
+    applies_input_rule: bool = True

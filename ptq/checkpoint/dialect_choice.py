@@ -15,6 +15,8 @@ from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.numerics.activations import default_rule
+from ptq.numerics.formats import FORMATS
 
 CHOICES = ("auto", *DIALECTS)
 # What "auto" takes: the first that both of these compute exactly; the last carries everything.
@@ -42,7 +44,8 @@ def choose(
 
     Args:
         dialect: one of ``CHOICES``. ``"auto"`` takes compressed-tensors when transformers and vLLM
-            both compute it exactly; an explicit one is held to what vLLM does.
+            both compute it exactly; an explicit one is held to what vLLM does, but for the scale
+            rule of inputs, which is then told in the reason.
         dtype, scales, foreign: see :class:`ptq.checkpoint.dialect.Export`.
 
     Raises:
@@ -60,12 +63,25 @@ def choose(
     if dialect != "auto":
         if reason := DIALECTS[dialect].refusal(export):
             raise ValueError(f"cannot write {dialect}: {reason}")
-        return Choice(dialect, "as asked")
+        other = None if DIALECTS[dialect].applies_input_rule else _other_rule(layers)
+        return Choice(dialect, f"as asked; {other}" if other else "as asked")
     refusals: list[str] = []
     for candidate in AUTOMATIC:
         reason = candidate.refusal(export)
+        if reason is None and not candidate.applies_input_rule:
+            reason = _other_rule(layers)
         if reason is None:
             why = "; ".join(refusals) or f"{' and '.join(ENGINES)} compute it exactly"
             return Choice(candidate.name, why)
         refusals.append(f"not {candidate.name}: {reason}")
     raise AssertionError(f"{AUTOMATIC[-1].name} refuses: {refusals[-1]}")
+
+
+def _other_rule(layers: Mapping[str, LayerInfo]) -> str | None:
+    """What is to be said of engines that scale inputs by the format's own rule, if that is not the
+    one that ``layers`` name."""
+    for name, info in layers.items():
+        own = default_rule(FORMATS[info.format])
+        if info.quantize_inputs and info.input_rule not in ("default", own):
+            return f"engines scale the inputs of {name} by {own}, not by {info.input_rule}"
+    return None

@@ -25,7 +25,8 @@ from ptq.checkpoint.quantization_config import (
     is_expert,
     patterns,
 )
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.activations import default_rule
+from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import hadamard
 from ptq.reading.schema import JsonObject, check
 
@@ -296,7 +297,7 @@ def _engines(layers: Layers) -> list[str]:
     (C2)."""
     rotated = any(info.rotation > 1 for info in layers.values())
     inputs = any(info.quantize_inputs for info in layers.values())
-    fmt = CT_FORMATS[next(iter(layers.values())).format]
+    fmt = CT_FORMATS[_format(layers).name]
     lines = ["**ptq** (`ptq.load`): right.", f"**transformers**{_in_transformers(layers, fmt)}."]
     if rotated:
         lines.append("**vLLM** ≥ 0.33: right, with `tensor_parallel_size=1` only.")
@@ -309,12 +310,29 @@ def _engines(layers: Layers) -> list[str]:
         lines.append(f"**SGLang**: {fmt.sglang}. **TensorRT-LLM**: {fmt.tensorrt[inputs]}.")
     if inputs:
         lines.append(
-            "Engines choose the scales of activations themselves; GPUs without FP4 units keep "
-            "activations in 16 bit."
+            f"{_about_input_rules(layers)} GPUs without FP4 units keep activations in 16 bit."
         )
     elif fmt.weight_only:
         lines.append(fmt.weight_only)
     return lines
+
+
+def _about_input_rules(layers: Layers) -> str:
+    """Who scales activations how."""
+    (rule,), own = {info.input_rule for info in layers.values()}, default_rule(_format(layers))
+    if rule in ("default", own):
+        return (
+            "Engines choose the scales of activations themselves; ptq calibrates and evaluates "
+            f"with `{own}`."
+        )
+    return (
+        f"**Engines scale activations by `{own}`, not by `{rule}`**, with which this checkpoint "
+        "was calibrated and which ptq computes: what `ptq eval` says does not hold for them."
+    )
+
+
+def _format(layers: Layers) -> Format:
+    return FORMATS[next(iter(layers.values())).format]
 
 
 def _in_transformers(layers: Layers, fmt: CtFormat) -> str:
@@ -343,4 +361,5 @@ COMPRESSED_TENSORS = Dialect(
     conversion=_conversion,
     extra_tensors=rotation_tensors,
     is_extra=is_rotation_tensor,
+    applies_input_rule=False,
 )

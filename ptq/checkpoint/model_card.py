@@ -1,11 +1,12 @@
 """The model card (README.md) of a checkpoint: what it is, who runs it and who computes it wrongly,
 how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
+from ptq.numerics.activations import default_rule
 from ptq.numerics.formats import FORMATS
 
 
@@ -22,11 +23,17 @@ def model_card(
     formats = sorted({info.format for info in layers.values()})
     bits = ", ".join(f"{FORMATS[f].bits_per_weight:g} bits a weight in {f}" for f in formats)
     rotations = sorted({info.rotation for info in layers.values()} - {1})
-    inputs = any(info.quantize_inputs for info in layers.values())
+    rules = sorted(
+        default_rule(FORMATS[info.format]) if info.input_rule == "default" else info.input_rule
+        for info in {i for i in layers.values() if i.quantize_inputs}
+    )
     source = provenance.get("source") or provenance.get("model")
     rows = [
         ("format", ", ".join(formats)),
-        ("activations", "quantized to the same format" if inputs else "16 bit"),
+        (
+            "activations",
+            f"quantized to the same format, scaled by {_code(rules)}" if rules else "16 bit",
+        ),
         (
             "rotation",
             f"Hadamard blocks of {', '.join(map(str, rotations))} inputs, online"
@@ -79,6 +86,10 @@ def model_card(
     ]
     lines += ["Errors of every layer are in `ptq_report.json`.", ""]
     return "\n".join(lines)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
 
 
 def _loading(why_import: str | None) -> list[str]:

@@ -89,6 +89,13 @@ def quantize(
     scales: Annotated[
         str | None, typer.Option(help="Rule that chooses scales: absmax, mse, …")
     ] = None,
+    input_rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Rule that scales quantized inputs: absmax, four_six (NVFP4), theta, …; else the "
+            "best one that those who read the result apply."
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +175,7 @@ def quantize(
         "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
         "balance": balance,
         "scales": scales,
+        "input_rule": input_rule,
         "calibration": calibration,
         "field": field,
         "samples": samples,
@@ -212,6 +220,7 @@ def quantize(
             dialect=dialect,
             activations=activations,
             hessian_memory=room,
+            on_plan=None if quiet or not lead else display.print_plan,
             on_block=on_block,
         )
     if lead and not quiet and isinstance(choice, Choice):

@@ -22,6 +22,7 @@ from ptq.runtime.verify import Verdict
 
 if TYPE_CHECKING:  # ptq inspect must not wait for transformers
     from ptq.pipeline.forecast import Forecast
+    from ptq.pipeline.plan import Plan
     from ptq.pipeline.run import Progress
 
 
@@ -117,6 +118,12 @@ def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
             note(f"{what} {done}/{total}  {text}  {elapsed:.1f} s, about {remaining:.0f} s left")
 
         yield line
+
+
+def print_plan(plan: "Plan") -> None:
+    """What a run is about to do, where it might surprise."""
+    if plan.about_inputs:
+        note(plan.about_inputs)
 
 
 @contextmanager

@@ -7,10 +7,18 @@ In float32, one correctly rounded division per group and one product per element
     E4M3:  s = e4m3(clamp(amax · c, 2^-9, 448)),  c = (1/t) · (1/Q);   z = y · ((1/t) / s)
     E8M0:  byte from the exponent and mantissa of amax;                z = y · 2^(127 - byte)
     code = nearest to z, ties to the even code, saturating
+
+The rule ``four_six`` (arXiv 2512.02010) puts the largest magnitude on 6 or on 4, whichever costs
+the group less: of s and of e4m3 of 1.5 times as much the one with the smaller
+
+    s² · Σ d²,   d = min(|z - value of its code|, 2), rounded to a multiple of 2^-9
+
+and s itself on ties. Rounded so, the squares are whole multiples of 2^-18 and their sum is at most
+2^24 of them: it is exact in float32 whatever the order, on any machine (K1).
 """
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from ptq.numerics.formats import E4M3_LARGEST, Format
@@ -18,20 +26,41 @@ from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import scale_bytes
 from ptq.numerics.tensor import QuantizedTensor, Scales, group
 
+# Element → the scale rules of inputs with E4M3 scales: only E2M1 has a wide step at its top.
+E4M3_RULES = {"e2m1": ("absmax", "four_six")}
+E8M0_RULES = ("theta", "absmax", "ceil", "ocp", "round")
+# The scale of a token's largest group: 1.5 times that is a number of E4M3 too.
+ROOM_FOR_FOUR = 256.0
+# 1.5 · 2^14: what is added to it and taken off again is rounded to a multiple of 2^-9.
+TO_512THS = 24576.0
+
+
+def input_rules(fmt: Format) -> tuple[str, ...]:
+    """The scale rules that activations of a format can have, its own first."""
+    return E4M3_RULES.get(fmt.element.name, ("absmax",)) if fmt.has_global_scale else E8M0_RULES
+
 
 def default_rule(fmt: Format) -> str:
-    """The scale rule of dynamic activations (F6): ``absmax`` for E4M3 scales, ``theta`` for
-    E8M0."""
-    return "absmax" if fmt.has_global_scale else "theta"
+    """A format's own scale rule of dynamic activations (F6), which engines compute too: ``absmax``
+    for E4M3 scales, ``theta`` for E8M0."""
+    return input_rules(fmt)[0]
 
 
-def row_scale(y: Float32[Tensor, "tokens in"], fmt: Format) -> Float32[Tensor, "tokens 1"]:
+def best_rule(fmt: Format, rotation: int) -> str:
+    """The scale rule that measured best for activations in rotation blocks of so many (A2)."""
+    return "four_six" if rotation == 1 and "four_six" in input_rules(fmt) else default_rule(fmt)
+
+
+def row_scale(
+    y: Float32[Tensor, "tokens in"], fmt: Format, rule: str = "absmax"
+) -> Float32[Tensor, "tokens 1"]:
     """A global scale for every token: its largest magnitude at the top of the range; 1 for a token
-    of zeros (F14)."""
+    of zeros (F14). ``four_six`` needs room above that for the larger of its two scales."""
     amax = y.abs().amax(-1, keepdim=True)
+    top = ROOM_FOR_FOUR if rule == "four_six" else E4M3_LARGEST
     return torch.where(
         amax > 0,
-        (amax / (E4M3_LARGEST * fmt.element.max)).clamp(min=2.0**-126),
+        (amax / (top * fmt.element.max)).clamp(min=2.0**-126),
         torch.ones_like(amax),
     )
 
@@ -48,7 +77,7 @@ def quantize_inputs(
     Args:
         global_scale: the calibrated float32 factor of formats with E4M3 scales; None takes one per
             token. Ignored by formats with E8M0 scales, which have none.
-        rule: a rule of :func:`ptq.numerics.scales.scale_bytes`; None is :func:`default_rule`.
+        rule: one of :func:`input_rules`; None is :func:`default_rule`.
 
     Raises:
         ValueError: features that do not form groups or rotation blocks, or a rule that the format
@@ -58,13 +87,21 @@ def quantize_inputs(
     groups = group(y, fmt)
     amax = groups.abs().amax(-1)
     rule = rule or default_rule(fmt)
+    if rule not in input_rules(fmt):
+        raise ValueError(
+            f"activations of {fmt.name} have no scale rule {rule!r}; choose from "
+            f"{', '.join(input_rules(fmt))}"
+        )
     if fmt.has_global_scale:
-        if rule != "absmax":
-            raise ValueError(f"activations of {fmt.name} have the scale rule absmax, not {rule!r}")
-        t = row_scale(y, fmt) if global_scale is None else global_scale.float()
+        t = row_scale(y, fmt, rule) if global_scale is None else global_scale.float()
         inverse = 1 / t
         constant = inverse * (1 / torch.tensor(fmt.element.max))
-        bits = fmt.encode_scale(amax * constant)
+        wanted = amax * constant
+        bits = fmt.encode_scale(wanted)
+        if rule == "four_six":
+            wider = fmt.encode_scale(1.5 * wanted)
+            costs = [_cost(groups, fmt, inverse, tried) for tried in (bits, wider)]
+            bits = torch.where(costs[1] < costs[0], wider, bits)
         factor = inverse / fmt.decode_scale(bits)
     else:
         t = torch.ones((), device=x.device)
@@ -73,3 +110,17 @@ def quantize_inputs(
     return QuantizedTensor(
         fmt.element.encode((groups * factor.unsqueeze(-1)).flatten(1)), Scales(bits, t, fmt)
     )
+
+
+def _cost(
+    groups: Float32[Tensor, "tokens groups size"],
+    fmt: Format,
+    inverse: Float32[Tensor, "*#t"],
+    bits: UInt8[Tensor, "tokens groups"],
+) -> Float32[Tensor, "tokens groups"]:
+    """``s² · Σ d²`` of every group with these scales; ``inverse`` is 1/t."""
+    scale = fmt.decode_scale(bits)
+    z = groups * (inverse / scale).unsqueeze(-1)
+    distance = z.sub_(fmt.element.round(z)).abs_().clamp_(max=2.0)
+    distance = distance.add_(TO_512THS).sub_(TO_512THS)
+    return scale.square() * distance.square_().sum(-1)

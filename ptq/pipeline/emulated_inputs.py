@@ -28,7 +28,8 @@ def _rounded(rows: Tensor, recipe: Recipe, rotation: Rotation) -> Tensor:
     fmt, scale = recipe.fmt, None
     if recipe.static_inputs:
         scale = fmt.global_scale(rotation.exact(rows).abs().amax().float(), INPUT_MARGIN)
-    quantized = quantize_inputs(rows, fmt, rotation, scale, recipe.input_rule)
+    rule = recipe.rule_of_inputs(rotation.size)
+    quantized = quantize_inputs(rows, fmt, rotation, scale, rule)
     return rotation.exact(quantized.dequantize()).to(rows.dtype)
 
 

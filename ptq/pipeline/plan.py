@@ -64,12 +64,13 @@ class LayerPlan:
         """What a checkpoint will say about it. A rotation that is chosen by measurement counts as
         one of the format's group size: what cannot be written shows now."""
         recipe = self.recipe
+        rotation = recipe.fmt.group_size if recipe.rotation == "auto" else int(recipe.rotation)
         return LayerInfo(
             format=recipe.format,
-            rotation=recipe.fmt.group_size if recipe.rotation == "auto" else int(recipe.rotation),
+            rotation=rotation,
             quantize_inputs=recipe.quantize_inputs,
             static_inputs=recipe.static_inputs,
-            input_rule=recipe.input_rule or "default",
+            input_rule=recipe.stored_input_rule(rotation),
             bias=self.bias,
         )
 
@@ -86,6 +87,8 @@ class Plan:
             positions.
         foreign: why other engines would not find the layers of the result under their names, or
             None.
+        about_inputs: what there is to say of how quantized inputs are scaled, and who scales them
+            otherwise; empty where they stay in 16 bits.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -93,6 +96,7 @@ class Plan:
     head: str | None
     seq_len: int
     foreign: str | None
+    about_inputs: str = ""
 
     @classmethod
     def of(cls, source: Described, recipe: Recipe) -> "Plan":

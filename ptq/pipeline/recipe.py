@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
-from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
 from ptq.numerics.algorithms import ALGORITHMS
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
@@ -81,7 +81,9 @@ class Recipe:
         descent: sweeps of coordinate descent on the codes after the algorithm (0: none).
         global_scale: ``absmax`` or ``alternating`` (refitted by turns with the group scales).
         input_scale: global scale of activations in ``w4a4``: ``static`` (calibrated) or ``token``.
-        input_rule: scale rule of activations; None is the format's default.
+        input_rule: scale rule of activations, one of
+            :func:`ptq.numerics.activations.input_rules`; None is the best one measured for the
+            format and a layer's rotation.
         balance: strength of diagonal balancing, 0 (none) … 1 (all inputs of a layer equally large),
             where it folds into what produces the inputs (:mod:`ptq.calib.balance`).
         ignore: patterns of modules that stay as they are.
@@ -128,6 +130,8 @@ class Recipe:
         _choice("order", self.order, ("natural", "act", "group"))
         _choice("global_scale", self.global_scale, ("absmax", "alternating"))
         _choice("input_scale", self.input_scale, ("static", "token"))
+        if self.input_rule is not None:
+            _choice("input_rule", self.input_rule, input_rules(self.fmt))
         if self.rotation != "auto":
             if isinstance(self.rotation, str):
                 raise ValueError(
@@ -162,6 +166,17 @@ class Recipe:
         """Whether inputs are quantized with one calibrated global scale."""
         return self.quantize_inputs and self.input_scale == "static" and self.fmt.has_global_scale
 
+    def rule_of_inputs(self, rotation: int) -> str:
+        """The scale rule of inputs that are rotated in blocks of so many."""
+        return self.input_rule or best_rule(self.fmt, rotation)
+
+    def stored_input_rule(self, rotation: int) -> str:
+        """The same as checkpoints say it: ``"default"`` is the format's own, and that of inputs
+        which are not quantized."""
+        rule = self.rule_of_inputs(rotation)
+        own = not self.quantize_inputs or rule == default_rule(self.fmt)
+        return "default" if own else rule
+
     @property
     def in_loop(self) -> str | None:
         """How scales are chosen inside the sweep, or None when they are chosen before it."""
@@ -195,6 +210,7 @@ class Recipe:
             change, str
         ):  # a format alone: the best known recipe of that format, the run's own data
             change = {k: v for k, v in _defaults(change, self.scheme).items() if k in PER_MODULE}
+            change["input_rule"] = None
         if unknown := sorted(change.keys() - set(PER_MODULE)):
             raise ValueError(
                 f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; "

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ptq.calib.hidden_states import check_storage
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination
-from ptq.checkpoint.dialect_choice import Choice, choose
+from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.writer import CheckpointWriter, config_dtype
 from ptq.model.checkpoint_source import CheckpointSource
@@ -36,6 +37,7 @@ from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
 from ptq.pipeline.memory import statistics_limit
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, share, world
+from ptq.pipeline.readers import plan_for
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Solved
 from ptq.pipeline.tasks import Task, reduce, tasks
@@ -152,7 +154,7 @@ def install(
             getattr(old, "bias", None),
             quantize_inputs=recipe.quantize_inputs,
             input_global_scale=result.input_scale,
-            input_rule=recipe.input_rule,
+            input_rule=recipe.stored_input_rule(result.rotation.size),
         )
         layer.cache = True  # the block runs over all batches once more
         block.module.set_submodule(inner, layer)
@@ -218,6 +220,7 @@ def quantize_model(
     activations: str = "ram",
     hessian_memory: float | None = None,
     tokenizer: Any = None,
+    on_plan: Callable[[Plan], None] | None = None,
     on_block: Callable[[Progress], None] | None = None,
 ) -> Choice | nn.Module:
     """Quantize a causal language model.
@@ -230,6 +233,7 @@ def quantize_model(
         hessian_memory: bytes that the statistics of a block's experts may take at a time; None is a
             part of what is free. Results do not depend on it.
         tokenizer: for a model in memory; otherwise the one beside the weights.
+        on_plan: called once, before any weight or text is read.
         on_block: called after every finished block.
 
     Returns:
@@ -243,17 +247,24 @@ def quantize_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_storage(activations)
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
+
+    @cache
+    def settled() -> Plan:
+        stored = config_dtype(_config(source)) or "float32"
+        return plan_for(source, recipe, None if out is None else dialect, dtype=stored)
+
     companions: list[Path] = []
     if out is not None:
         out = check_destination(
-            out, source.path, overwrite=overwrite, recipe=json.loads(json.dumps(recipe.to_dict()))
+            out,
+            source.path,
+            overwrite=overwrite,
+            recipe=lambda: json.loads(json.dumps(settled().recipe.to_dict())),
         )
-        companions = companion_files(source.path)
-    plan = Plan.of(source, recipe)
-    if out is not None and dialect != "auto":
-        stored = config_dtype(_config(source)) or "float32"
-        choose(plan.infos, dialect, dtype=stored, foreign=plan.foreign)
-    companions = _companions(source)
+        companions = _companions(source)
+    plan = settled()
+    if on_plan is not None:
+        on_plan(plan)
     data = _calibration(plan, tokenizer)
     rank, ranks = world()
 
@@ -279,7 +290,7 @@ def quantize_model(
     writer = CheckpointWriter(
         out,
         source_config=_config(source),
-        recipe=recipe.to_dict(),
+        recipe=plan.recipe.to_dict(),
         provenance=_provenance(source, data),
         fingerprint=source.fingerprint,
         weights=source.digests(None),

@@ -293,7 +293,8 @@ def _input_error(job: Job, rotation: Rotation, scale: Tensor | None) -> float:
     """``E‖(Q(xR) - xR) W'ᵀ‖² / E‖x Wᵀ‖²`` on the sample: what quantized activations alone cost; 0
     without a sample."""
     exact = rotation.exact(job.sample).float()
-    quantized = quantize_inputs(job.sample, job.recipe.fmt, rotation, scale, job.recipe.input_rule)
+    rule = job.recipe.rule_of_inputs(rotation.size)
+    quantized = quantize_inputs(job.sample, job.recipe.fmt, rotation, scale, rule)
     noise = quantized.dequantize() - exact
     sums = torch.zeros(2, dtype=torch.float64)
     for layer in job.weights:

@@ -25,6 +25,8 @@ BUDGET = {80: 6.3, 90: 4.4, 100: 2.8, 120: 18.4}
 # The same per element of the quantizer (2 bytes in, 0.56 out). The law of rounding takes NVFP4 past
 # it on sm_90: known.
 QUANTIZER = {80: 28.5, 90: 28.5, 100: 16.0, 120: 84.0}
+# four_six rounds every element twice more and sums its squares: bound by arithmetic but on sm_120.
+TWO_SCALES = {80: 58.0, 90: 58.0, 100: 39.0, 120: 84.0}
 
 
 def compile_all(*arguments: str) -> dict[str, dict]:
@@ -86,9 +88,10 @@ def test_decoding_leaves_the_memory_as_the_bottleneck(compiled, arch: int) -> No
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_quantizer_divides_once_per_group_and_fuses_nothing(compiled, arch: int) -> None:
     quantizers = {n: r for n, r in compiled.items() if n.startswith(f"sm_{arch} quantize")}
-    assert len(quantizers) == 3
+    assert len(quantizers) == 4
     for name, result in quantizers.items():
-        assert result["per_item"] <= QUANTIZER[arch], name
+        budget = TWO_SCALES if "four_six" in name else QUANTIZER
+        assert result["per_item"] <= budget[arch], name
         assert not result["div_full"], f"{name}: approximate division"
         assert result["fused_multiply_adds"] <= 4 * 24, (
             f"{name}: products contracted with additions that round"

@@ -103,8 +103,9 @@ def test_outliers_do_no_harm(make_tiny_model: Make, tiny_text: Path, tmp_path: P
             out = tmp_path / f"{source.name}-{strength}"
             quantize_model(source, out, recipe=recipe(tiny_text, balance=strength), device="cpu")
             errors[source == planted, strength] = damage(source, out, tokens)
-    assert errors[True, 0.0] > 1.3 * errors[False, 0.0], "the outliers must hurt"
-    assert errors[True, 0.5] < 1.05 * errors[False, 0.5], "and no more when balanced"
+    # six seeds: 2.2 … 2.6 times without balancing, 0.91 … 1.14 with it
+    assert errors[True, 0.0] > 1.8 * errors[False, 0.0], "the outliers must hurt"
+    assert errors[True, 0.5] < 1.25 * errors[False, 0.5], "and no more when balanced"
 
 
 def uneven(path: Path, out: Path) -> Path:
@@ -124,7 +125,8 @@ def test_a_balanced_checkpoint_is_the_model_in_memory(
     model = uneven(make_tiny_model(kind, dtype=torch.bfloat16), tmp_path / "uneven")
     settings = recipe(tiny_text)
     assert settings.balance == 0.5
-    quantize_model(model, tmp_path / "q", recipe=settings, device="cpu")
+    # in memory nobody else reads the result: inputs are scaled as readers of our own dialect do
+    quantize_model(model, tmp_path / "q", recipe=settings, device="cpu", dialect="ptq")
     memory = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     memory = quantize_model(
         memory, recipe=settings, device="cpu", tokenizer=AutoTokenizer.from_pretrained(model)

@@ -122,7 +122,7 @@ def test_a_checkpoint_of_the_same_recipe_may_be_what_the_run_would_write(
     other = checkpoint(tmp_path / "other", {"ptq": {"recipe": {"format": "mxfp4"}}})
     foreign = checkpoint(tmp_path / "foreign", {"recipe": {"format": "nvfp4"}})
     recipe = {"format": "nvfp4"}
-    assert check_destination(ours, model, overwrite=False, recipe=recipe) == ours
+    assert check_destination(ours, model, overwrite=False, recipe=lambda: recipe) == ours
     for place in (other, foreign):
         with pytest.raises(FileExistsError, match="--overwrite"):
-            check_destination(place, model, overwrite=False, recipe=recipe)
+            check_destination(place, model, overwrite=False, recipe=lambda: recipe)

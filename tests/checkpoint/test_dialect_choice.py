@@ -62,6 +62,17 @@ def test_an_inexact_export_is_refused_in_one_line_with_a_way_out(layers, message
     assert choice.dialect == "ptq" and message in choice.reason
 
 
+def test_engines_that_scale_inputs_by_another_rule_are_told_of():
+    """Right enough to be written when asked for, not exact enough to be chosen."""
+    layers = one(quantize_inputs=True, static_inputs=True, input_rule="four_six")
+    said = f"engines scale the inputs of {DOWN} by absmax, not by four_six"
+    choice = choose(layers, dtype="bfloat16")
+    assert choice.dialect == "ptq" and choice.reason == f"not compressed-tensors: {said}"
+    choice = choose(layers, "compressed-tensors", dtype="bfloat16")
+    assert choice.dialect == "compressed-tensors" and choice.reason == f"as asked; {said}"
+    assert choose(layers, "ptq", dtype="bfloat16").reason == "as asked"
+
+
 def test_the_dtype_of_the_model_counts():
     with pytest.raises(ValueError, match="float16"):
         choose(one(format="nvint4"), "compressed-tensors", dtype="float16")
@@ -106,6 +117,8 @@ def test_a_measured_rotation_counts_as_one():
 def test_inputs_that_are_scaled_by_token_have_no_calibrated_scale():
     recipe = Recipe(format="nvfp4", scheme="w4a4", input_scale="token")
     layer = LayerPlan(name=DOWN, recipe=recipe, in_features=64, out_features=8, bias=False)
-    assert layer.info == LayerInfo(format="nvfp4", quantize_inputs=True, static_inputs=False)
+    assert layer.info == LayerInfo(
+        format="nvfp4", quantize_inputs=True, static_inputs=False, input_rule="four_six"
+    )
     with pytest.raises(ValueError, match="calibrated global scale"):
         choose({DOWN: layer.info}, "compressed-tensors", dtype="bfloat16")

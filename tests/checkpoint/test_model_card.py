@@ -38,3 +38,14 @@ def test_the_import_is_shown_where_a_load_without_it_is_wrong() -> None:
     assert "import ptq.hf" not in card("compressed-tensors", {NAME: plain})
     assert "import ptq.hf  # attaches the online" in card("compressed-tensors", {NAME: rotated})
     assert "Do not use them" in card("compressed-tensors", {NAME: rotated})
+
+
+def test_a_card_says_who_scales_activations_how() -> None:
+    facts = {"format": "nvfp4", "quantize_inputs": True, "static_inputs": True}
+    plain = card("compressed-tensors", {NAME: LayerInfo(**facts)})
+    assert "ptq calibrates and evaluates with `absmax`" in plain and "not by" not in plain
+    other = LayerInfo(**facts, input_rule="four_six")
+    assert "by `absmax`, not by `four_six`**" in card("compressed-tensors", {NAME: other})
+    assert "| activations | quantized to the same format, scaled by `four_six` |" in card(
+        "ptq", {NAME: other}
+    )

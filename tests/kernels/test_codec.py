@@ -21,12 +21,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit
-def _encode_all(x_ptr, e2m1_ptr, int4_ptr, e4m3_ptr, SIZE: tl.constexpr):
+def _encode_all(x_ptr, e2m1_ptr, int4_ptr, e4m3_ptr, rounded_ptr, SIZE: tl.constexpr):
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     x = tl.load(x_ptr + place)
     tl.store(e2m1_ptr + place, codec.encode_e2m1(x))
     tl.store(int4_ptr + place, codec.encode_int4(x))
     tl.store(e4m3_ptr + place, codec.encode_e4m3(codec.round_to_e4m3(tl.abs(x))))
+    tl.store(rounded_ptr + place, codec.round_to_e2m1(tl.abs(x)))
 
 
 @triton.jit
@@ -81,10 +82,12 @@ def _numbers() -> torch.Tensor:
 def test_encoding_is_that_of_the_formats() -> None:
     x = _numbers()
     e2m1, int4, e4m3 = (torch.zeros(len(x), dtype=torch.int32, device=DEVICE) for _ in range(3))
-    _encode_all[(len(x) // 4096,)](x, e2m1, int4, e4m3, 4096)
+    rounded = torch.zeros(len(x), device=DEVICE)
+    _encode_all[(len(x) // 4096,)](x, e2m1, int4, e4m3, rounded, 4096)
     # F4: a kernel may keep the sign of a number that rounds to zero
     e2m1 = torch.where(e2m1 == 8, 0, e2m1)
     assert torch.equal(e2m1.to(torch.uint8), E2M1.encode(x))
+    assert torch.equal(rounded, E2M1.round(x.abs()))
     assert torch.equal(int4.to(torch.uint8), INT4.encode(x))
     assert torch.equal(e4m3.to(torch.uint8), NVFP4.encode_scale(x.abs()))
 

@@ -24,7 +24,7 @@ if DEVICE == "cpu" and not INTERPRETED:
 NVFP4 = Encoding("e2m1", "e4m3")
 
 
-def encoding(fmt: Format, rule: str = "theta") -> Encoding:
+def encoding(fmt: Format, rule: str = "default") -> Encoding:
     return Encoding(fmt.element.name, fmt.scale_name, rule)
 
 
@@ -104,6 +104,36 @@ def test_every_scale_rule_at_every_mantissa(name: str, rule: str) -> None:
     expected = quantize_inputs(x, fmt, Rotation(1), None, rule)
     assert torch.equal(inputs.scale_bits.cpu(), expected.scales.bits)
     assert same_codes(inputs.packed, expected.codes, fmt)
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 2080), (35, 640)])
+def test_four_six_equals_the_oracle(tokens: int, features: int) -> None:
+    """Without a rotation nothing is inexact but what the law rounds, so random numbers agree too:
+    all magnitudes, ends of the range, scales below 2^-6, groups of zeros."""
+    x = (torch.randn(tokens, features) * torch.logspace(-4, 4, features)).bfloat16()
+    x[:, 32:48] = 0
+    x[0, 64:80] = torch.linspace(0, 1e30, 16)
+    fp4 = Encoding("e2m1", "e4m3", "four_six")
+    for t in (torch.tensor(0.0123), torch.tensor(1e-6), None):
+        known = None if t is None else t.to(DEVICE)
+        inputs = rotate_quantize(x.to(DEVICE), 1, fp4, known)
+        expected = quantize_inputs(x, FORMATS["nvfp4"], Rotation(1), t, "four_six")
+        assert torch.equal(inputs.scale_bits.cpu(), expected.scales.bits)
+        assert same_codes(inputs.packed, expected.codes, FORMATS["nvfp4"])
+    plain = rotate_quantize(x.to(DEVICE), 1, NVFP4)
+    assert not torch.equal(inputs.scale_bits, plain.scale_bits)
+    # a global scale per token that was given is used as one that was computed
+    again = rotate_quantize(x.to(DEVICE), 1, fp4, inputs.global_scale)
+    assert all(torch.equal(a, b) for a, b in zip(again.flat, inputs.flat, strict=True))
+
+
+def test_four_six_after_a_rotation_and_in_blocks() -> None:
+    x, t = exact_inputs(130, 320), torch.tensor(0.1, device=DEVICE)
+    fp4 = Encoding("e2m1", "e4m3", "four_six")
+    inputs = rotate_quantize(x, 16, fp4, t, swizzle=True)
+    expected = quantize_inputs(x.cpu(), FORMATS["nvfp4"], Rotation(16), t.cpu(), "four_six")
+    assert torch.equal(inputs.scale_bits.cpu(), swizzle_scales(expected.scales.bits))
+    assert same_codes(inputs.packed, expected.codes, FORMATS["nvfp4"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -242,8 +272,10 @@ def test_mistakes_are_named() -> None:
     x = torch.zeros(2, 96).bfloat16()
     with pytest.raises(ValueError, match="rotation of 64"):
         rotate_quantize(x, 64, NVFP4)
-    with pytest.raises(ValueError, match="choose theta"):
+    with pytest.raises(ValueError, match="choose from default, ceil, ocp, theta"):
         rotate_quantize(x, 32, Encoding("e2m1", "e8m0", "absmax"))
+    with pytest.raises(ValueError, match="'four_six' does not exist; choose from default, absmax"):
+        rotate_quantize(x, 32, Encoding("int4", "e4m3", "four_six"))
     with pytest.raises(ValueError, match="no kernel for e4m3"):
         rotate_quantize(x, 1, Encoding("e4m3", "e8m0"))
     with pytest.raises(ValueError, match="gain"):

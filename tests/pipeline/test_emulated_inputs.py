@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.numerics.activations import quantize_inputs
+from ptq.numerics.activations import best_rule, quantize_inputs
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.emulated_inputs import emulated
 from ptq.pipeline.recipe import Recipe
@@ -20,7 +20,8 @@ def test_sequences_are_rounded_as_at_run_time_and_rotated_back(fmt: str, rotatio
     for sequence, result in zip(x, emulated(x, recipe), strict=True):
         amax = turn.exact(sequence).abs().amax()
         t = recipe.fmt.global_scale(amax, 2.0) if recipe.fmt.has_global_scale else None
-        rounded = quantize_inputs(sequence, recipe.fmt, turn, t).dequantize()
+        rule = best_rule(recipe.fmt, size)
+        rounded = quantize_inputs(sequence, recipe.fmt, turn, t, rule).dequantize()
         assert torch.equal(result, turn.exact(rounded))
         assert 0 < (result - sequence).norm() / sequence.norm() < 0.2
 

@@ -44,6 +44,8 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
         ({"damping": 0.0}, "damping is 0.0, it should be greater than 0"),
         ({"samples": 0}, "samples is 0, it should be greater than or equal to 1"),
         ({"rules": (("a", {"samples": 3}),)}, "samples cannot differ by module"),
+        ({"input_rule": "mse"}, "unknown input_rule 'mse'; choose from absmax, four_six"),
+        ({"format": "mxfp4", "input_rule": "four_six"}, "choose from theta, absmax"),
         ({"colour": "red"}, "unknown recipe keys colour"),
     ],
 )
@@ -90,6 +92,22 @@ def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
         ValueError, match=r"'donw_proj' matches no linear layer of the model; near names: down_proj"
     ):
         check_patterns(["donw_proj"], names, "linear layer")
+
+
+def test_the_rule_of_inputs_goes_by_the_rotation_unless_it_is_given() -> None:
+    recipe = Recipe.default("nvfp4", scheme="w4a4")
+    assert (recipe.rule_of_inputs(1), recipe.rule_of_inputs(16)) == ("four_six", "absmax")
+    assert (recipe.stored_input_rule(1), recipe.stored_input_rule(16)) == ("four_six", "default")
+    assert Recipe.default("nvfp4").stored_input_rule(1) == "default"
+    given = Recipe.default(
+        "nvfp4", scheme="w4a4", input_rule="four_six", rules=(("a", "mxfp4"), ("b", {"damping": 1}))
+    )
+    assert given.rule_of_inputs(16) == "four_six"
+    other, same = given.for_module("a"), given.for_module("b")
+    assert other is not None and other.rule_of_inputs(1) == "theta"
+    assert same is not None and same.rule_of_inputs(16) == "four_six"
+    with pytest.raises(ValueError, match="unknown input_rule 'four_six'"):
+        given.from_dict(given.to_dict() | {"rules": [["a", {"format": "mxfp4"}]]})
 
 
 def test_rotations_of_a_layer() -> None:

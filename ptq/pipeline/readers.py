@@ -1,0 +1,73 @@
+"""Who reads a checkpoint decides how its inputs are scaled, before anything is calibrated.
+
+The scale rule of inputs is no part of the tensors: whoever runs the model applies it to every
+token. Readers of some dialects apply the rule that the checkpoint names, those of others always the
+format's own. Weights are calibrated with the inputs that their readers will see.
+"""
+
+from dataclasses import replace
+
+from ptq.checkpoint.dialect_choice import choose
+from ptq.checkpoint.dialects import DIALECTS
+from ptq.numerics.activations import default_rule
+from ptq.pipeline.plan import Described, LayerPlan, Plan
+from ptq.pipeline.recipe import Recipe
+
+
+def plan_for(source: Described, recipe: Recipe, dialect: str | None, *, dtype: str | None) -> Plan:
+    """The plan of a run whose result is written in ``dialect``, the scale rule of inputs settled.
+
+    A rule that the recipe names is taken as it is. Otherwise it is the best one measured, or, where
+    the result would be written in a dialect whose readers do not apply it, the format's own.
+
+    Args:
+        dialect: as asked for, ``"auto"`` included; None if nothing is written.
+        dtype: of the rest of the model, as in config.json.
+
+    Raises:
+        ValueError: see :meth:`ptq.pipeline.plan.Plan.of`; an explicit dialect that cannot express
+            the plan.
+    """
+    plan = Plan.of(source, recipe)
+    # where it is written if nobody has to apply another rule than the format's own
+    likely = plan if recipe.input_rule else _with_own_rules(plan)
+    written = None
+    if dialect is not None:
+        written = choose(likely.infos, dialect, dtype=dtype, foreign=plan.foreign).dialect
+    others = written is not None and not DIALECTS[written].applies_input_rule
+    settled = likely if others else plan
+    rules = _rules(settled)
+    if not rules:
+        return plan
+    about = f"inputs are scaled by {rules}"
+    if others and rules != _rules(plan):
+        about += f", as engines do that read {written}"
+        about += f"; with --dialect ptq by {_rules(plan)}, which is more accurate"
+    elif others and rules != (own := _rules(_with_own_rules(plan))):
+        about += f"; engines that read {written} scale them by {own}"
+    return replace(_told(settled, rules), about_inputs=about)
+
+
+def _with_own_rules(plan: Plan) -> Plan:
+    """The plan with every format's own rule."""
+
+    def own(layer: LayerPlan) -> LayerPlan:
+        rule = default_rule(layer.recipe.fmt)
+        return replace(layer, recipe=replace(layer.recipe, input_rule=rule))
+
+    return replace(plan, layers={name: own(layer) for name, layer in plan.layers.items()})
+
+
+def _rules(plan: Plan) -> str:
+    """The rules of all layers that quantize their inputs, joined by "or"; empty if none does."""
+    layers = [layer for layer in plan.layers.values() if layer.recipe.quantize_inputs]
+    used = {layer.recipe.rule_of_inputs(size) for layer in layers for size in layer.rotations}
+    return " or ".join(sorted(used))
+
+
+def _told(plan: Plan, rules: str) -> Plan:
+    """The plan, its recipe naming the rule if there is but one format and one rule."""
+    alike = len({layer.recipe.format for layer in plan.layers.values()}) == 1
+    if not alike or " " in rules:
+        return plan
+    return replace(plan, recipe=replace(plan.recipe, input_rule=rules))
