@@ -80,10 +80,8 @@ class Hessian:
         if not distributed():
             return
         self._sum = self._kept()
-        count = torch.tensor(self.tokens, dtype=torch.int64, device=self.device)
         dist.all_reduce(self._sum)
-        dist.all_reduce(count)
-        self.tokens = int(count)
+        self.tokens = reduce_sum(self.tokens, self.device)
 
     def _zeros(self) -> Tensor:
         shape = (self.features,) * (2 if self.full else 1)
@@ -100,6 +98,15 @@ def reduce_max(value: Tensor) -> None:
     """Replace ``value`` by its maximum over all ranks, in place; does nothing on one rank."""
     if distributed():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
+
+def reduce_sum(count: int, device: torch.device) -> int:
+    """The sum of ``count`` over all ranks."""
+    if not distributed():
+        return count
+    total = torch.tensor(count, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def distributed() -> bool:

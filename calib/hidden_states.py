@@ -60,6 +60,10 @@ class HiddenStates:
         else:
             self._tensors[batch] = value if self._storage == "device" else value.to("cpu")
 
+    def like(self, batch: int) -> Tensor:
+        """A tensor of the same dtype and shape, without storage."""
+        return self._tensors[batch].to("meta")
+
     def __getitem__(self, batch: int) -> Tensor:
         return self._tensors[batch].to(self.device, copy=True)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptq.calib.hessian import Hessian, entry_bytes, reduce_max
+from ptq.calib.hessian import Hessian, entry_bytes, reduce_max, reduce_sum
 from ptq.model.experts import Expert, Experts
 
 SAMPLE = 2048  # tokens of a group's input that are kept as they are
@@ -28,14 +28,17 @@ class InputGroup:
     """Linear layers that read the same activation (q/k/v, gate/up), and what is known of it.
 
     ``hessian`` and ``holdout`` are over disjoint sequences, ``amax[size]`` is max |probe(x)| over
-    all tokens (float32 scalar), ``sample`` (≤ 2048 tokens, in) is spread over the batches. All are
-    empty where no token came by.
+    all tokens (float32 scalar), ``sample`` (≤ 2048 tokens, in) is spread over the batches, ``seen``
+    counts all tokens. All are empty where no token came by; without ``moments`` the Hessians and
+    the sample always are.
     """
 
     hessian: Hessian
     holdout: Hessian
     amax: dict[int, Tensor]
     sample: Tensor
+    moments: bool
+    seen: int = 0
     layers: dict[str, nn.Linear] = field(default_factory=dict)  # by name within the block
 
     @property
@@ -46,8 +49,10 @@ class InputGroup:
 
     def reduce(self) -> None:
         """Combine the statistics of all ranks, except the sample; a no-op on one rank."""
-        self.hessian.reduce()
-        self.holdout.reduce()
+        if self.moments:
+            self.hessian.reduce()
+            self.holdout.reduce()
+        self.seen = reduce_sum(self.seen, self.hessian.device)
         for value in self.amax.values():
             reduce_max(value)
 
@@ -75,8 +80,8 @@ class Observer:
 
     ``linears``: the layers to watch, by name within the block; ``prefix`` before that makes the
     full name. ``probes`` apply where their size divides the features. ``feed(name, x)`` says what a
-    layer gets instead of ``x``; statistics are those of ``x``. ``squares``: of Hessians only the
-    diagonals are kept, and no samples.
+    layer gets instead of ``x``; statistics are those of ``x``. ``moments``: whether Hessians and
+    samples are gathered too; ``squares``: of Hessians only the diagonals are kept, and no samples.
     """
 
     def __init__(
@@ -89,8 +94,10 @@ class Observer:
         device: torch.device,
         batches: int,
         prefix: str,
+        moments: bool = True,
         squares: bool = False,
     ):
+        self._moments = moments
         self._block, self._linears, self._probes, self._feed = block, linears, probes, feed
         self._device, self._prefix = device, prefix
         self._quota = 0 if squares else math.ceil(SAMPLE / batches)
@@ -198,6 +205,7 @@ class Observer:
             holdout=Hessian(size, self._device, full=self._full),
             amax={k: torch.zeros((), device=self._device) for k in self._probes if size % k == 0},
             sample=torch.empty(0, size, dtype=layer.weight.dtype, device=self._device),
+            moments=self._moments,
         )
         self._groups.append(group)
         return group
@@ -233,6 +241,9 @@ class Observer:
             )
         for size, seen in group.amax.items():
             seen.copy_(torch.maximum(seen, self._probes[size](rows).abs().amax().float()))
+        group.seen += len(rows)
+        if not self._moments:
+            return
         fit = rows if held is None else rows[~held]
         group.hessian.update(fit)
         if held is not None:

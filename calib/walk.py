@@ -41,6 +41,9 @@ class Watch:
             block is observed; statistics are those of ``x``. None changes nothing.
         route_all: statistics of experts are those of all tokens, not only of those that the router
             sends to them.
+        moments: whether second moments and samples of inputs are gathered. Without them every block
+            runs once only, and the next one reads what the original returned, whatever the caller
+            made of it.
         head: the output head follows as a last block of one layer, which reads what the model makes
             of the last hidden states (final norm and whatever else).
         squares: of Hessians the diagonals are enough, and no samples are wanted.
@@ -50,6 +53,7 @@ class Watch:
     probes: Mapping[int, Probe] = field(default_factory=dict)
     feed: Callable[[str, Tensor], Tensor] | None = None
     route_all: bool = False
+    moments: bool = True
     head: bool = False
     squares: bool = False
 
@@ -84,7 +88,7 @@ def walk(
     the caller made of it.
 
     Whatever the caller did to ``block.module`` before asking for the next block is what the next
-    block's inputs are computed with.
+    block's inputs are computed with, unless ``watch`` asks for no moments.
 
     Args:
         batches: token ids (sequences, length), int64, all of the same length.
@@ -137,9 +141,13 @@ def walk(
                         steps.observe(block, watch.first_look(), _few(batches))
                         prepare(block, steps.trial(block))
                         block.forget()
-                    steps.observe(block, watch, len(batches), limit())
+                    steps.observe(
+                        block, watch, len(batches), limit() if watch.moments else math.inf
+                    )
+                elif not watch.moments:
+                    steps.propagate(block)
                 yield block
-                if index + 1 < len(blocks) or go_on:
+                if watch.moments and (index + 1 < len(blocks) or go_on):
                     steps.propagate(block)
             finally:
                 if block.later is not None:
@@ -205,7 +213,9 @@ class _Steps:
             for index, batch in enumerate(self.batches[:count]):
                 begins()
                 observer.expect((batch.shape[0], batch.shape[1]), self.held[index])
-                self.calls[index][block.index](block.module, self.states[index])
+                returned = self.calls[index][block.index](block.module, self.states[index])
+                if not watch.moments:
+                    self.keep(block, index, returned)
         block.groups, block.later = observer.groups(), rounds
 
     def _rounds(
@@ -248,6 +258,7 @@ class _Steps:
             batches=count,
             prefix=block.prefix,
             squares=watch.squares,
+            moments=watch.moments,
         )
 
     def trial(self, block: CalibratedBlock) -> Callable[[], Tensor]:
@@ -259,14 +270,18 @@ class _Steps:
     def propagate(self, block: CalibratedBlock) -> None:
         """The hidden states of all batches, through the block."""
         for index in range(len(self.batches)):
-            before = self.states[index]
-            after = hidden_states(self.calls[index][block.index](block.module, before))
-            if after.dtype != before.dtype or after.shape != before.shape:  # G28
-                raise ValueError(
-                    f"{block.name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
-                    f"{tuple(after.shape)}: models whose blocks do that are not supported"
-                )
-            self.states[index] = after
+            returned = self.calls[index][block.index](block.module, self.states[index])
+            self.keep(block, index, returned)
+
+    def keep(self, block: CalibratedBlock, index: int, returned: object) -> None:
+        """Take the hidden states that a block returned for a batch in place of those it read."""
+        before, after = self.states.like(index), hidden_states(returned)
+        if after.dtype != before.dtype or after.shape != before.shape:  # G28
+            raise ValueError(
+                f"{block.name} turned {before.dtype} {tuple(before.shape)} into {after.dtype} "
+                f"{tuple(after.shape)}: models whose blocks do that are not supported"
+            )
+        self.states[index] = after
 
 
 def _few(batches: Sequence[Tensor]) -> int:

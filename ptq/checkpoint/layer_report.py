@@ -13,7 +13,8 @@ class LayerReport:
     """How a layer was quantized, and what that cost.
 
     Errors are relative squared output errors, ``‖(W - Ŵ) X‖² / ‖W X‖²``: 0 is exact, 1 as bad as a
-    layer of zeros.
+    layer of zeros. Where nothing was measured of the inputs, they are those of the weights,
+    ``‖W - Ŵ‖² / ‖W‖²``.
 
     Attributes:
         name: of the layer; of the model's while a run goes on, of the checkpoint's on disk.
@@ -23,10 +24,12 @@ class LayerReport:
         damping: share of the Hessian's mean diagonal that was added to it; 0 where it was not used.
         error, rtn_error: on the calibration tokens; of the result, and of round to nearest.
         held_out_error: on tokens kept aside; None if there were none.
-        input_error: of quantizing the inputs alone; None if they stay in 16 bits.
-        tokens: that reached the layer.
+        input_error: of quantizing the inputs alone; None if they stay in 16 bits, or were not
+            measured.
+        tokens: that reached the layer; 0 where no text was read.
         topped_up: whether its statistics have tokens of other experts as well.
         balance: strength of the balancing of its inputs, 0 where it does not fold.
+        of_outputs: whether errors are those of outputs; if not, those of the weights.
         seconds: of solving it, wall time.
     """
 
@@ -46,6 +49,7 @@ class LayerReport:
     topped_up: bool
     seconds: float
     balance: float = 0.0
+    of_outputs: bool = True
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values, under the keys of ``ptq_report.json``."""

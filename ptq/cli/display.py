@@ -124,6 +124,8 @@ def print_plan(plan: "Plan") -> None:
     """What a run is about to do, where it might surprise."""
     if plan.about_inputs:
         note(plan.about_inputs)
+    if not plan.reads_text:
+        note("no text is read: nothing that is rounded to nearest depends on one")
 
 
 @contextmanager
@@ -281,7 +283,10 @@ def _errors(report: Report) -> Table:
     """Blocks down, kinds across; a cell is the mean error of its layers."""
     kinds = list(dict.fromkeys(kind(row.layer) for row in report.layers))
     table = Table(
-        title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text", box=box.SIMPLE_HEAD
+        title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text"
+        if all(row.of_outputs for row in report.layers)
+        else "error of the weights ‖W - Ŵ‖² / ‖W‖² where no inputs were measured",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("block")
     for name in kinds:

@@ -19,6 +19,8 @@ from ptq.numerics.scales import Grid
 from ptq.numerics.tensor import QuantizedTensor
 
 MAX_DAMPING = 1.0
+# Algorithms that need not know what a layer reads.
+BLIND = frozenset({"rtn"})
 
 Rows = Float[Tensor, "out in"]
 
@@ -28,20 +30,28 @@ class Problem:
     """What all rows with one input have in common.
 
     Attributes:
-        hessian: E[x xᵀ] (in, in) of that input, in the basis of the rows.
+        hessian: E[x xᵀ] (in, in) of that input, in the basis of the rows; None where nothing is
+            known of it, which algorithms of ``BLIND`` do without if ``weighted`` and ``descent``
+            are not asked for.
         grid: what weights may be rounded to.
         order, in_loop, weighted, damping: see :func:`ptq.numerics.gptq.gptq`; an algorithm that has
             no use for one does not look at it.
         descent: sweeps of coordinate descent on the codes afterwards.
     """
 
-    hessian: Float[Tensor, "in in"]
+    hessian: Float[Tensor, "in in"] | None
     grid: Grid
     order: str = "group"
     in_loop: str | None = None
     weighted: bool = False
     damping: float = 0.01
     descent: int = 0
+
+    @property
+    def known(self) -> Float[Tensor, "in in"]:
+        """The Hessian, for an algorithm that needs one."""
+        assert self.hessian is not None
+        return self.hessian
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,7 @@ def prepare_gptq(problem: Problem) -> Prepared:
     def solve(rows: Rows) -> QuantizedTensor:
         return gptq(
             rows,
-            problem.hessian,
+            problem.known,
             problem.grid,
             order=problem.order,
             in_loop=problem.in_loop,
@@ -100,7 +110,7 @@ def _factor(problem: Problem) -> tuple[Factor, float]:
     damping, group_size = problem.damping, problem.grid.format.group_size
     while True:
         try:
-            factor = factorize(problem.hessian, group_size, order=problem.order, damping=damping)
+            factor = factorize(problem.known, group_size, order=problem.order, damping=damping)
             return factor, damping
         except IndefiniteHessian:
             if damping >= MAX_DAMPING:
@@ -125,12 +135,12 @@ def prepare(name: str, problem: Problem) -> Prepared:
 
 def _refined(prepared: Prepared, problem: Problem) -> Prepared:
     damping = prepared.damping or problem.damping
-    hessian = damped(problem.hessian, damping).float()
+    hessian = damped(problem.known, damping).float()
 
     def solve(rows: Rows) -> QuantizedTensor:
         return coordinate_descent(
             rows,
-            problem.hessian,
+            problem.known,
             prepared.solve(rows),
             sweeps=problem.descent,
             damped_hessian=hessian,

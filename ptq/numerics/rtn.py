@@ -9,7 +9,7 @@ from ptq.numerics.tensor import QuantizedTensor
 
 def rtn(
     weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    hessian: Float[Tensor, "in in"] | None,
     grid: Grid,
     *,
     weighted: bool = False,
@@ -17,8 +17,11 @@ def rtn(
     """Every weight to its nearest grid point.
 
     Args:
-        hessian: consulted only with ``weighted``, and then only its diagonal.
+        hessian: consulted only with ``weighted``, and then only its diagonal; None otherwise.
         weighted: a scale search weights the columns by the diagonal of the Hessian.
     """
-    weight = weight.float()
-    return round_to(weight, grid.scales(weight, hessian.diagonal().float() if weighted else None))
+    weight, importance = weight.float(), None
+    if weighted:
+        assert hessian is not None
+        importance = hessian.diagonal().float()
+    return round_to(weight, grid.scales(weight, importance))

@@ -122,6 +122,22 @@ class Plan:
         return self.layers[name]
 
     @cached_property
+    def measures(self) -> bool:
+        """Whether second moments of inputs are needed; if not, one pass of the original model says
+        all there is to know."""
+        return any(layer.recipe.measures for layer in self.layers.values())
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether anything depends on the calibration text: moments, or the ranges of inputs."""
+        return self.measures or any(layer.recipe.static_inputs for layer in self.layers.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text that all ranks read together."""
+        return self.recipe.samples * self.seq_len if self.reads_text else 0
+
+    @cached_property
     def balances(self) -> bool:
         """Whether the inputs of any layer are to be balanced against its weights."""
         return any(layer.recipe.balance > 0 for layer in self.layers.values())
@@ -142,9 +158,10 @@ class Plan:
         quantized = any(layer.recipe.quantize_inputs for layer in self.layers.values())
         return Watch(
             layers=self.layers,
-            probes={size: Rotation(size).exact for size in self.rotations},
-            feed=partial(_feed, self.layers) if quantized else None,
+            probes={size: Rotation(size).exact for size in self.rotations if self.reads_text},
+            feed=partial(_feed, self.layers) if quantized and self.measures else None,
             route_all=self.recipe.route_all_experts,
+            moments=self.measures,
             head=self.head is not None,
         )
 

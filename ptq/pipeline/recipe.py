@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
-from ptq.numerics.algorithms import ALGORITHMS
+from ptq.numerics.algorithms import ALGORITHMS, BLIND
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import RULES, Grid
@@ -165,6 +165,18 @@ class Recipe:
     def static_inputs(self) -> bool:
         """Whether inputs are quantized with one calibrated global scale."""
         return self.quantize_inputs and self.input_scale == "static" and self.fmt.has_global_scale
+
+    @property
+    def measures(self) -> bool:
+        """Whether second moments of the inputs are needed: round to nearest by itself does without
+        them."""
+        return (
+            self.algorithm not in BLIND
+            or self.weighted
+            or self.descent > 0
+            or self.balance > 0
+            or self.rotation == "auto"
+        )
 
     def rule_of_inputs(self, rotation: int) -> str:
         """The scale rule of inputs that are rotated in blocks of so many."""

@@ -46,6 +46,7 @@ from ptq.text.windows import Calibration, load_calibration, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+UNREAD = 8  # tokens that stand for a text which nothing depends on
 LOST = 0.5  # of a layer's output: no format is that coarse by itself
 
 
@@ -342,8 +343,15 @@ def _companions(source: Source) -> list[Path]:
 
 
 def _calibration(plan: Plan, tokenizer: Any) -> Calibration:
-    """The calibration data of a run; ValueError if there are fewer batches than ranks."""
+    """The calibration data of a run; ValueError if there are fewer batches than ranks.
+
+    Where nothing depends on the text none is read: a few tokens, whichever, show which layers read
+    the same.
+    """
     recipe, ranks = plan.recipe, world()[1]
+    if not plan.reads_text:
+        tokens = torch.zeros(1, min(UNREAD, plan.seq_len), dtype=torch.int64)
+        return Calibration([tokens] * ranks, {"source": None, "tokens": 0})
     data = load_calibration(
         tokenizer,
         recipe.calibration,

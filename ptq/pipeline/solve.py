@@ -41,7 +41,8 @@ class Job:
     Attributes:
         names: full module names.
         weights: one (out, in) tensor per layer, any float dtype.
-        hessian: E[x xᵀ], not rotated, over the tokens that calibration solves with.
+        hessian: E[x xᵀ], not rotated, over the tokens that calibration solves with; None where it
+            was not measured, and then there is no ``holdout`` either.
         holdout: the same over tokens kept aside, or None.
         amax: max |x R| per rotation size.
         sample: (tokens, in) some inputs, for the error of quantized activations; may be empty.
@@ -50,7 +51,7 @@ class Job:
 
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
-    hessian: Tensor
+    hessian: Tensor | None
     holdout: Tensor | None
     amax: dict[int, Tensor]
     sample: Tensor
@@ -96,7 +97,7 @@ def solve(job: Job) -> list[Solved]:
                     f"the weight of {name} has entries that are NaN or infinite; the source "
                     "checkpoint is damaged"
                 )
-        if job.tokens and not job.hessian.any():
+        if job.tokens and job.hessian is not None and not job.hessian.any():
             job = replace(job, recipe=_nearest(job.recipe))
         solved = [result for part in _by_size(job) for result in _best(part)]
     except ValueError as error:
@@ -148,18 +149,18 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     """(loss to choose by, results) with one rotation."""
     start = time.perf_counter()
     recipe, fmt, rotation = job.recipe, job.recipe.fmt, Rotation(size)
-    hessian = rotation.rotate_hessian(job.hessian)
+    hessian = None if job.hessian is None else rotation.rotate_hessian(job.hessian)
     grid = _grid(job, rotation, hessian)
     solvers = _Solvers.of(recipe, grid, hessian)
-    measured = [hessian.float()] + (
-        [] if job.holdout is None else [rotation.rotate_hessian(job.holdout).float()]
-    )
+    measured = [None if hessian is None else hessian.float()]
+    if job.holdout is not None:
+        measured.append(rotation.rotate_hessian(job.holdout).float())
     layers = [_layer(layer, rotation, solvers, measured) for layer in job.weights]
 
-    input_scale, input_error = None, 0.0
-    if recipe.quantize_inputs:
-        if recipe.static_inputs:
-            input_scale = fmt.global_scale(job.amax[size].float(), INPUT_MARGIN)
+    input_scale, input_error = None, None
+    if recipe.static_inputs:
+        input_scale = fmt.global_scale(job.amax[size].float(), INPUT_MARGIN)
+    if recipe.quantize_inputs and job.hessian is not None:
         input_error = _input_error(job, rotation, input_scale)
 
     seconds = (time.perf_counter() - start) / len(job.names)
@@ -177,16 +178,17 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
             error=layer.errors[0],
             held_out_error=layer.errors[1] if len(layer.errors) > 1 else None,
             rtn_error=layer.rtn_error,
-            input_error=input_error if recipe.quantize_inputs else None,
+            input_error=input_error,
             tokens=job.tokens,
             topped_up=job.topped_up,
             seconds=seconds,
+            of_outputs=job.hessian is not None,
         )
         solved.append(Solved(name, layer.weight, rotation, input_scale, report))
-    return sum(layer.errors[-1] for layer in layers) / len(layers) + input_error, solved
+    return sum(layer.errors[-1] for layer in layers) / len(layers) + (input_error or 0.0), solved
 
 
-def _grid(job: Job, rotation: Rotation, hessian: Tensor) -> Grid:
+def _grid(job: Job, rotation: Rotation, hessian: Tensor | None) -> Grid:
     """The grid that all layers of the job share: its global scale covers the largest of their
     weights (G34)."""
     recipe = job.recipe
@@ -201,7 +203,10 @@ def _grid(job: Job, rotation: Rotation, hessian: Tensor) -> Grid:
     )
     if recipe.global_scale == "alternating":
         whole = torch.cat([rotation.exact(layer).float() for layer in job.weights])
-        grid = alternate(whole, grid, hessian.diagonal().float() if recipe.weighted else None)
+        importance = None
+        if recipe.weighted and hessian is not None:
+            importance = hessian.diagonal().float()
+        grid = alternate(whole, grid, importance)
     return grid
 
 
@@ -221,7 +226,7 @@ class _Solvers:
     nearest: Prepared
 
     @classmethod
-    def of(cls, recipe: Recipe, grid: Grid, hessian: Tensor) -> "_Solvers":
+    def of(cls, recipe: Recipe, grid: Grid, hessian: Tensor | None) -> "_Solvers":
         problem = Problem(
             hessian=hessian,
             grid=grid,
@@ -242,7 +247,7 @@ class _Solvers:
 @dataclass(frozen=True)
 class _Layer:
     """A solved layer; ``errors``: on the calibration tokens and, where there are any, on those kept
-    aside."""
+    aside; of the weights where nothing was measured."""
 
     weight: QuantizedTensor
     algorithm: str
@@ -250,7 +255,9 @@ class _Layer:
     rtn_error: float
 
 
-def _layer(layer: Tensor, rotation: Rotation, solvers: _Solvers, hessians: list[Tensor]) -> _Layer:
+def _layer(
+    layer: Tensor, rotation: Rotation, solvers: _Solvers, hessians: list[Tensor | None]
+) -> _Layer:
     """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens
     (G23)."""
     nearest, solved = [], []
@@ -274,11 +281,13 @@ def _layer(layer: Tensor, rotation: Rotation, solvers: _Solvers, hessians: list[
     return _Layer(_joined(solved if keep else nearest), kept.name, errors, rtn_error)
 
 
-def _forms(delta: Tensor, hessians: list[Tensor]) -> Tensor:
-    """``tr(Δ H Δᵀ)`` for every Hessian, on the CPU."""
-    return torch.tensor(
-        [float(quadratic_form(delta, h).sum()) for h in hessians], dtype=torch.float64
+def _forms(delta: Tensor, hessians: list[Tensor | None]) -> Tensor:
+    """``tr(Δ H Δᵀ)`` for every Hessian, the identity where there is none, on the CPU."""
+    forms = (
+        delta.square().sum(1, dtype=torch.float64) if h is None else quadratic_form(delta, h)
+        for h in hessians
     )
+    return torch.tensor([float(form.sum()) for form in forms], dtype=torch.float64)
 
 
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:

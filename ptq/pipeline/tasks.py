@@ -38,15 +38,15 @@ class Task:
     def solve(self) -> list[Solved]:
         """The quantized layers; with several ranks in host memory, through which they travel."""
         block, group = self.block, self.group
-        topped_up = block.borrows(group)
+        topped_up = group.moments and block.borrows(group)
         job = Job(
             names=tuple(f"{block.prefix}{name}" for name in self.layers),
             weights=tuple(group.layers[name].weight for name in self.layers),
-            hessian=block.hessian(group),
+            hessian=block.hessian(group) if group.moments else None,
             holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
             amax=group.amax,
             sample=group.sample,
-            tokens=group.hessian.tokens,
+            tokens=group.hessian.tokens if group.moments else group.seen if group.amax else 0,
             topped_up=topped_up,
             recipe=self.recipe,
         )
@@ -64,8 +64,7 @@ def reduce(groups: Sequence[InputGroup]) -> None:
 def _unused(block: CalibratedBlock, group: InputGroup) -> bool:
     """Whether the layers of a group are never called. An expert that no token chose is not meant:
     its kind is called, and others lend it their statistics."""
-    seen = group.hessian.tokens + group.holdout.tokens
-    return not seen and block.pool(group) is None
+    return not group.seen and block.pool(group) is None
 
 
 def tasks(block: CalibratedBlock, groups: Sequence[InputGroup], plan: Plan) -> list[Task]:

@@ -19,7 +19,8 @@ from ptq.runtime.quant_linear import kernel_obstacle
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
-    """A quantized layer. Errors are ‖(W - Ŵ)X‖² / ‖WX‖²; None if the checkpoint does not say.
+    """A quantized layer. Errors are ‖(W - Ŵ)X‖² / ‖WX‖², or without ``of_outputs`` those of the
+    weights; None if the checkpoint does not say.
 
     Attributes:
         bits_per_weight: of codes, scales and global scales; the bias is not counted.
@@ -41,6 +42,7 @@ class LayerRow:
     rtn_error: float | None
     damping: float | None
     balance: float | None
+    of_outputs: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,7 @@ def _layer_row(
         rtn_error=report.rtn_error if report else None,
         damping=report.damping if report else None,
         balance=report.balance if report else None,
+        of_outputs=report.of_outputs if report else True,
     )
 
 

@@ -23,6 +23,7 @@ REPORT = LayerReport(
     topped_up=True,
     seconds=0.5,
     balance=0.25,
+    of_outputs=False,
 )
 STORED = {
     "layer": "model.layers.0.mlp.up_proj",
@@ -40,7 +41,10 @@ STORED = {
     "topped_up": True,
     "seconds": 0.5,
     "balance": 0.25,
+    "of_outputs": False,
 }
+# what came later, and what it was before
+DEFAULTS = {"balance": 0.0, "of_outputs": True}
 
 
 def test_the_keys_on_disk_are_these_in_this_order():
@@ -52,13 +56,13 @@ def test_what_is_read_is_what_was_written():
 
 
 def test_reports_from_before_balancing_and_from_later_are_read():
-    old = {key: value for key, value in STORED.items() if key != "balance"}
-    assert LayerReport.from_dict(old) == replace(REPORT, balance=0.0)
+    old = {key: value for key, value in STORED.items() if key not in DEFAULTS}
+    assert LayerReport.from_dict(old) == replace(REPORT, **DEFAULTS)
     assert LayerReport.from_dict(STORED | {"surprise": 1}) == REPORT
     assert LayerReport.from_dict(STORED | {"damping": 0}).damping == 0
 
 
-@pytest.mark.parametrize("key", [key for key in STORED if key not in ("layer", "balance")])
+@pytest.mark.parametrize("key", [key for key in STORED if key not in ("layer", *DEFAULTS)])
 def test_a_missing_key_is_refused_by_layer_and_key(key):
     stored = {k: v for k, v in STORED.items() if k != key}
     with pytest.raises(

@@ -574,17 +574,19 @@ def test_calibration_text_that_is_empty_or_too_short(
 ):
     text = tmp_path / "short.txt"
     text.write_text("")
-    assert "short.txt" in quantize(tiny_llama, "--calibration", text).error
+    gptq = ("--algorithm", "gptq", "--calibration")  # round to nearest would read none
+    assert "short.txt" in quantize(tiny_llama, *gptq, text).error
     text.write_text("a few words")
-    error = quantize(tiny_llama, "--calibration", text).error
+    error = quantize(tiny_llama, *gptq, text).error
     assert "short.txt" in error and "11" in error
-    assert "missing.txt" in quantize(tiny_llama, "--calibration", tmp_path / "missing.txt").error
+    assert "missing.txt" in quantize(tiny_llama, *gptq, tmp_path / "missing.txt").error
 
 
 def test_a_field_that_is_not_in_the_data(quantize: Run, tiny_llama: Path, tmp_path: Path):
     text = tmp_path / "data.jsonl"
     text.write_text('{"body": "the walk", "id": 1}\n')
-    assert "body" in quantize(tiny_llama, "--calibration", text, "--field", "text").error
+    options = ("--algorithm", "gptq", "--calibration", text, "--field", "text")
+    assert "body" in quantize(tiny_llama, *options).error
 
 
 def test_weights_that_are_no_numbers(quantize: Run, tiny_llama: Path, tmp_path: Path):

@@ -70,6 +70,18 @@ def test_published_models_from_their_configuration(
     assert sum(parts) == expected.peak_bytes
 
 
+def test_round_to_nearest_needs_no_hessians_and_reads_text_for_static_inputs_only(
+    tiny_llama: Path,
+) -> None:
+    plain = forecast(tiny_llama, Recipe.default("nvfp4", algorithm="rtn"))
+    static = forecast(tiny_llama, Recipe.default("nvfp4", scheme="w4a4", algorithm="rtn"))
+    gptq = forecast(tiny_llama, Recipe.default("nvfp4"))
+    assert plain.hessians == static.hessians == 0 < gptq.hessians
+    assert plain.activations < static.activations == gptq.activations
+    # the rate is measured anew every time, so only what is far apart can be compared
+    assert plain.seconds and gptq.seconds and plain.seconds < 0.1 * gptq.seconds
+
+
 def test_activations_on_disk_need_less_memory(tiny_llama: Path) -> None:
     recipe = Recipe.default("nvfp4")
     ram, disk = (forecast(tiny_llama, recipe, activations=where) for where in ("ram", "disk"))

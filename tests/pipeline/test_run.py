@@ -2,6 +2,7 @@
 refuses."""
 
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,16 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ptq.calib.hessian import Hessian
 from ptq.calib.walk import Watch, walk
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.reader import Checkpoint
 from ptq.checkpoint.work_folder import WorkFolder
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
+from ptq.numerics.rotation import Rotation
+from ptq.numerics.scales import Grid, round_to
 from ptq.pipeline.blocks_on_disk import BlocksInMemory
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import Progress, quantize, quantize_model
+from ptq.pipeline.solve import INPUT_MARGIN
 from ptq.runtime.load import load
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import load_calibration, load_tokenizer
@@ -236,10 +241,11 @@ def test_rounds_of_experts_give_the_same_bytes(
     assert once == rounds
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    tiny_llama: Path, quick, tmp_path: Path
+    tiny_llama: Path, quick, tmp_path: Path, algorithm: str
 ) -> None:
-    recipe = quick("nvint4", scheme="w4a4")
+    recipe = quick("nvint4", scheme="w4a4", algorithm=algorithm)
 
     def stop(_: object) -> None:
         raise KeyboardInterrupt
@@ -341,6 +347,49 @@ def test_the_same_command_ends_a_run_that_died_in_its_last_moments(
     assert len(told) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(FileExistsError, match="--overwrite"):
         quantize_model(tiny_llama, out, recipe=quick(samples=3), device="cpu")
+
+
+@pytest.mark.parametrize(("fmt", "scheme"), [("nvfp4", "w4a16"), ("mxfp4", "w4a4")])
+def test_round_to_nearest_reads_no_text(
+    tiny_llama: Path, quick, tmp_path: Path, fmt: str, scheme: str
+) -> None:
+    """Scales of weights and of dynamic inputs depend on none. What layers share they still do."""
+    recipe = quick(fmt, scheme=scheme, algorithm="rtn", rotation=16, calibration="missing.txt")
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu", dialect="ptq")
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    loaded = load(tmp_path / "out", dtype=torch.float32)
+    attention, expected = (m.model.layers[1].self_attn for m in (loaded, original))
+    layers = [(getattr(attention, n), getattr(expected, n).weight) for n in ("q_proj", "v_proj")]
+    rotated = [Rotation(16).exact(weight.detach()) for _, weight in layers]
+    if recipe.fmt.has_global_scale:
+        whole = torch.cat([Rotation(16).exact(expected.k_proj.weight.detach()), *rotated])
+        t = recipe.fmt.global_scale(whole.abs().amax())
+    else:
+        t = torch.ones(())
+    for (layer, _), weight in zip(layers, rotated, strict=True):
+        nearest = round_to(weight, Grid(recipe.fmt, t, "mse").scales(weight))
+        assert torch.equal(layer.quantized_weight().dequantize(), nearest.dequantize())
+    for report in json.loads((tmp_path / "out" / "ptq_report.json").read_text())["layers"]:
+        assert report["tokens"] == 0 and not report["of_outputs"]
+        assert 1e-3 < report["error"] == report["rtn_error"] < 0.05
+
+
+def test_ranges_of_inputs_take_one_pass_of_the_original(
+    tiny_llama: Path, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick("nvfp4", scheme="w4a4", algorithm="rtn")
+    data, seen = batches(tiny_llama, recipe), list[Tensor]()
+    monkeypatch.setattr(Hessian, "update", lambda *_: pytest.fail("no moments are needed"))
+    quantize_model(tiny_llama, tmp_path / "out", recipe=recipe, device="cpu")
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    down = original.model.layers[1].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().amax()))
+    with torch.no_grad():
+        for tokens in data:
+            original(tokens)
+    layer = load(tmp_path / "out", dtype=torch.float32).model.layers[1].mlp.down_proj
+    scale = recipe.fmt.global_scale(torch.stack(seen).amax(), INPUT_MARGIN)
+    torch.testing.assert_close(layer.input_global_scale, scale, rtol=1e-5, atol=0)
 
 
 def test_a_poisoned_weight_is_named_and_nothing_stays(
