@@ -6,8 +6,9 @@ Numbers go to stdout, progress and messages to stderr; exit codes are those of p
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,6 +29,9 @@ from ptq.cli.options import (
     parse_rotation,
 )
 from ptq.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from ptq.pipeline.plan import Plan
 
 app = typer.Typer(
     name="ptq",
@@ -70,6 +74,13 @@ def quantize(
     ],
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="mxfp4, nvfp4, nvint4, mxint4, mxfp8, …")
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="fast: round to nearest. default: the best known recipe, with as much text as "
+            "takes minutes. best: four times as much."
+        ),
     ] = None,
     scheme: Annotated[
         str | None, typer.Option(help="w4a16: weights only. w4a4: activations too.")
@@ -170,6 +181,7 @@ def quantize(
     from ptq.runtime.loaded_model import resolve_model
 
     options = {
+        "quality": quality,
         "scheme": scheme,
         "algorithm": algorithm,
         "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
@@ -191,24 +203,29 @@ def quantize(
     source = resolve_model(model)
     place, kind = parse_device(device), parse_dtype(dtype)
     lead = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks
+    predict = partial(
+        forecast,
+        source,
+        choices,
+        device=place,
+        dtype=kind,
+        activations=activations,
+        dialect=dialect,
+        hessian_memory=room,
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+    )
     if dry_run:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        prediction = forecast(
-            source,
-            choices,
-            device=place,
-            dtype=kind,
-            activations=activations,
-            dialect=dialect,
-            hessian_memory=room,
-            ranks=ranks,
-        )
+        prediction = predict()
         if lead:
             if json:
                 display.print_json(prediction.to_dict())
             else:
                 display.print_forecast(str(source), prediction)
         return
+
+    def begins(plan: "Plan") -> None:
+        display.print_plan(plan, predict().seconds)
+
     with display.quantizing(quiet=quiet or not lead) as on_block, launched(place) as place:
         choice = quantize_model(
             source,
@@ -220,7 +237,7 @@ def quantize(
             dialect=dialect,
             activations=activations,
             hessian_memory=room,
-            on_plan=None if quiet or not lead else display.print_plan,
+            on_plan=None if quiet or not lead else begins,
             on_block=on_block,
         )
     if lead and not quiet and isinstance(choice, Choice):

@@ -120,12 +120,12 @@ def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
         yield line
 
 
-def print_plan(plan: "Plan") -> None:
-    """What a run is about to do, where it might surprise."""
+def print_plan(plan: "Plan", seconds: float | None) -> None:
+    """What a run is about to do, with how much text, and how long that takes."""
+    time = "" if seconds is None else f"; about {duration(seconds)} here"
+    note(f"{plan.levers}{time}")
     if plan.about_inputs:
         note(plan.about_inputs)
-    if not plan.reads_text:
-        note("no text is read: nothing that is rounded to nearest depends on one")
 
 
 @contextmanager
@@ -317,6 +317,7 @@ def print_forecast(model: str, forecast: "Forecast") -> None:
         "quantized weight, "
         f"{forecast.bits_per_parameter:.2f} per parameter"
     )
+    out.print(f"levers: {forecast.levers}")
     table = Table(title="memory at the peak", box=box.SIMPLE_HEAD)
     table.add_column("part")
     table.add_column("size", justify="right")

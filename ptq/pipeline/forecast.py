@@ -61,6 +61,7 @@ class Forecast:
     more than one, experts run once more over their calibration tokens: ``seconds`` counts that.
     """
 
+    levers: str
     parameters: int
     quantized: int
     layers: int
@@ -107,7 +108,7 @@ def forecast(
     blueprint, device = Blueprint.of(model), torch.device(device)
     if has_weights(blueprint.path):
         CheckpointSource(blueprint.path).blocks()  # refuses what does not fit together
-    plan = Plan.of(blueprint, recipe)
+    plan = Plan.of(blueprint, recipe, device.type)
     named = config_dtype(read_config(blueprint.path)) or "float32"
     choose(plan.infos, dialect, dtype=named, foreign=plan.foreign)
     skeleton = blueprint.model
@@ -141,6 +142,7 @@ def forecast(
     parts["hessians"] = max((block.bytes for block in statistics), default=0)
     passes = sum(sizes) + sum(block.repeated for block in statistics) // 2  # of two
     return Forecast(
+        levers=plan.levers,
         parameters=total,
         quantized=quantized,
         layers=len(plan.layers),

@@ -6,7 +6,7 @@ written.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.structure import is_router, positions
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.emulated_inputs import emulated
+from ptq.pipeline.quality import windows
 from ptq.pipeline.recipe import Recipe, check_patterns
 from ptq.reading.name_patterns import matches
 
@@ -83,6 +84,7 @@ class Plan:
         layers: by full name.
         recipe: of the run; single layers have their own.
         head: name of the output head if that is one of them.
+        samples: calibration windows.
         seq_len: tokens in a calibration sequence: the recipe's, but no more than the model's
             positions.
         foreign: why other engines would not find the layers of the result under their names, or
@@ -94,13 +96,15 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     recipe: Recipe
     head: str | None
+    samples: int
     seq_len: int
     foreign: str | None
     about_inputs: str = ""
 
     @classmethod
-    def of(cls, source: Described, recipe: Recipe) -> "Plan":
-        """What ``recipe`` means for the model of ``source``.
+    def of(cls, source: Described, recipe: Recipe, device: str = "cpu") -> "Plan":
+        """What ``recipe`` means for the model of ``source``, calibrated on a ``device`` of that
+        type.
 
         Raises:
             ValueError: a pattern that matches nothing, inputs that do not form groups or rotation
@@ -110,11 +114,15 @@ class Plan:
         blocks = source.blocks()
         head = source.head() if recipe.lm_head else None
         limit = positions(source.config)
+        layers = _layers(source, blocks, head, recipe)
+        parameters = sum(p.numel() for _, block in blocks for p in block.parameters())
+        samples, length = _windows(recipe, layers, parameters, device, limit)
         return cls(
-            layers=_layers(source, blocks, head, recipe),
-            recipe=recipe,
+            layers=layers,
+            recipe=replace(recipe, samples=samples, seq_len=length),
+            samples=samples,
             head=head[0] if head else None,
-            seq_len=min(recipe.seq_len, limit or recipe.seq_len),
+            seq_len=length if limit is None else min(length, limit),
             foreign="engines do not look for a quantized output head" if head else source.foreign(),
         )
 
@@ -135,7 +143,15 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of text that all ranks read together."""
-        return self.recipe.samples * self.seq_len if self.reads_text else 0
+        return self.samples * self.seq_len if self.reads_text else 0
+
+    @property
+    def levers(self) -> str:
+        """What is done for accuracy, and with how much text."""
+        if not self.reads_text:
+            return f"{self.recipe.levers}; reads no text"
+        text = f"{self.samples} x {self.seq_len} tokens of {self.recipe.calibration}"
+        return f"{self.recipe.levers}; {text}"
 
     @cached_property
     def balances(self) -> bool:
@@ -164,6 +180,18 @@ class Plan:
             moments=self.measures,
             head=self.head is not None,
         )
+
+
+def _windows(
+    recipe: Recipe, layers: Mapping[str, LayerPlan], parameters: int, device: str, limit: int | None
+) -> tuple[int, int]:
+    """Calibration windows and their length: those that the recipe names, else what its quality
+    means here."""
+    measures = any(layer.recipe.measures for layer in layers.values())
+    samples, length = windows(recipe.quality, parameters, device, limit, measures=measures)
+    if recipe.seq_len is not None:
+        samples, length = max(samples * length // recipe.seq_len, 1), recipe.seq_len
+    return recipe.samples or samples, length
 
 
 def _feed(layers: Mapping[str, LayerPlan], name: str, x: Tensor) -> Tensor:

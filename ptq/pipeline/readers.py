@@ -14,7 +14,14 @@ from ptq.pipeline.plan import Described, LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
 
 
-def plan_for(source: Described, recipe: Recipe, dialect: str | None, *, dtype: str | None) -> Plan:
+def plan_for(
+    source: Described,
+    recipe: Recipe,
+    dialect: str | None,
+    *,
+    dtype: str | None,
+    device: str = "cpu",
+) -> Plan:
     """The plan of a run whose result is written in ``dialect``, the scale rule of inputs settled.
 
     A rule that the recipe names is taken as it is. Otherwise it is the best one measured, or, where
@@ -23,12 +30,13 @@ def plan_for(source: Described, recipe: Recipe, dialect: str | None, *, dtype: s
     Args:
         dialect: as asked for, ``"auto"`` included; None if nothing is written.
         dtype: of the rest of the model, as in config.json.
+        device: the type of what calibrates.
 
     Raises:
         ValueError: see :meth:`ptq.pipeline.plan.Plan.of`; an explicit dialect that cannot express
             the plan.
     """
-    plan = Plan.of(source, recipe)
+    plan = Plan.of(source, recipe, device)
     # where it is written if nobody has to apply another rule than the format's own
     likely = plan if recipe.input_rule else _with_own_rules(plan)
     written = None

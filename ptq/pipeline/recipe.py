@@ -19,6 +19,7 @@ from ptq.numerics.algorithms import ALGORITHMS, BLIND
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import RULES, Grid
+from ptq.pipeline.quality import QUALITIES
 from ptq.reading.name_patterns import check_pattern, matches
 from ptq.reading.schema import Count, Share, check, check_fields
 
@@ -67,6 +68,8 @@ class Recipe:
 
     Attributes:
         format: a key of :data:`ptq.numerics.formats.FORMATS`.
+        quality: a key of :data:`ptq.pipeline.quality.QUALITIES`: how much text is read where
+            ``samples`` and ``seq_len`` do not say it.
         scheme: ``w4a16`` quantizes weights; ``w4a4`` quantizes activations too, dynamically and to
             the same format.
         algorithm: ``rtn`` or ``gptq``.
@@ -94,10 +97,12 @@ class Recipe:
         route_all_experts: calibrate experts with all tokens, not only with those that the router
             sends to them.
         calibration, field, samples, seq_len, batch_size, seed: the calibration data; batch_size
-        changes the order of summation.
+            changes the order of summation. Samples and seq_len are None until a plan is made:
+            then the quality, the model and the device decide.
     """
 
     format: str
+    quality: str = "default"
     scheme: str = "w4a16"
     algorithm: str = "gptq"
     rotation: int | str = 1
@@ -116,14 +121,15 @@ class Recipe:
     route_all_experts: bool = False
     calibration: str = "builtin"
     field: str | None = None
-    samples: Count = 128
-    seq_len: Count = 2048
+    samples: Count | None = None
+    seq_len: Count | None = None
     batch_size: Count = 4
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "the recipe")
         _choice("format", self.format, FORMATS)
+        _choice("quality", self.quality, QUALITIES)
         _choice("scheme", self.scheme, SCHEMES)
         _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("scales", self.scales, (*RULES, *IN_LOOP))
@@ -165,6 +171,20 @@ class Recipe:
     def static_inputs(self) -> bool:
         """Whether inputs are quantized with one calibrated global scale."""
         return self.quantize_inputs and self.input_scale == "static" and self.fmt.has_global_scale
+
+    @property
+    def levers(self) -> str:
+        """In words, what is done for accuracy beyond rounding to nearest with scales by absmax."""
+        parts = ["round to nearest" if self.algorithm == "rtn" else self.algorithm.upper()]
+        parts.append(f"scales by {self.scales}")
+        if self.descent:
+            parts.append(f"{self.descent} sweeps of descent")
+        if self.balance:
+            parts.append(f"balance {self.balance:g}")
+        if self.rotation != 1:
+            size = "chosen by loss" if self.rotation == "auto" else f"{self.rotation}"
+            parts.append(f"Hadamard {size}")
+        return ", ".join(parts)
 
     @property
     def measures(self) -> bool:
@@ -241,7 +261,9 @@ class Recipe:
         given = {k: v for k, v in given.items() if v is not None}
         scheme = given.get("scheme", "w4a16")
         _choice("scheme", scheme, SCHEMES)
-        choices = {**_defaults(format, scheme), **given}
+        quality = given.get("quality", "default")
+        _choice("quality", quality, QUALITIES)
+        choices = {**_defaults(format, scheme), **QUALITIES[quality].choices, **given}
         if (
             choices["algorithm"] == "rtn"
         ):  # what belongs to the sweep has no meaning for round to nearest

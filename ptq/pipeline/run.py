@@ -234,7 +234,7 @@ def quantize_model(
         hessian_memory: bytes that the statistics of a block's experts may take at a time; None is a
             part of what is free. Results do not depend on it.
         tokenizer: for a model in memory; otherwise the one beside the weights.
-        on_plan: called once, before any weight or text is read.
+        on_plan: called once, when the text is there and before any weight is read.
         on_block: called after every finished block.
 
     Returns:
@@ -252,7 +252,8 @@ def quantize_model(
     @cache
     def settled() -> Plan:
         stored = config_dtype(_config(source)) or "float32"
-        return plan_for(source, recipe, None if out is None else dialect, dtype=stored)
+        written = None if out is None else dialect
+        return plan_for(source, recipe, written, dtype=stored, device=device.type)
 
     companions: list[Path] = []
     if out is not None:
@@ -264,9 +265,9 @@ def quantize_model(
         )
         companions = _companions(source)
     plan = settled()
+    data = _calibration(plan, tokenizer)
     if on_plan is not None:
         on_plan(plan)
-    data = _calibration(plan, tokenizer)
     rank, ranks = world()
 
     def run(blocks: Blocks) -> None:
@@ -355,7 +356,7 @@ def _calibration(plan: Plan, tokenizer: Any) -> Calibration:
     data = load_calibration(
         tokenizer,
         recipe.calibration,
-        samples=recipe.samples,
+        samples=plan.samples,
         seq_len=plan.seq_len,
         batch_size=recipe.batch_size,
         seed=recipe.seed,

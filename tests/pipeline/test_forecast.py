@@ -77,7 +77,7 @@ def test_round_to_nearest_needs_no_hessians_and_reads_text_for_static_inputs_onl
     static = forecast(tiny_llama, Recipe.default("nvfp4", scheme="w4a4", algorithm="rtn"))
     gptq = forecast(tiny_llama, Recipe.default("nvfp4"))
     assert plain.hessians == static.hessians == 0 < gptq.hessians
-    assert plain.activations < static.activations == gptq.activations
+    assert plain.activations < static.activations < gptq.activations
     # the rate is measured anew every time, so only what is far apart can be compared
     assert plain.seconds and gptq.seconds and plain.seconds < 0.1 * gptq.seconds
 
@@ -107,7 +107,7 @@ def test_experts_come_in_rounds_where_memory_is_short(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(**QWEN3_30B.to_dict() | {"num_hidden_layers": 2})
     config.architectures, config.dtype = ["Qwen3MoeForCausalLM"], torch.bfloat16
     config.save_pretrained(tmp_path)
-    recipe = Recipe.default("nvfp4")
+    recipe = Recipe.default("nvfp4", samples=128, seq_len=2048)
     # of 128 experts: gate and up read 2048, down 768; on the CPU float64 and float32 samples
     expert = sum(2 * 8 * n * n + 2048 * 4 * n for n in (2048, 768))
     whole = forecast(tmp_path, recipe, hessian_memory=1e12)
@@ -115,7 +115,7 @@ def test_experts_come_in_rounds_where_memory_is_short(tmp_path: Path) -> None:
     some = forecast(tmp_path, recipe, hessian_memory=10.5 * expert)
     assert some.rounds == 13 and some.hessians_at_once == whole.hessians
     assert whole.hessians - some.hessians == (128 - 10) * expert
-    inputs = recipe.samples * recipe.seq_len * 2048 * 4
+    inputs = 128 * 2048 * 2048 * 4
     assert some.activations - whole.activations == inputs
     assert whole.peak_bytes - some.peak_bytes == (128 - 10) * expert - inputs
     assert some.seconds is not None and whole.seconds is not None
