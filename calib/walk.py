@@ -116,7 +116,7 @@ def walk(
     _check(batches, source.skeleton())
     masks = held_out([len(batch) for batch in batches]) if held is None else held
     with HiddenStates(activations, device) as states:
-        steps = _Steps(
+        steps = Steps(
             source=source,
             batches=batches,
             held=[None if mask is None else mask.to(device) for mask in masks],
@@ -162,7 +162,7 @@ def walk(
 
 
 @dataclass(kw_only=True)
-class _Steps:
+class Steps:
     """What can be done with a block, and what does not change from block to block.
 
     ``calls``: the arguments of every block, by batch; ``short``: for ``TRIAL`` tokens.
@@ -183,7 +183,7 @@ class _Steps:
     def record(self) -> None:
         """Put the inputs of the first block into ``states``, and note the arguments of all."""
         recorder = self.recorder
-        with _filled_on_demand(self.source, recorder.blocks, self.device):
+        with filled_on_demand(self.source, recorder.blocks, self.device):
             probe = self.batches[0][:1].to(self.device)
             hidden, call = recorder.first(probe)
             recorder.returned = call(recorder.blocks[0], hidden)
@@ -292,7 +292,7 @@ def _few(batches: Sequence[Tensor]) -> int:
     return min(len(batches), max(1, len(range(rank, wanted, ranks))))
 
 
-def _head(steps: _Steps, watch: Watch, skip: Callable[[str], bool]) -> Iterator[CalibratedBlock]:
+def _head(steps: Steps, watch: Watch, skip: Callable[[str], bool]) -> Iterator[CalibratedBlock]:
     """The output head as a block of one layer, with statistics of what the model makes of the last
     hidden states for it to read."""
     source, recorder = steps.source, steps.recorder
@@ -313,7 +313,7 @@ def _head(steps: _Steps, watch: Watch, skip: Callable[[str], bool]) -> Iterator[
             # what it reads stays in 16 bits while it is observed: nothing comes after it
             unfed = replace(watch, feed=None)
             observer = steps.observer(block, {leaf: linear}, unfed, len(steps.batches))
-            filled = _filled_on_demand(source, [*recorder.blocks, linear], steps.device)
+            filled = filled_on_demand(source, [*recorder.blocks, linear], steps.device)
             with observer.installed(), filled:
                 for index, batch in enumerate(steps.batches):
                     observer.expect((batch.shape[0], batch.shape[1]), steps.held[index])
@@ -365,7 +365,7 @@ def held_out(sizes: Sequence[int], every: int = 8) -> list[Tensor | None]:
 
 
 @contextmanager
-def _filled_on_demand(source: Source, but: list[nn.Module], device: torch.device) -> Iterator[None]:
+def filled_on_demand(source: Source, but: list[nn.Module], device: torch.device) -> Iterator[None]:
     """Fill modules (embeddings, rotary tables) when they are called, release them at the end; not
     those in ``but``."""
     inside = {id(m) for block in but for m in block.modules()}

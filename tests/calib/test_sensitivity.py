@@ -1,0 +1,102 @@
+"""What errors of layers cost, block by block, against a derivative of the whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ptq.calib.sensitivity import sensitivities
+from ptq.model.checkpoint_source import CheckpointSource
+from ptq.model.memory_source import MemorySource
+
+NAMES = [
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.0.self_attn.k_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+]
+
+
+@pytest.fixture
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 200, (1, 24), generator=generator) for _ in range(3)]
+
+
+def coarse(model: torch.nn.Module):
+    """Weights and inputs rounded, by name: a choice of much error and one of little."""
+
+    def errors(name: str, x: Tensor) -> dict[str, Tensor]:
+        weight = model.get_submodule(name).weight.detach()
+        return {
+            str(step): torch.round(x / step) * step @ weight.T - x @ weight.T
+            for step in (0.5, 0.05)
+        }
+
+    return errors
+
+
+def gradients(path: Path, tokens: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each layer reads, and the gradient by what it returns, from one pass of the model."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> None:
+        def hook(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
+            out.retain_grad()
+            seen[name] = (args[0].detach(), out)
+
+        model.get_submodule(name).register_forward_hook(hook)
+
+    for name in NAMES:
+        watch(name)
+    log_p = model(tokens).logits[0].log_softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    (-log_p.gather(-1, drawn).sum()).backward()
+    return {name: (x, out.grad) for name, (x, out) in seen.items()}
+
+
+def test_scores_are_those_of_the_whole_models_gradient(
+    tiny_llama: Path, sequences: list[Tensor]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    errors = coarse(model)
+    found = sensitivities(
+        MemorySource(model), sequences, NAMES, lambda *_: errors, device="cpu", seed=5
+    )
+    groups = [tuple(NAMES[2:0:-1]), (NAMES[3],), (NAMES[0],)]
+    assert set(found) == set(groups)
+    passes = [gradients(tiny_llama, tokens, 5 + i) for i, tokens in enumerate(sequences)]
+    for group in groups:
+        for choice in ("0.5", "0.05"):
+            products = torch.stack(
+                [
+                    sum((p[n][1] * errors(n, p[n][0])[choice]).sum(-1).flatten() for n in group)
+                    for p in passes
+                ]
+            )
+            expected = 0.5 * float(products.square().mean())
+            assert found[group][choice] == pytest.approx(expected, rel=1e-3)
+        assert 0 < found[group]["0.05"] < 0.2 * found[group]["0.5"]
+
+
+def test_weights_are_read_block_by_block_and_let_go(
+    tiny_llama: Path, sequences: list[Tensor]
+) -> None:
+    source = CheckpointSource(tiny_llama, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    at_once: list[int] = []
+
+    def choose(block, groups):
+        filled = [m for _, m in source.blocks() if not next(m.parameters()).is_meta]
+        at_once.append(len(filled))
+        return coarse(model)
+
+    run = {"device": "cpu", "seed": 5}
+    disk = sensitivities(source, sequences, NAMES, choose, activations="disk", **run)
+    assert at_once == [1, 1] and all(p.is_meta for p in source.skeleton().parameters())
+    memory = sensitivities(MemorySource(model), sequences, NAMES, lambda *_: coarse(model), **run)
+    assert disk == memory
