@@ -52,8 +52,12 @@ class LayerReport:
     of_outputs: bool = True
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON values, under the keys of ``ptq_report.json``."""
-        return plain(self)
+        """Plain JSON values, under the keys of ``ptq_report.json``; ``of_outputs`` only where it is
+        false, so that reports of the usual kind have the bytes that they always had."""
+        data = plain(self)
+        if self.of_outputs:
+            del data["of_outputs"]
+        return data
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
