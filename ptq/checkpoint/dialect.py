@@ -75,6 +75,8 @@ class Dialect:
         packed: name of the tensor that shows that a layer is quantized; its rows are the outputs.
         extra_tensors: what is stored besides the tensors of the model, by full name.
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
+        unread_by_vllm: why vLLM does not open this dialect, and what to do; None if it does.
+        needs: packages that transformers needs to open it.
         extra_files: JSON files besides config.json, by name, from the ``quantization_config``.
         applies_input_rule: whether all who read it scale inputs by the rule that it names; if not,
             they may take the format's own
@@ -93,3 +95,5 @@ class Dialect:
     is_extra: Callable[[str], bool] = lambda name: False
     extra_files: Callable[[JsonDict], dict[str, JsonDict]] = lambda config: {}
     applies_input_rule: bool = True
+    unread_by_vllm: str | None = None
+    needs: tuple[str, ...] = ()

@@ -362,4 +362,5 @@ COMPRESSED_TENSORS = Dialect(
     extra_tensors=rotation_tensors,
     is_extra=is_rotation_tensor,
     applies_input_rule=False,
+    needs=("compressed_tensors",),
 )

@@ -99,4 +99,5 @@ PTQ = Dialect(
     refusal=_refusal,
     engines=_engines,
     why_import=_why_import,
+    unread_by_vllm="vLLM does not know the ptq dialect; quantize with --dialect compressed-tensors",
 )

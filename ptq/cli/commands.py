@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ptq.cli.bench import bench
+from ptq.cli.chat import chat, generate
 from ptq.cli.errors import fail, guarded
 from ptq.cli.options import (
     MODEL_HELP,
@@ -28,7 +29,7 @@ from ptq.cli.options import (
     parse_gigabytes,
     parse_rotation,
 )
-from ptq.cli.terminal import printable
+from ptq.cli.serve import serve
 
 if TYPE_CHECKING:
     from ptq.pipeline.plan import Plan
@@ -352,64 +353,9 @@ def verify(
         sys.exit(2)
 
 
-@app.command()
-@guarded
-def generate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Continue a text with a model or checkpoint, and say how many tokens a second that made."""
-    import time
-
-    from ptq.cli import display
-    from ptq.runtime.generate import generate as tokens_after
-    from ptq.runtime.generate import record, stream_text
-    from ptq.runtime.loaded_model import load_model
-
-    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
-    encoded = subject.encode(prompt)
-    new_tokens: list[int] = []
-    pieces: list[str] = []
-    start = time.perf_counter()
-    tokens = tokens_after(
-        subject.module,
-        encoded,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=subject.ends,
-    )
-    for piece in stream_text(subject.decode, encoded, record(tokens, new_tokens)):
-        if not json:
-            told = piece if pieces else prompt + piece
-            print(printable(told) if sys.stdout.isatty() else told, end="", flush=True)
-        pieces.append(piece)
-    seconds = time.perf_counter() - start
-    if json:
-        display.print_json(
-            {
-                "prompt": prompt,
-                "text": "".join(pieces),
-                "tokens": len(new_tokens),
-                "tokens_per_second": len(new_tokens) / seconds,
-            }
-        )
-    else:
-        print("" if pieces else prompt)
-        if not quiet:
-            display.note(f"{len(new_tokens)} tokens, {len(new_tokens) / seconds:.1f} tokens/s")
-
-
+app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(bench)
 
 

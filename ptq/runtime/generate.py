@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ptq.model.structure import positions
 from ptq.runtime import decoding
 
 CONTEXT = 8  # tokens before the first new one that are decoded with it
@@ -45,6 +46,24 @@ def _check(largest: float) -> None:
         )
 
 
+def room(model: nn.Module, prompt: Sequence[int]) -> int | None:
+    """How many tokens can follow ``prompt`` before the model's positions end; None if its
+    configuration names no end. The last token needs no position: nothing is asked after it.
+
+    Raises:
+        ValueError: the prompt alone has more tokens than the model has positions.
+    """
+    config = getattr(model, "config", None)
+    limit = None if config is None else positions(config)
+    if limit is None:
+        return None
+    if len(prompt) > limit:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and the model {limit} positions; shorten it"
+        )
+    return limit - len(prompt) + 1
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -56,16 +75,17 @@ def generate(
     stop: Iterable[int] = (),
     decode: decoding.Decode = "auto",
 ) -> Iterator[int]:
-    """Yield the tokens that follow ``prompt``, until one of ``stop``, which is not yielded, or
-    ``max_new_tokens``.
+    """Yield the tokens that follow ``prompt``, until one of ``stop``, which is not yielded, the end
+    of the model's positions (:func:`room`), or ``max_new_tokens``.
 
     The same arguments give the same text on the same machine. ``decode`` is how steps run
     (``ptq/runtime/decoding.py``): if not given, as a CUDA graph over a cache of fixed size where
     device and model allow it, else plainly.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature or length, logits that are no numbers,
-            or a way to decode that the model or its device does not allow.
+        ValueError: a prompt that is empty or longer than the model's positions, a negative
+            temperature or length, logits that are no numbers, or a way to decode that the model or
+            its device does not allow.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens; give some text with --prompt")
@@ -73,6 +93,9 @@ def generate(
         raise ValueError(f"temperature {temperature} is not a number of 0 or more")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: ask for at least one")
+    left = room(model, prompt)
+    if left is not None:
+        max_new_tokens = min(max_new_tokens, left)
     generator = torch.Generator().manual_seed(seed)
     ends = frozenset(stop)
     steps = decoding.decode(model, prompt, len(prompt) + max_new_tokens, decode)

@@ -1,11 +1,13 @@
 """From the name of a model to its directory, and from a directory to a model and tokenizer, our own
 or others."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -60,12 +62,48 @@ class Loaded:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @property
+    def chats(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written for this model."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation, up to where the model is to answer.
+
+        Args:
+            messages: ``role`` (system, user, assistant) and ``content`` of each turn.
+
+        Raises:
+            ValueError: no chat template, or one that refuses these messages.
+        """
+        if not self.chats:
+            raise ValueError(
+                f"{self.name} has no chat template: it continues text and does not answer; use "
+                "ptq generate, or a model that was trained for conversations"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"the chat template of {self.name} refuses the conversation: {reason}"
+            ) from error
+        return self.encode(str(text))
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model takes at a time, if its configuration says."""
+        return positions(self.module.config)  # pyright: ignore[reportArgumentType]
+
+    @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end a text."""
+        """The tokens that end a text: those of the generation settings, and the tokenizer's, with
+        which chat templates end a turn."""
         settings = getattr(self.module, "generation_config", None)
         ids = getattr(settings, "eos_token_id", None)
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+        ids = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
+        return frozenset(i for i in ids if isinstance(i, int))
 
     def window(self, seq_len: int | None) -> int:
         """The length of evaluation windows: ``seq_len``, or what is usual and the model can take.
@@ -73,7 +111,7 @@ class Loaded:
         Raises:
             ValueError: the model has fewer positions.
         """
-        limit = positions(self.module.config)  # pyright: ignore[reportArgumentType]
+        limit = self.positions
         if seq_len is not None and limit is not None and seq_len > limit:
             raise ValueError(
                 f"--seq-len {seq_len} is more than the {limit} positions of {self.name}; lower it"

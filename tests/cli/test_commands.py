@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import logging
 import os
 import random
 import re
@@ -12,57 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Result, Run
 from safetensors.torch import load_file, save_file
 
 from ptq.cli import commands as cli
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error; nothing else may be there."""
-        assert self.code == 2, f"exit code {self.code}: {self.err}"
-        assert self.out == ""
-        lines = self.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        return lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def ptq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """``ptq("eval", …)`` in this process: the command without the seconds that its imports take."""
-    logger = logging.getLogger("ptq")
-    before = logger.handlers[:], logger.propagate
-    environment = dict(os.environ)
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ptq", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capfd.readouterr()
-        code = end.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, captured.out, captured.err)
-
-    yield run
-    logger.handlers[:], logger.propagate = before
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def process(*args: object, **options) -> subprocess.CompletedProcess[str]:
@@ -333,24 +290,6 @@ def test_eval_without_a_reference(ptq: Run, tiny_llama: Path, tiny_text: Path):
         ptq("eval", tiny_llama, "--text", tiny_text, "--max-tokens", 512, "--json").out
     )
     assert found["kl"] is None and found["seq_len"] == 256  # as many positions as the model has
-
-
-def test_generate_continues_the_prompt(ptq: Run, checkpoint: Path):
-    found = json.loads(
-        ptq("generate", checkpoint, "--prompt", "the walk", "--max-new-tokens", 12, "--json").out
-    )
-    assert found["tokens"] == 12 and found["tokens_per_second"] > 0
-    result = ptq("generate", checkpoint, "--prompt", "the walk", "--max-new-tokens", 12)
-    assert (
-        result.out.startswith("the walk") and "12 tokens" in result.err and "tokens/s" in result.err
-    )
-    sampled = [
-        json.loads(
-            ptq("generate", checkpoint, "-p", "a", "--temperature", 1, "--seed", s, "--json").out
-        )["text"]
-        for s in (1, 1, 2)
-    ]
-    assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_quiet_prints_nothing(ptq: Run, tiny_llama: Path, small: list[object], tmp_path: Path):
@@ -704,15 +643,6 @@ def test_inspect_of_bad_input(ptq: Run, tiny_llama: Path, tmp_path: Path, checkp
     file = copy(checkpoint, tmp_path / "q") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert "copy" in ptq("inspect", tmp_path / "q").error
-
-
-def test_generate_with_bad_input(ptq: Run, tiny_llama: Path):
-    assert "no tokens" in ptq("generate", tiny_llama, "--prompt", "").error
-    assert "temperature" in ptq("generate", tiny_llama, "--prompt", "a", "--temperature", -1).error
-    assert (
-        "--max-new-tokens"
-        in ptq("generate", tiny_llama, "--prompt", "a", "--max-new-tokens", 0).error
-    )
 
 
 # ---------------------------------------------------------------- interruption

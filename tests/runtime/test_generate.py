@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.runtime.decoding import Watch
-from ptq.runtime.generate import choose, generate, record, stream_text
+from ptq.runtime.generate import choose, generate, record, room, stream_text
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,20 @@ def test_generation_stops_before_an_end_token(model: nn.Module):
         list(generate(model, [10, 20, 30], max_new_tokens=10, stop=[end]))
         == tokens[: tokens.index(end)]
     )
+
+
+def test_generation_stops_where_the_positions_end(model: nn.Module):
+    """256 positions: after 250 tokens, six more can be read, and a seventh follows them."""
+    prompt = [10] * 250
+    assert room(model, prompt) == 7
+    assert len(list(generate(model, prompt, max_new_tokens=20))) == 7
+    assert len(list(generate(model, [10] * 256, max_new_tokens=20))) == 1
+    with pytest.raises(ValueError, match="the prompt has 257 tokens and the model 256 positions"):
+        list(generate(model, [10] * 257))
+
+
+def test_a_model_that_names_no_positions_has_room_for_ever():
+    assert room(nn.Identity(), [1]) is None
 
 
 def test_a_seed_decides(model: nn.Module):

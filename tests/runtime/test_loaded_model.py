@@ -55,6 +55,27 @@ def test_ends_are_those_of_the_generation_settings(make_tiny_model: Callable[...
     assert load_model(make_tiny_model("llama", eos_token_id=7), device=cpu).ends == {7}
 
 
+def test_the_end_of_a_turn_ends_a_text(make_tiny_model: Callable[..., Path], monkeypatch):
+    """Chat templates end a turn with the tokenizer's token, which settings need not name."""
+    model = load_model(make_tiny_model("llama", eos_token_id=7), device=torch.device("cpu"))
+    monkeypatch.setattr(type(model.tokenizer), "eos_token_id", 9, raising=False)
+    assert model.ends == {7, 9}
+
+
+def test_a_conversation_becomes_tokens(tiny_llama: Path, monkeypatch):
+    model = load_model(tiny_llama, device=torch.device("cpu"))
+    assert not model.chats
+    turns = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="no chat template"):
+        model.encode_chat(turns)
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    assert model.chats and model.decode(model.encode_chat(turns)) == "hi>"
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages[7]['content'] }}")
+    with pytest.raises(ValueError, match=r"the chat template of .* refuses the conversation"):
+        model.encode_chat(turns)
+
+
 def test_missing_weights_are_not_made_up(make_tiny_model: Callable[..., Path], tmp_path: Path):
     """transformers would fill the gap with random numbers and a warning."""
     from safetensors.torch import load_file, save_file

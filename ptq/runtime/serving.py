@@ -1,0 +1,95 @@
+"""Which server runs a model: vLLM where it is installed and reads the checkpoint rightly, else that
+of transformers. There is none of our own."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ptq.checkpoint.dialect import Dialect, Export
+from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.reader import Checkpoint, config_dtype, read_config
+
+# what ``transformers serve`` imports beside transformers
+SERVING = ("fastapi", "uvicorn")
+# its program, which also reads what ptq writes
+TRANSFORMERS = "import ptq.hf; from transformers.cli.transformers import main; main()"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A program that serves a model.
+
+    Attributes:
+        command: its arguments, the program first.
+        reason: why this one and not vLLM; None for vLLM.
+    """
+
+    command: list[str]
+    reason: str | None
+
+
+def choose_server(path: Path, *, host: str, port: int, more: Sequence[str] = ()) -> Server:
+    """The server for the model in ``path``.
+
+    Args:
+        more: arguments that are passed on.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint there; or neither server can run it, each with
+            the reason.
+    """
+    place = ["--host", host, "--port", str(port), *more]
+    refusal = without_vllm(path)
+    program = find_program("vllm")
+    if refusal is None and program is None:
+        refusal = "vLLM is not installed"
+    if refusal is None and program is not None:
+        return Server([program, "serve", str(path), *place], None)
+    if missing := missing_for_transformers(path):
+        names = [name.replace("_", "-") for name in missing if name not in SERVING]
+        packages = ["'transformers[serving]'"] * (len(names) < len(missing)) + names
+        raise ValueError(
+            f"no server runs {path}: {refusal}; transformers needs {' and '.join(missing)}: pip "
+            f"install {' '.join(packages)}"
+        )
+    return Server([sys.executable, "-c", TRANSFORMERS, "serve", str(path), *place], refusal)
+
+
+def without_vllm(path: Path) -> str | None:
+    """Why vLLM cannot run the model in ``path``, or None if it can."""
+    dialect = dialect_in(path)
+    if dialect is None:
+        return None
+    if dialect.unread_by_vllm:
+        return dialect.unread_by_vllm
+    checkpoint = Checkpoint(path)
+    dtype = config_dtype(checkpoint.config)
+    refusal = dialect.refusal(
+        Export(layers=checkpoint.layers, engines=("vLLM",), dtype=dtype, scales={})
+    )
+    return f"vLLM does not compute it rightly: {refusal}" if refusal else None
+
+
+def missing_for_transformers(path: Path) -> list[str]:
+    """The packages that transformers' server needs for the model in ``path`` and that are not
+    here."""
+    wanted: list[str] = [*SERVING]
+    dialect = dialect_in(path)
+    if dialect is not None:
+        wanted.extend(dialect.needs)
+    return [name for name in wanted if find_spec(name) is None]
+
+
+def dialect_in(path: Path) -> Dialect | None:
+    """The dialect of a quantized checkpoint; None of a model of another kind."""
+    quantization = read_config(path).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return DIALECTS.get(str(method))
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is: beside this Python, or on the PATH."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
