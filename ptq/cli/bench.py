@@ -41,36 +41,63 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[str] | None,
-        typer.Option(help="Rows of the inputs, as 1,16,128 or repeated; 1 to 8192 if left out."),
+        typer.Option(show_default="1 to 8192", help="Rows of the inputs, as 1,16,128 or repeated."),
     ] = None,
     format: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", "-f", help="nvfp4, mxfp4, nvint4 (if left out), mxint4; repeatable."
+            "--format",
+            "-f",
+            metavar="nvfp4|mxfp4|nvint4|mxint4",
+            show_default="the first three",
+            help="Of the weights; repeatable.",
         ),
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="bf16, w4a16, rotate+w4a16, fp8, …; all that can run if left out."),
+        typer.Option(
+            metavar="NAME",
+            show_default="all that can run",
+            help="bf16, fp8, w4a16, w4a4, rotate+w4a16, …; repeatable.",
+        ),
     ] = None,
     rotation: Annotated[
         str | None,
-        typer.Option(help="Size of the Hadamard blocks: none, 16, 32 (if left out), 64, 128."),
+        typer.Option(
+            metavar="none|16|32|64|128", show_default="32", help="Size of the Hadamard blocks."
+        ),
     ] = None,
     device: Device = None,
     predict: Annotated[
         str | None,
-        typer.Option(help="Measure nothing: print rooflines of h200, b200, rtx5090 or a100."),
+        typer.Option(
+            metavar="h200|b200|rtx5090|a100",
+            show_default="none: measure",
+            help="Measure nothing: print rooflines of a GPU.",
+        ),
     ] = None,
     blocks: Annotated[
         bool, typer.Option("--sum", help="One row per decoder block, not per layer.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Append every measurement to this .jsonl file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="none",
+            help="Append every measurement to this .jsonl file.",
+        ),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default="none", help="Write the table to this file."),
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw speed over bf16: a .svg, .png or .pdf file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="none",
+            help="Draw speed over bf16: a .svg, .png or .pdf file.",
+        ),
     ] = None,
     tune: Annotated[
         bool,

@@ -39,11 +39,11 @@ def generate(
             "--raw", help="Continue the text as it is, without the model's chat template."
         ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -134,13 +134,14 @@ def ctrl_c() -> Iterator[None]:
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     system: Annotated[
-        str | None, typer.Option(help="Instructions to the model; its template's own if left out.")
+        str | None,
+        typer.Option(show_default="its template's own", help="Instructions to the model."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
     ] = 0.7,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     quiet: Quiet = False,

@@ -15,19 +15,34 @@ import typer
 from ptq.cli.bench import bench
 from ptq.cli.chat import chat, generate
 from ptq.cli.errors import fail, guarded
+from ptq.cli.formats import formats
 from ptq.cli.options import (
+    ACTIVATIONS,
+    ALGORITHMS,
+    DIALECTS,
+    FORMATS,
+    INPUT_RULES,
     MODEL_HELP,
+    OUTPUT,
+    QUALITIES,
+    RECIPE,
+    ROTATIONS,
+    RUN,
+    SCALES,
+    SCHEMES,
     Debug,
     Device,
     Dtype,
     Field,
     Json,
+    ModelFirst,
     Quiet,
     make_recipe,
     parse_device,
     parse_dtype,
     parse_gigabytes,
     parse_rotation,
+    values,
 )
 from ptq.cli.serve import serve
 
@@ -37,8 +52,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ptq",
     help="Quantize language models to 4 bits (MXFP4, NVFP4, NVINT4), measure and run them.",
-    add_completion=False,
     pretty_exceptions_enable=False,
+    epilog="Code that comes with a model is never run (trust_remote_code is off): models of "
+    "transformers' own classes load, others are refused.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
@@ -66,101 +82,216 @@ def root(
         print(context.get_help())
 
 
-@app.command()
+@app.command(cls=ModelFirst)
 @guarded
 def quantize(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
+    model: Annotated[
+        str | None,
+        typer.Argument(help=f"{MODEL_HELP} --model is the same.", metavar="MODEL"),
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory of the result; new or empty.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            show_default="none: required, but for --dry-run and --show-recipe",
+            help="Directory of the result; new or empty.",
+        ),
+    ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="mxfp4, nvfp4, nvint4, mxint4, mxfp8, …")
+        str | None,
+        typer.Option(
+            "--format",
+            "-f",
+            **values(FORMATS, "Of the weights; ptq formats compares them."),
+            show_default="that of --recipe, else required",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     quality: Annotated[
         str | None,
         typer.Option(
-            help="fast: round to nearest. default: the best known recipe, with as much text as "
-            "takes minutes. best: four times as much."
+            **values(
+                QUALITIES,
+                "fast rounds to nearest; default is the best known recipe, with as much text as "
+                "takes minutes; best reads four times as much.",
+            ),
+            show_default="default",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="w4a16: weights only. w4a4: activations too.")
+        str | None,
+        typer.Option(
+            **values(SCHEMES, "w4a16 quantizes weights only, w4a4 activations too."),
+            show_default="w4a16",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
-    algorithm: Annotated[str | None, typer.Option(help="gptq, or rtn: round to nearest.")] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            **values(ALGORITHMS, "rtn rounds to nearest: quick, and less accurate."),
+            show_default="gptq",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     rotation: Annotated[
         str | None,
         typer.Option(
-            help="Size of the Hadamard blocks: none, 16, 32, 64, 128, 256, or auto: measured by "
-            "layer."
+            **values(ROTATIONS, "Size of the Hadamard blocks; auto measures each layer."),
+            show_default="the format's best: none for nvfp4 and mxfp8, else its group",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     balance: Annotated[
         float | None,
-        typer.Option(help="0 … 1: how far large inputs are scaled down, and their weights up."),
+        typer.Option(
+            metavar="0…1",
+            show_default="0.25, 0.5 for w4a4, 0 for rtn",
+            help="How far large inputs are scaled down, and their weights up.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     scales: Annotated[
-        str | None, typer.Option(help="Rule that chooses scales: absmax, mse, …")
+        str | None,
+        typer.Option(
+            **values(SCALES, "Rule that chooses the scales of weights."),
+            show_default="trial, mse for rtn, absmax for 8 bits",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     input_rule: Annotated[
         str | None,
         typer.Option(
-            help="Rule that scales quantized inputs: absmax, four_six (NVFP4), theta, …; else the "
-            "best one that those who read the result apply."
+            **values(INPUT_RULES, "Rule that scales quantized inputs."),
+            show_default="the best one that those who read the result apply",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text: a .txt, .jsonl or .parquet file, a data set of the hub, or 'builtin'."
+            metavar="builtin|FILE|DATASET",
+            show_default="builtin",
+            help="Text: a .txt, .jsonl or .parquet file, or a data set of the hub.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     field: Field = None,
-    samples: Annotated[int | None, typer.Option(help="Sequences of calibration text.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in each.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            show_default="by --quality, model and device",
+            help="Sequences of calibration text.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            show_default="likewise: 512 or 2048",
+            help="Tokens in each.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences that run at the same time.")
+        int | None,
+        typer.Option(
+            show_default="4", help="Sequences that run at the same time.", rich_help_panel=RECIPE
+        ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="JSON or TOML file of choices; options override it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="none",
+            help="JSON or TOML file of choices, which options override; --show-recipe writes one.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Layers to leave as they are: a name or a pattern with *; repeatable."),
+        typer.Option(
+            metavar="PATTERN",
+            show_default="none",
+            help="Layers to leave as they are: a name, a pattern with *, or re:…; repeatable.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     lm_head: Annotated[
         bool | None,
-        typer.Option("--lm-head", help="Quantize the output head too (not a tied one)."),
+        typer.Option(
+            "--lm-head",
+            show_default="no",
+            help="Quantize the output head too (not a tied one).",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     route_all_experts: Annotated[
         bool | None,
-        typer.Option("--route-all-experts", help="Calibrate every expert on every token."),
+        typer.Option(
+            "--route-all-experts",
+            show_default="no",
+            help="Calibrate every expert on every token.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            show_default="0", help="Of the choice of calibration text.", rich_help_panel=RECIPE
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice of calibration text.")] = None,
+    activations: Annotated[
+        str,
+        typer.Option(
+            **values(ACTIVATIONS, "Where activations wait between blocks."),
+            rich_help_panel=RUN,
+        ),
+    ] = "ram",
     dialect: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors, ptq, or auto: the former where other engines compute it "
-            "exactly."
+            **values(
+                DIALECTS,
+                "How the result lies on disk, and so who opens it; auto takes compressed-tensors "
+                "where other engines compute it exactly.",
+            ),
+            rich_help_panel=OUTPUT,
         ),
     ] = "auto",
-    activations: Annotated[
-        str, typer.Option(help="Where activations wait between blocks: ram, device or disk.")
-    ] = "ram",
     hessian_memory: Annotated[
         float | None,
         typer.Option(
-            help="GB for the Hessians of a block's experts at a time; half of what is free."
+            metavar="GB",
+            show_default="half of what is free",
+            help="For the Hessians of a block's experts at a time.",
+            rich_help_panel=RUN,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the checkpoint in --out.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only predict memory, time and size; needs config.json, no weights."
+            "--dry-run",
+            help="Only predict memory, time and size; needs config.json, no weights.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    show_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--show-recipe",
+            help="Only print every choice as TOML, which --recipe reads; needs no model.",
+            rich_help_panel=RUN,
         ),
     ] = False,
     json: Json = False,
@@ -177,6 +308,7 @@ def quantize(
     from ptq.cli import display
     from ptq.pipeline.forecast import forecast
     from ptq.pipeline.ranks import launched
+    from ptq.pipeline.recipe_file import to_toml
     from ptq.pipeline.run import quantize_model
     from ptq.runtime.inspect import inspect as inspect_checkpoint
     from ptq.runtime.loaded_model import resolve_model
@@ -200,6 +332,13 @@ def quantize(
         "seed": seed,
     }
     choices = make_recipe(format, recipe, options)
+    if show_recipe:
+        print(to_toml(choices), end="")
+        return
+    if model is None:
+        raise ValueError("say which model: ptq quantize MODEL --format … --out …")
+    if out is None and not dry_run:
+        raise ValueError("say where the result goes: --out DIR")
     room = parse_gigabytes("--hessian-memory", hessian_memory)
     source = resolve_model(model)
     place, kind = parse_device(device), parse_dtype(dtype)
@@ -223,6 +362,7 @@ def quantize(
             else:
                 display.print_forecast(str(source), prediction)
         return
+    assert out is not None
 
     def begins(plan: "Plan") -> None:
         display.print_plan(plan, predict().seconds)
@@ -249,27 +389,34 @@ def quantize(
         display.print_report(inspect_checkpoint(out), layers=False)
 
 
-@app.command("eval")
+@app.command("eval", cls=ModelFirst)
 @guarded
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     reference: Annotated[
-        str | None, typer.Option(help="The original, to compare with. " + MODEL_HELP)
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="none: perplexity alone",
+            help=f"The original, to compare with. {MODEL_HELP}",
+        ),
     ] = None,
     text: Annotated[
         str,
         typer.Option(
-            help="A .txt, .jsonl or .parquet file, or 'builtin' for held-out Python source."
+            metavar="builtin|FILE",
+            help="A .txt, .jsonl or .parquet file; 'builtin' is held-out Python source.",
         ),
     ] = "builtin",
     field: Field = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use at most so many tokens of the text.")
+        int | None,
+        typer.Option(min=2, show_default="all", help="Use at most so many tokens of the text."),
     ] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens in a window; 2048, or fewer if the model has fewer positions."
+            min=2, show_default="2048, or the model's positions", help="Tokens in a window."
         ),
     ] = None,
     device: Device = None,
@@ -309,10 +456,12 @@ def evaluate(
         display.print_evaluation(model, reference, text, result)
 
 
-@app.command()
+@app.command(cls=ModelFirst)
 @guarded
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Directory of a quantized checkpoint.", metavar="MODEL")
+    ],
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -331,7 +480,9 @@ def inspect(
 @app.command()
 @guarded
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Directory of a quantized checkpoint.", metavar="MODEL")
+    ],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -353,10 +504,11 @@ def verify(
         sys.exit(2)
 
 
-app.command()(generate)
-app.command()(chat)
-app.command()(serve)
-app.command()(bench)
+app.command(cls=ModelFirst)(generate)
+app.command(cls=ModelFirst)(chat)
+app.command(cls=ModelFirst)(serve)
+app.command()(formats)
+app.command(cls=ModelFirst)(bench)
 
 
 def main() -> None:

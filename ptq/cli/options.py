@@ -2,39 +2,115 @@
 the library takes."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:  # ptq --help must not wait for torch
     import torch
 
+# What options take, for help and completion; a test compares them with the tables that they are in.
+FORMATS = ("mxfp4", "nvfp4", "nvint4", "mxint4", "mxint6", "mxfp6", "mxint8", "mxfp8")
+SCHEMES = ("w4a16", "w4a4")
+ALGORITHMS = ("gptq", "rtn")
+ROTATIONS = ("none", "16", "32", "64", "128", "256", "auto")
+SCALES = (
+    *("trial", "in_loop_mse", "mse", "absmax", "ceil", "ocp", "theta", "round", "up", "four_six"),
+)
+INPUT_RULES = ("absmax", "four_six", "theta", "ceil", "ocp", "round")
+QUALITIES = ("fast", "default", "best")
+DIALECTS = ("auto", "compressed-tensors", "ptq")
+ACTIVATIONS = ("ram", "device", "disk")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Values(TypedDict):
+    """Arguments of ``typer.Option``."""
+
+    metavar: str
+    help: str
+    autocompletion: Callable[[], list[str]]
+
+
+def values(names: Sequence[str], help: str) -> Values:
+    """How an option that takes one of ``names`` shows them, and completes them in a shell."""
+    joined = "|".join(names)
+    if len(joined) > METAVAR:
+        joined, help = "NAME", f"{help.rstrip('.')}: {', '.join(names)}."
+    return {"metavar": joined, "help": help, "autocompletion": lambda: list(names)}
+
+
+METAVAR = 34  # characters that leave room for the help
+RECIPE = "Recipe: what changes the numbers"
+RUN = "Run: where and how it computes"
+OUTPUT = "Output"
 MODEL_HELP = "Directory of a model, id of a model on the hub, or 'demo' for the bundled one."
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU if there is one.")
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N",
+        show_default="the first GPU, else cpu",
+        help="Where to compute.",
+        rich_help_panel=RUN,
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of the computation: float32 (usual on a CPU), bfloat16, float16. Else the model's "
-        "own."
+        **values(DTYPES, "Of the computation."),
+        show_default="the model's own; float32 on a CPU",
+        rich_help_panel=RUN,
     ),
 ]
 Field = Annotated[
-    str | None, typer.Option(help="Of a .jsonl or .parquet text: the column; 'messages' for chats.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="text, messages or conversations, whichever is there",
+        help="Column of a .jsonl or .parquet text; 'messages' for chats.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON on stdout, and nothing else there.", rich_help_panel=OUTPUT
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress, no messages.", rich_help_panel=OUTPUT),
+]
 Debug = Annotated[
     bool,
     typer.Option(
-        "--debug", envvar="PTQ_DEBUG", help="Show tracebacks and the libraries' messages."
+        "--debug",
+        envvar="PTQ_DEBUG",
+        help="Show tracebacks and the libraries' messages.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+class ModelFirst(TyperCommand):
+    """A command whose first argument is a model, which ``--model`` and ``-m`` also name."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, model_first(args))
+
+
+def model_first(args: Sequence[str]) -> list[str]:
+    """``args`` with the value of ``--model`` or ``-m``, if there is one, as the first argument."""
+    end = args.index("--") if "--" in args else len(args)
+    for i, word in enumerate(args[:end]):
+        name, joined, value = word.partition("=")
+        if name in ("--model", "-m") and joined:
+            return [value, *args[:i], *args[i + 1 :]]
+        if word in ("--model", "-m") and i + 1 < end:
+            return [args[i + 1], *args[:i], *args[i + 2 :]]
+    return list(args)
 
 
 def parse_dtype(name: str | None) -> "torch.dtype | None":

@@ -168,7 +168,44 @@ def test_memory_that_runs_out_is_no_traceback(
     assert "out of memory; lower --batch-size" in ptq("inspect", checkpoint).error
 
 
-# ---------------------------------------------------------------- quantize, inspect, eval, generate
+# ---------------------------------------------------------------- quantize, inspect, eval
+
+
+def test_the_model_is_the_first_argument_and_model_an_alias(
+    ptq: Run, tiny_llama: Path, checkpoint: Path
+):
+    for model in ([tiny_llama], ["--model", tiny_llama], ["-m", tiny_llama]):
+        result = ptq("quantize", *model, "--format", "nvfp4", "--dry-run", "--json")
+        assert json.loads(result.out)["blocks"] == 2
+    assert ptq("inspect", "--model", checkpoint).out == ptq("inspect", checkpoint).out
+
+
+def test_what_quantize_cannot_do_without(ptq: Run, tiny_llama: Path):
+    assert "ptq quantize MODEL" in ptq("quantize", "--format", "nvfp4").error
+    assert "--out DIR" in ptq("quantize", tiny_llama, "--format", "nvfp4").error
+
+
+def test_the_recipe_that_is_shown_can_be_fed_back(ptq: Run, tmp_path: Path):
+    options = ["--format", "mxfp4", "--scheme", "w4a4", "--samples", 7, "--ignore", "*.o_proj"]
+    shown = ptq("quantize", "--show-recipe", *options).out
+    file = tmp_path / "recipe.toml"
+    file.write_text(shown)
+    assert "samples = 7" in shown and 'ignore = ["*.o_proj"]' in shown
+    assert ptq("quantize", "--show-recipe", "--recipe", file).out == shown
+
+
+def test_a_shell_completes_values():
+    environment = {
+        **os.environ,
+        "_PTQ_COMPLETE": "complete_bash",
+        "COMP_WORDS": "ptq quantize m --format nv",
+        "COMP_CWORD": "4",
+    }
+    script = "from ptq.cli.commands import app; app(prog_name='ptq')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["nvfp4", "nvint4"]
 
 
 def test_inspect_counts_every_byte(ptq: Run, checkpoint: Path):

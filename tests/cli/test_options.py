@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
+from ptq.cli import options
+from ptq.cli.commands import app
 from ptq.cli.options import make_recipe, parse_device, parse_dtype, parse_rotation, read_choices
 from ptq.pipeline.recipe import Recipe
 
@@ -66,3 +70,75 @@ def test_dtypes_and_devices_have_names():
             parse_device(name)
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         parse_dtype("float64")
+
+
+# ---------------------------------------------------------------- what help says
+
+
+def test_values_that_help_lists_are_those_of_the_tables():
+    from ptq.calib.hidden_states import HiddenStates
+    from ptq.checkpoint.dialect_choice import CHOICES
+    from ptq.numerics.activations import input_rules
+    from ptq.numerics.algorithms import ALGORITHMS
+    from ptq.numerics.formats import FORMATS
+    from ptq.numerics.scales import RULES
+    from ptq.pipeline.quality import QUALITIES
+    from ptq.pipeline.recipe import IN_LOOP, SCHEMES
+
+    assert set(options.FORMATS) == set(FORMATS)
+    assert options.SCHEMES == SCHEMES
+    assert set(options.ALGORITHMS) == set(ALGORITHMS)
+    assert set(options.SCALES) == {*RULES, *IN_LOOP}
+    assert set(options.INPUT_RULES) == {r for fmt in FORMATS.values() for r in input_rules(fmt)}
+    assert set(options.QUALITIES) == set(QUALITIES)
+    assert options.DIALECTS == CHOICES
+    for place in options.ACTIVATIONS:
+        HiddenStates(place, torch.device("cpu"))
+    for name in options.ROTATIONS[:-1]:
+        assert options.parse_rotation(name) >= 1
+
+
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_option_shows_its_default(command: str):
+    """Flags are off; what has no default of its own says in words what happens without it."""
+    silent = [
+        parameter.opts[0]
+        for parameter in commands()[command].params
+        if parameter.param_type_name == "option"
+        and not parameter.is_flag
+        and not parameter.required
+        and parameter.default is None
+        and not isinstance(parameter.show_default, str)
+    ]
+    assert silent == []
+
+
+def test_short_lists_are_the_placeholder_and_long_ones_are_in_the_help():
+    short = options.values(["a", "b"], "Of it.")
+    assert (short["metavar"], short["help"], short["autocompletion"]()) == (
+        *("a|b", "Of it."),
+        ["a", "b"],
+    )
+    names = [f"name{i}" for i in range(12)]
+    long = options.values(names, "Of it.")
+    assert long["metavar"] == "NAME"
+    assert long["help"] == f"Of it: {', '.join(names)}."
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--out", "o", "--model", "m"], ["m", "--out", "o"]),
+        (["-m", "m", "-q"], ["m", "-q"]),
+        (["--model=m", "-q"], ["m", "-q"]),
+        (["m", "-q"], ["m", "-q"]),
+        (["m", "--", "--model", "other"], ["m", "--", "--model", "other"]),
+        (["--model"], ["--model"]),
+    ],
+)
+def test_the_option_model_is_the_first_argument(given: list[str], taken: list[str]):
+    assert options.model_first(given) == taken

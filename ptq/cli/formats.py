@@ -1,0 +1,120 @@
+"""``ptq formats``: which formats there are, what runs them, and when to choose which."""
+
+from dataclasses import asdict, dataclass
+
+from ptq.cli.errors import guarded
+from ptq.cli.options import Debug, Json
+
+BLACKWELL = "Blackwell"
+# Format → the GPUs whose tensor cores multiply it, and what it is for.
+GUIDE: dict[str, tuple[str, str]] = {
+    "nvfp4": (BLACKWELL, "the first choice: accurate, and other engines open it, w4a4 too"),
+    "mxfp4": (BLACKWELL, "the smallest that other engines open; loses more than nvfp4"),
+    "nvint4": ("none", "the least loss at w4a4, with ptq; w4a16 is like nvfp4 and opens elsewhere"),
+    "mxint4": ("none", "comparisons with mxfp4"),
+    "mxint6": ("none", "sensitive layers of a mixed recipe"),
+    "mxfp6": (BLACKWELL, "comparisons with mxint6"),
+    "mxint8": ("none", "the most sensitive layers of a mixed recipe"),
+    "mxfp8": (BLACKWELL, "comparisons with mxint8"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format as the table shows it; ``opens`` by scheme: the engines that compute the default
+    recipe exactly."""
+
+    format: str
+    bits_per_weight: float
+    group_size: int
+    rotation: int
+    native: str
+    kernels: bool
+    opens: dict[str, str]
+    choose: str
+
+
+def rows() -> list[Row]:
+    """One for each format, in the order of the guide."""
+    from ptq.kernels import coverage
+    from ptq.numerics.formats import FORMATS
+
+    found = []
+    for name, (native, choose) in GUIDE.items():
+        fmt = FORMATS[name]
+        found.append(
+            Row(
+                format=name,
+                bits_per_weight=fmt.bits_per_weight,
+                group_size=fmt.group_size,
+                rotation=fmt.default_rotation,
+                native=native,
+                kernels=(fmt.element.name, fmt.scale_name) in coverage.FORMATS,
+                opens={scheme: opens(name, scheme) for scheme in ("w4a16", "w4a4")},
+                choose=choose,
+            )
+        )
+    return found
+
+
+def opens(format: str, scheme: str) -> str:
+    """Who computes a checkpoint of the default recipe exactly, by the dialect that it gets."""
+    from ptq.checkpoint.dialect_choice import choose
+    from ptq.checkpoint.quantization_config import LayerInfo
+    from ptq.pipeline.recipe import Recipe
+
+    recipe = Recipe.default(format, scheme=scheme)
+    info = LayerInfo(
+        format=format,
+        rotation=int(recipe.rotation),
+        quantize_inputs=recipe.quantize_inputs,
+        static_inputs=recipe.static_inputs,
+    )
+    dialect = choose({"model.layers.0.mlp.down_proj": info}, dtype="bfloat16").dialect
+    if dialect == "ptq":
+        return "ptq"
+    return "all" if info.rotation == 1 else "vLLM, ptq"
+
+
+@guarded
+def formats(json: Json = False, debug: Debug = False) -> None:
+    """Which formats there are, on which GPUs they are native, who opens them, and when to choose
+    which."""
+    from rich import box
+    from rich.table import Table
+
+    from ptq.cli import display
+
+    if json:
+        display.print_json([asdict(row) for row in rows()])
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("format", no_wrap=True)
+    for name in ("bits", "group", "rotation"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("native on", "kernels", "w4a16 opens in", "w4a4 opens in"):
+        table.add_column(name)
+    table.add_column("choose it for", ratio=1)
+    for row in rows():
+        table.add_row(
+            row.format,
+            f"{row.bits_per_weight:g}",
+            str(row.group_size),
+            str(row.rotation) if row.rotation > 1 else "none",
+            row.native,
+            "Ampere on" if row.kernels else "none",
+            *row.opens.values(),
+            row.choose,
+        )
+    display.out.print(table)
+    for line in (
+        "bits: of a weight, with its share of the scale. group: weights that share a scale. "
+        "rotation: the default.",
+        "native on: GPUs whose tensor cores multiply it (Blackwell: B200, GB200, RTX 50); needed "
+        "for a gain from w4a4, not to run it.",
+        "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "
+        "unpacks them: the same numbers, slower.",
+        "opens in: all is vLLM, ptq, and transformers with compressed-tensors; transformers opens "
+        "every checkpoint after import ptq.hf.",
+    ):
+        display.out.print(line, style="dim", markup=False)
