@@ -33,6 +33,7 @@ from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.reader import Checkpoint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
+from ptq.model.parameter_names import dtype_plan
 from ptq.model.structure import build_model, is_router
 from ptq.pipeline.forecast import forecast
 from ptq.pipeline.plan import Plan
@@ -113,11 +114,11 @@ def outcome(model: Path, out: Path) -> Outcome:
             why = "output head"
         elif isinstance(owner, nn.Embedding):
             why = "embeddings"
-        elif name.startswith(blocks):
-            assert owner is not None and is_router(skeleton, name.rpartition(".")[0]), (
-                f"{stored} is left for no reason"
-            )
+        elif name.startswith(blocks) and is_router(skeleton, name.rpartition(".")[0]):
             why = f"router: `{name.split('.')[-2]}`"
+        elif name.startswith(blocks):
+            assert dtype_plan(skeleton, torch.float16)(name), f"{stored} is left for no reason"
+            why = f"in float32 by its authors: `{name.split('.')[-2]}`"
         else:
             assert not any(part in name for part in ("layers.", "h.")) or "vision" in name, stored
             why = f"outside the decoder: `{next(p for p in name.split('.') if p != 'model')}`"

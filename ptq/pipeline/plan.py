@@ -8,13 +8,15 @@ written.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq.calib.walk import Watch
 from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.model.parameter_names import dtype_plan
 from ptq.model.structure import is_router, positions
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.emulated_inputs import emulated
@@ -204,17 +206,20 @@ def _layers(
     head: tuple[str, nn.Module] | None,
     recipe: Recipe,
 ) -> dict[str, LayerPlan]:
+    """The layers to quantize. Routers, and what its authors keep in float32 even where the rest of
+    a model is in 16 bits, are left alone but for rules that name only such."""
     linears = {
         f"{name}.{inner}": module
         for name, block in blocks
         for inner, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
-    routers = {
+    kept = dtype_plan(cast(PreTrainedModel, source.skeleton()), torch.float16)
+    delicate = {
         f"{name}.{inner}"
         for name, block in blocks
         for inner, _ in block.named_modules()
-        if is_router(block, inner)
+        if is_router(block, inner) or kept(f"{name}.{inner}.weight") == torch.float32
     }
     if head is not None and isinstance(head[1], nn.Linear):
         linears[head[0]] = head[1]
@@ -224,16 +229,16 @@ def _layers(
     check_patterns(recipe.ignore, modules, "module")
     by_rule = [pattern for pattern, _ in recipe.rules]
     check_patterns(by_rule, [n for names in aliases.values() for n in names], "linear layer")
-    for_routers = [
+    for_delicate = [
         pattern
         for pattern in by_rule
-        if all(name in routers for name in linears if matches(pattern, *aliases[name]))
+        if all(name in delicate for name in linears if matches(pattern, *aliases[name]))
     ]
     layers: dict[str, LayerPlan] = {}
     for name, linear in linears.items():
         layer_recipe = recipe.for_module(*aliases[name])
-        asked = any(matches(pattern, *aliases[name]) for pattern in for_routers)
-        spared = name in routers and not asked
+        asked = any(matches(pattern, *aliases[name]) for pattern in for_delicate)
+        spared = name in delicate and not asked
         if layer_recipe is not None and not spared:
             layers[name] = LayerPlan(
                 name=name,

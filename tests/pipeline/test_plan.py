@@ -2,10 +2,13 @@
 read."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from families import FAMILIES, random_model
 
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.blueprint import Blueprint
@@ -13,6 +16,8 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
+from ptq.runtime.load import load
+from ptq.runtime.quant_linear import QuantLinear
 
 Make = Callable[..., Path]
 
@@ -145,6 +150,24 @@ def test_patterns_may_use_the_names_of_the_checkpoint(
     rules = (("re:.*block_sparse_moe.*w2", "mxfp8"),)
     plan = Plan.of(source, quick(rules=rules))
     assert sum(layer.recipe.format == "mxfp8" for layer in plan.layers.values()) == 2 * 4
+
+
+def test_what_its_authors_keep_in_float32_is_quantized_only_by_a_rule_of_its_own(
+    make_tiny_model: Make, tmp_path: Path, tiny_text: Path, quick
+) -> None:
+    """And runs then, although the model looks at its weight beside calling it."""
+    random_model(FAMILIES["DeepSeek-V3.2"]).save_pretrained(tmp_path / "m")
+    for file in make_tiny_model("llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "m")
+    name = "model.layers.0.self_attn.indexer.weights_proj"
+    source = CheckpointSource(tmp_path / "m")
+    assert name not in Plan.of(source, quick(rules=(("self_attn.*", "mxfp8"),))).layers
+    recipe = quick(rules=(("weights_proj", "mxfp8"),), algorithm="rtn")
+    assert name in Plan.of(source, recipe).layers
+    quantize_model(tmp_path / "m", tmp_path / "out", recipe=recipe, device="cpu", dialect="ptq")
+    model = load(tmp_path / "out", dtype=torch.bfloat16)
+    assert isinstance(model.get_submodule(name), QuantLinear)
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
 
 
 def test_a_rule_for_what_is_no_linear_layer_is_a_mistake(tiny_llama: Path, quick) -> None:

@@ -72,6 +72,13 @@ def test_the_rotated_layer_approximates_the_unrotated_one():
 
 
 @formats
+def test_its_weight_is_that_of_a_linear_layer_that_computes_the_same(fmt):
+    layer, x = make(fmt, rotation=16), torch.randn(5, IN)
+    assert layer.weight.dtype == torch.float32 and layer.weight.shape == (OUT, IN)
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
+
+
+@formats
 @pytest.mark.parametrize("chunk_rows", [1, 7, OUT])
 def test_a_cached_weight_gives_the_same_bits(fmt, chunk_rows, monkeypatch):
     monkeypatch.setattr(ptq.runtime.quant_linear, "CHUNK_BYTES", chunk_rows * 4 * IN)
