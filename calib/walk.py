@@ -67,7 +67,7 @@ class Watch:
         return replace(self, probes={}, feed=None, squares=True)
 
 
-Prepare = Callable[[CalibratedBlock, Callable[[], Tensor]], None]
+Prepare = Callable[[CalibratedBlock, Callable[[], Tensor] | None], None]
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def walk(
             again.
         prepare: may change a block before it is observed; it gets the block with statistics of its
             first ``PREPARE`` tokens, and a function that gives the hidden states that it returns
-            for ``TRIAL`` tokens. The output head is not prepared.
+            for ``TRIAL`` tokens, or None (:meth:`Steps.trial`). The output head is not prepared.
         limit: asked for every block before it is observed: bytes that the statistics of its experts
             may take at a time, the same on all ranks.
 
@@ -261,9 +261,15 @@ class Steps:
             moments=watch.moments,
         )
 
-    def trial(self, block: CalibratedBlock) -> Callable[[], Tensor]:
-        """What gives the hidden states that the block, as it is then, returns for a few tokens."""
-        start = self.states[0][:1, :TRIAL].clone()
+    def trial(self, block: CalibratedBlock) -> Callable[[], Tensor] | None:
+        """What gives the hidden states that the block, as it is then, returns for a few tokens;
+        None if it cannot be seen which axes of theirs are sequences and tokens."""
+        states, shape = self.states[0], tuple(self.batches[0].shape)
+        axes = [i for i in range(states.ndim - 1) if tuple(states.shape[i : i + 2]) == shape]
+        if len(axes) != 1:
+            return None
+        start = states.narrow(axes[0], 0, 1)
+        start = start.narrow(axes[0] + 1, 0, min(TRIAL, shape[1])).clone()
         call = self.short[block.index]
         return lambda: hidden_states(call(block.module, start.clone()))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ptq.model import tied_weights
-from ptq.model.coverage import Header, check_layers, check_tensor
+from ptq.model.coverage import Header, check_layers, check_tensor, wrapped
 from ptq.model.expert_layouts import Part
 from ptq.model.experts import unfuse
 from ptq.model.extremes import LARGEST, extremes
@@ -322,7 +322,7 @@ class CheckpointSource:
         if origin is None and not self._may_be_missing(name):
             raise ValueError(
                 f"{self.path} has no tensor for {'buffer' if is_buffer else 'parameter'} {name} of "
-                "its model"
+                f"its model{wrapped(self.names())}"
             )
         return origin
 

@@ -44,8 +44,8 @@ def check_layers(
         count = max(stored | beyond.keys(), default=-1) + 1
         raise ValueError(
             f"{where}: config.json says {described} layers and the weight files hold {count}"
-            f"{f' ({beyond[max(beyond)]})' if beyond else ''}: one of them is of another model, "
-            "copy both again"
+            f"{f' ({beyond[max(beyond)]})' if beyond else ''}"
+            + (wrapped(unread) or ": one of them is of another model, copy both again")
         )
     told = [n for n in unread if not any(re.search(p, n) for p in ignored)]
     if told:
@@ -56,6 +56,25 @@ def check_layers(
             type(model).__name__,
             told[0],
         )
+
+
+# What libraries put before or into names, and how a model is saved without.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile; save the model that was compiled, model._orig_mod",
+    "base_model.model.": "peft; save model.merge_and_unload()",
+    "module.": "data parallel training; save model.module",
+    "_fsdp_wrapped_module.": "FSDP; save a full state dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing; save the model inside",
+}
+
+
+def wrapped(names: Collection[str]) -> str:
+    """What a message says of the library that ``names`` were saved through; nothing if there is
+    none that is known."""
+    for prefix, cause in WRAPPERS.items():
+        if found := next((n for n in names if n.startswith(prefix) or f".{prefix}" in n), None):
+            return f"; it was saved through {cause} (there is {found})"
+    return ""
 
 
 def _numbers(names: Iterable[str], home: str) -> set[int]:

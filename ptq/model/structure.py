@@ -54,6 +54,7 @@ LARGEST_PARAMETER = 1 << 36  # the experts of a layer of the largest known model
 LARGEST_BUFFERS = 4 << 30  # causal masks of GPT-Neo: 24 · 2048²
 DEQUANTIZED = ("mxfp4", "fp8")  # methods whose tensors are filled dequantized
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -67,6 +68,12 @@ def resolve(path: str | Path) -> Path:
     if directory.is_dir():
         _refuse_devices(directory)
         return directory
+    if directory.suffix == ".gguf" and directory.exists():
+        raise FileNotFoundError(
+            f"{path} is quantized already, as GGUF files are: start from the original model, or "
+            "unpack it (transformers: AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE)"
+            ".save_pretrained(...))"
+        )
     if directory.exists():
         raise FileNotFoundError(f"{path} is a file; give the directory of the model")
     if not HUB_ID.match(str(path)):
@@ -116,6 +123,11 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
 
 def require_config(path: Path) -> None:
     """Raise FileNotFoundError where a directory has no configuration, so is none of a model."""
+    if (path / ADAPTER).exists() and not (path / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{path} is a LoRA adapter, not a model: merge it into its base first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...))"
+        )
     if not (path / CONFIG).exists():
         raise FileNotFoundError(
             f"{path} has no config.json: not the directory of a Hugging Face model"

@@ -71,11 +71,12 @@ class Shards:
                 "belong together"
             )
         others = sorted(p.name for pattern in OTHER_WEIGHTS for p in self.path.glob(pattern))
-        hint = (
-            f"only {others[0]}; convert it to safetensors first"
-            if others
-            else "expected model.safetensors or an index of shards"
-        )
+        hint = "expected model.safetensors or an index of shards"
+        if others:
+            hint = (
+                f"only {others[0]}; convert it (transformers: AutoModelForCausalLM.from_pretrained("
+                "DIR).save_pretrained(OTHER), and copy the tokenizer)"
+            )
         raise FileNotFoundError(f"{self.path} contains no safetensors weights: {hint}")
 
     def names(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Balancing as a step of a run: every block before it is observed, the same on every rank."""
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from ptq.calib.walk import CalibratedBlock
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, world
 from ptq.pipeline.tasks import reduce
+
+logger = logging.getLogger(__name__)
 
 
 class Balancing:
@@ -25,12 +28,21 @@ class Balancing:
         self.strengths: dict[str, float] = {}
         self.changes: dict[str, Tensor] = {}
 
-    def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor]) -> None:
+    def __call__(self, block: CalibratedBlock, run: Callable[[], Tensor] | None) -> None:
         """Balance ``block``, which has statistics of some tokens; ``run`` gives the hidden states
-        that it returns."""
+        that it returns. Where that is not known nothing can be tried: a warning says so."""
         reduce(block.groups)
         groups = [list(group.layers) for group in block.groups]
-        sites = from_first(find_sites(block.module, groups, run) if world()[0] == 0 else None)
+        found = None
+        if world()[0] == 0:
+            found = [] if run is None else find_sites(block.module, groups, run)
+        sites = from_first(found)
+        if run is None and world()[0] == 0:
+            logger.warning(
+                "%s: its hidden states have a form that balancing cannot be tried on; its inputs "
+                "are not balanced",
+                block.name,
+            )
         layers = {f"{name}.weight": f"{block.prefix}{name}" for group in groups for name in group}
         self.strengths = {}
         for site in sites:

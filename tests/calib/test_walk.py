@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from ptq.calib import walk as walk_module
 from ptq.calib.block_arguments import Recorder
 from ptq.calib.rare_experts import top_up
-from ptq.calib.walk import CalibratedBlock, Watch, held_out, walk
+from ptq.calib.walk import CalibratedBlock, Steps, Watch, held_out, walk
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 
@@ -667,3 +668,31 @@ def test_ranks_prepare_blocks_with_the_tokens_that_one_would_take(
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         taken += list(range(8))[rank::ranks][: walk_module._few(everything[rank::ranks])]
     assert sorted(taken) == list(range(walk_module.PREPARE // (4 * 2048)))
+
+
+FIRST = CalibratedBlock(
+    name="a", prefix="a.", module=torch.nn.Identity(), groups=[], index=0, count=1
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [((3, 5, 7), (1, 5, 7)), ((4, 3, 5, 7), (4, 1, 5, 7)), ((3, 5, 4, 7), (1, 5, 4, 7))],
+)
+def test_a_trial_runs_on_few_tokens_of_states_of_any_form(
+    shape: tuple[int, ...], tokens: tuple[int, ...]
+):
+    """Gemma-3n has four streams of hidden states before the sequences."""
+    steps = SimpleNamespace(
+        states=[torch.randn(shape)],
+        batches=[torch.zeros(3, 5)],
+        short=[lambda block, hidden: hidden],
+    )
+    run = Steps.trial(steps, FIRST)  # pyright: ignore[reportArgumentType]
+    assert run is not None and run().shape == tokens
+
+
+@pytest.mark.parametrize("shape", [(15, 7), (3, 5, 3, 5, 7)])
+def test_states_of_an_unknown_form_have_no_trial(shape: tuple[int, ...]):
+    steps = SimpleNamespace(states=[torch.randn(shape)], batches=[torch.zeros(3, 5)], short=[])
+    assert Steps.trial(steps, FIRST) is None  # pyright: ignore[reportArgumentType]

@@ -55,6 +55,25 @@ def test_a_whole_checkpoint_says_nothing(copied: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
+    ("prefix", "cause"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("base_model.model.", "peft"),
+        ("module.", "data parallel"),
+        ("model._fsdp_wrapped_module.", "FSDP"),
+    ],
+)
+def test_names_that_a_library_changed_name_it(copied: Path, prefix: str, cause: str) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    save_file({prefix + name: t for name, t in tensors.items()}, copied / "model.safetensors")
+    source = CheckpointSource(copied)
+    for use in (source.check, lambda: source.fill(source.skeleton(), "", "cpu")):
+        with pytest.raises(ValueError, match=f"it was saved through {cause}") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("shape", "dtype", "current", "message"),
     [
         (

@@ -207,3 +207,15 @@ def test_unusable_directories_are_named_in_one_line(
     with pytest.raises(error, match=message) as caught:
         read(damaged(kind, tmp_path / "model"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_lora_adapter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="is a LoRA adapter, not a model: merge it"):
+        CheckpointSource(tmp_path)
+
+
+def test_a_gguf_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FileNotFoundError, match=r"is quantized already, as GGUF files are: start"):
+        resolve(tmp_path / "x.gguf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ptq.calib.walk import walk
+from ptq.calib.walk import Steps, walk
 from ptq.model.memory_source import MemorySource
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.plan import Plan
@@ -45,3 +45,16 @@ def test_the_weakest_wish_of_those_that_read_the_same_counts(tiny_llama: Path) -
     assert {own[n] for n in ("gate_proj", "up_proj")} == {0.125}
     assert {own[n] for n in ("o_proj", "down_proj")} == {0.5}
     assert not any("input_layernorm" in name for name in balancing.changes)
+
+
+def test_states_that_cannot_be_tried_on_are_said(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Steps, "trial", lambda self, block: None)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    source = MemorySource(model)
+    plan = Plan.of(source, Recipe.default("nvfp4", balance=0.5))
+    balancing = Balancing(plan)
+    next(walk(source, BATCHES, plan.watch(), device="cpu", prepare=balancing))
+    assert not balancing.strengths and not balancing.changes
+    assert "model.layers.0: its hidden states have a form" in caplog.text
