@@ -42,6 +42,7 @@ from ptq.cli.options import (
     parse_dtype,
     parse_gigabytes,
     parse_rotation,
+    parse_share,
     values,
 )
 from ptq.cli.serve import serve
@@ -150,6 +151,24 @@ def quantize(
             metavar="0…1",
             show_default="0.25, 0.5 for w4a4, 0 for rtn",
             help="How far large inputs are scaled down, and their weights up.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    eight_bit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            show_default="0%",
+            help="Share of the weights that get 8 bits where that gains most, measured: 10%.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            show_default="the format's",
+            help="The same by bits per weight, on average: 4.75.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -319,6 +338,8 @@ def quantize(
         "algorithm": algorithm,
         "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
         "balance": balance,
+        "eight_bit": None if eight_bit is None else parse_share("--eight-bit", eight_bit),
+        "budget": budget,
         "scales": scales,
         "input_rule": input_rule,
         "calibration": calibration,

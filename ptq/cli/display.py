@@ -124,6 +124,8 @@ def print_plan(plan: "Plan", seconds: float | None) -> None:
     """What a run is about to do, with how much text, and how long that takes."""
     time = "" if seconds is None else f"; about {duration(seconds)} here"
     note(f"{plan.levers}{time}")
+    if plan.about_budget:
+        note(plan.about_budget)
     if plan.about_inputs:
         note(plan.about_inputs)
 

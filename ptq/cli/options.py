@@ -165,6 +165,18 @@ def parse_rotation(name: str) -> int:
     return int(name)
 
 
+def parse_share(option: str, value: str) -> float:
+    """A share from 0 to 1, written so or in percent. Raises ValueError for anything else."""
+    number, percent, rest = value.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if rest or not 0 <= share <= 1:
+        raise ValueError(f"{option} {value}: give a share from 0% to 100%, as 10% or 0.1")
+    return share
+
+
 def make_recipe(format: str | None, file: Path | None, options: dict[str, object]):
     """The recipe of a file and of the options, which override it; what neither says is the default
     of the format."""

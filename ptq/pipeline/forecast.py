@@ -34,6 +34,7 @@ from ptq.checkpoint.reader import config_dtype, read_config
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.weight_files import Shards, has_weights
+from ptq.pipeline.budget import more_bits
 from ptq.pipeline.memory import machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
@@ -117,6 +118,7 @@ def forecast(
     total = _parameters(skeleton)
     quantized = sum(layer.weights for layer in plan.layers.values())
     packed = sum(_packed_bytes(layer) for layer in plan.layers.values())
+    packed += more_bits(plan) / 8
     source_bytes = _stored_bytes(blueprint.path) or total * stored.itemsize
     output_bytes = round((total - quantized) * stored.itemsize + packed)
     tokens = plan.tokens // ranks

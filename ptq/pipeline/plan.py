@@ -93,6 +93,7 @@ class Plan:
             None.
         about_inputs: what there is to say of how quantized inputs are scaled, and who scales them
             otherwise; empty where they stay in 16 bits.
+        about_budget: which layers were given eight bits for what they gain, if any.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -102,6 +103,7 @@ class Plan:
     seq_len: int
     foreign: str | None
     about_inputs: str = ""
+    about_budget: str = ""
 
     @classmethod
     def of(cls, source: Described, recipe: Recipe, device: str = "cpu") -> "Plan":
@@ -137,10 +139,20 @@ class Plan:
         all there is to know."""
         return any(layer.recipe.measures for layer in self.layers.values())
 
+    @property
+    def allocates(self) -> bool:
+        """Whether layers with eight bits are still to be chosen."""
+        return self.recipe.eight_bit > 0 or self.recipe.budget is not None
+
     @cached_property
     def reads_text(self) -> bool:
-        """Whether anything depends on the calibration text: moments, or the ranges of inputs."""
-        return self.measures or any(layer.recipe.static_inputs for layer in self.layers.values())
+        """Whether anything depends on the calibration text: moments, the ranges of inputs, or which
+        layers get more bits."""
+        return (
+            self.measures
+            or self.allocates
+            or any(layer.recipe.static_inputs for layer in self.layers.values())
+        )
 
     @property
     def tokens(self) -> int:

@@ -89,6 +89,9 @@ class Recipe:
             format and a layer's rotation.
         balance: strength of diagonal balancing, 0 (none) … 1 (all inputs of a layer equally large),
             where it folds into what produces the inputs (:mod:`ptq.calib.balance`).
+        eight_bit: share of the weights that may be quantized to 8 bits, where that gains most by
+            measured loss (:mod:`ptq.pipeline.budget`); in a checkpoint it has become rules.
+        budget: the same as bits per weight, on average.
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers
             and gates of shared experts stay as they are unless a rule selects them and nothing
@@ -115,6 +118,8 @@ class Recipe:
     input_scale: str = "static"
     input_rule: str | None = None
     balance: Share = 0.0
+    eight_bit: Share = 0.0
+    budget: Annotated[float, Field(gt=0, le=16)] | None = None
     ignore: tuple[Pattern, ...] = ()
     rules: tuple[tuple[Pattern, Change], ...] = ()
     lm_head: bool = False
@@ -184,6 +189,10 @@ class Recipe:
         if self.rotation != 1:
             size = "chosen by loss" if self.rotation == "auto" else f"{self.rotation}"
             parts.append(f"Hadamard {size}")
+        if self.eight_bit:
+            parts.append(f"8 bits for {self.eight_bit:g} of the weights, chosen by loss")
+        if self.budget is not None:
+            parts.append(f"{self.budget:g} bits per weight, more of them chosen by loss")
         return ", ".join(parts)
 
     @property
@@ -238,11 +247,8 @@ class Recipe:
     def _apply(self, pattern: str, change: Mapping[str, Any] | str) -> "Recipe | None":
         if change == "skip":
             return None
-        if isinstance(
-            change, str
-        ):  # a format alone: the best known recipe of that format, the run's own data
-            change = {k: v for k, v in _defaults(change, self.scheme).items() if k in PER_MODULE}
-            change["input_rule"] = None
+        if isinstance(change, str):
+            return self.in_format(change)
         if unknown := sorted(change.keys() - set(PER_MODULE)):
             raise ValueError(
                 f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; "
@@ -252,6 +258,11 @@ class Recipe:
             return replace(self, ignore=(), rules=(), **change)
         except ValueError as error:
             raise ValueError(f"rule for {pattern!r}: {error}") from error
+
+    def in_format(self, format: str) -> "Recipe":
+        """The best known recipe of another format for single modules, with the run's own data."""
+        best = {k: v for k, v in _defaults(format, self.scheme).items() if k in PER_MODULE}
+        return replace(self, ignore=(), rules=(), **best, input_rule=None)
 
     @classmethod
     def default(cls, format: str, **given: Any) -> "Recipe":

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ptq.model.structure import GENERATION, read_generation_config
 from ptq.model.tied_weights import says_untied
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
+from ptq.pipeline.budget import allocate, room
 from ptq.pipeline.memory import statistics_limit
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, share, world
@@ -248,12 +249,11 @@ def quantize_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_storage(activations)
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
-
-    @cache
-    def settled() -> Plan:
-        stored = config_dtype(_config(source)) or "float32"
-        written = None if out is None else dialect
-        return plan_for(source, recipe, written, dtype=stored, device=device.type)
+    stored = config_dtype(_config(source)) or "float32"
+    settle = partial(
+        plan_for, source, dialect=None if out is None else dialect, dtype=stored, device=device.type
+    )
+    settled = cache(lambda: settle(recipe=recipe))
 
     companions: list[Path] = []
     if out is not None:
@@ -265,7 +265,11 @@ def quantize_model(
         )
         companions = _companions(source)
     plan = settled()
+    room(plan)
     data = _calibration(plan, tokenizer)
+    if plan.allocates:
+        found = allocate(source, plan, data.batches, device=device, activations=activations)
+        plan = replace(settle(recipe=found.applied_to(recipe, plan)), about_budget=str(found))
     if on_plan is not None:
         on_plan(plan)
     rank, ranks = world()

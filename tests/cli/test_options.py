@@ -10,7 +10,14 @@ import typer
 
 from ptq.cli import options
 from ptq.cli.commands import app
-from ptq.cli.options import make_recipe, parse_device, parse_dtype, parse_rotation, read_choices
+from ptq.cli.options import (
+    make_recipe,
+    parse_device,
+    parse_dtype,
+    parse_rotation,
+    parse_share,
+    read_choices,
+)
 from ptq.pipeline.recipe import Recipe
 
 
@@ -19,6 +26,13 @@ def test_rotations_have_names() -> None:
     for name in ("", "-16", "1.5", "full"):
         with pytest.raises(ValueError, match="unknown rotation"):
             parse_rotation(name)
+
+
+def test_shares_are_numbers_or_percent() -> None:
+    assert [parse_share("--x", text) for text in ("10%", "0.1", " 100 % ", "0")] == [0.1, 0.1, 1, 0]
+    for text in ("", "%", "ten", "101%", "-1%", "1.5", "10%%", "nan"):
+        with pytest.raises(ValueError, match=r"^--x .*: give a share from 0% to 100%"):
+            parse_share("--x", text)
 
 
 @pytest.mark.parametrize("suffix", [".toml", ".json"])
