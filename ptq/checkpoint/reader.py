@@ -261,4 +261,6 @@ def _entries(path: Path) -> dict[str, Entry]:
             )
         entries |= read_header(path / file)
     check_listed(weight_map, entries, index)
+    if not entries:
+        raise ValueError(f"{index} lists no tensors: the file is damaged, copy it again")
     return entries

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ptq.reading.model_config import CONFIG, Stored, check_sizes, read_model_config
+from ptq.reading.model_config import CONFIG, Stored, check_routing, check_sizes, read_model_config
 from ptq.reading.schema import JsonObject, read_json
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
     require_config(path)
     check_sizes(read_model_config(path), stored, path / CONFIG)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except FOREIGN as error:
         cause = (
             error.__cause__
@@ -152,6 +152,8 @@ def load_config(path: Path, stored: Stored | None = None) -> PretrainedConfig:
             else error
         )
         raise ValueError(f"{path / 'config.json'} cannot be used: {_first_line(cause)}") from error
+    check_routing(config.to_dict(), path / CONFIG)
+    return config
 
 
 def build_model(

@@ -83,6 +83,19 @@ def check_sizes(config: Mapping[str, object], stored: Stored | None, where: Path
             raise ValueError(f"{where}: {key} is {value}, {reason}: {OTHER}")
 
 
+def check_routing(config: Mapping[str, object], where: Path) -> None:
+    """Raise ValueError for a number of experts for each token that there cannot be; ``config`` has
+    what its class puts where the file says nothing."""
+    experts = [n for key, n in _numbers(config) if EXPERTS.fullmatch(key.rpartition(".")[2])]
+    for key, value in _numbers(config):
+        known = key.rpartition(".")[2] in CHOSEN and max(experts, default=0) > 1
+        if known and not 1 <= value <= max(experts):
+            raise ValueError(
+                f"{where}: {key} is {value} (its default, if the file does not say it), and the "
+                f"model has {max(experts)} experts: {OTHER}"
+            )
+
+
 def _numbers(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, Mapping):

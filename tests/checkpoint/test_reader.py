@@ -292,7 +292,9 @@ def test_a_report_that_is_not_ours_is_refused_by_file_and_key(copied, text, mess
     assert str(caught.value).startswith(str(copied / REPORT)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"x": []}}'])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"x": []}}']
+)
 def test_a_damaged_index_is_refused(copied, text):
     (copied / INDEX).write_text(text)
     with pytest.raises(ValueError, match="index"):

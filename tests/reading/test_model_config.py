@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq.reading.model_config import Stored, check_sizes, read_model_config
+from ptq.reading.model_config import Stored, check_routing, check_sizes, read_model_config
 
 STORED = Stored(tensors=100, largest=4096, bytes=10**6)
 
@@ -60,3 +60,15 @@ def test_sizes_that_may_be(config: dict) -> None:
 def test_sizes_that_cannot_be(config: dict, stored: Stored | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sizes(config, stored, Path("config.json"))
+
+
+@pytest.mark.parametrize("chosen", [1, 8])
+def test_experts_for_a_token_that_may_be(chosen: int) -> None:
+    check_routing({"num_experts": 8, "num_experts_per_tok": chosen}, Path("config.json"))
+    check_routing({"num_experts": 0, "num_experts_per_tok": chosen}, Path("config.json"))
+
+
+@pytest.mark.parametrize("chosen", [-2, 0, 9])
+def test_experts_for_a_token_that_cannot_be(chosen: int) -> None:
+    with pytest.raises(ValueError, match=f"num_experts_per_tok is {chosen} .* has 8 experts"):
+        check_routing({"num_experts": 8, "num_experts_per_tok": chosen}, Path("config.json"))
