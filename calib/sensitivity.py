@@ -10,7 +10,8 @@ Memory holds one block at a time: a forward pass keeps what every block reads, f
 then blocks are run and differentiated one after the other, from the last.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def sensitivities(
         layers: full names of Linears in blocks.
         activations: where hidden states live: "ram", "device" or "disk".
         prepare: as :func:`ptq.calib.walk.walk` takes it; must not change what a block computes.
+            Parameters and modules that it replaces are put back.
         seed: of the sampled tokens.
 
     Raises:
@@ -74,25 +76,17 @@ def sensitivities(
             for index in reversed(range(len(blocks))):
                 name, module = blocks[index]
                 block = _block(blocks, index)
+                source.fill(module, name, device)
+                steps.states = read[index]
                 try:
-                    source.fill(module, name, device)
-                    steps.states = read[index]
-                    with torch.no_grad():
-                        steps.observe(block, watch, len(sequences))
-                        groups = [
-                            tuple(f"{block.prefix}{n}" for n in g.layers) for g in block.groups
-                        ]
-                        if prepare is not None:
-                            prepare(block, steps.trial(block))
-                        block.forget()
-                        errors = choose(block, groups)
-                    for batch in range(len(sequences)):
-                        costs = _Costs(block, groups, errors)
-                        gradients[batch] = costs.back(steps, batch, gradients[batch])
-                        for group, sums in costs.totals().items():
-                            kept = scores.setdefault(group, dict.fromkeys(sums, 0.0))
-                            for choice, total in sums.items():
-                                kept[choice] += 0.5 * total / tokens
+                    with _restored(module):
+                        with torch.no_grad():
+                            groups = _prepared(steps, block, watch, prepare)
+                            errors = choose(block, groups)
+                        for batch in range(len(sequences)):
+                            costs = _Costs(block, groups, errors)
+                            gradients[batch] = costs.back(steps, batch, gradients[batch])
+                            _add(scores, costs.totals(), 0.5 / tokens)
                 finally:
                     source.release(module)
                 read[index].close()
@@ -100,6 +94,41 @@ def sensitivities(
             for kept in read:
                 kept.close()
     return dict(reversed(scores.items()))
+
+
+def _prepared(
+    steps: Steps, block: CalibratedBlock, watch: Watch, prepare: Prepare | None
+) -> list[Layers]:
+    """The layers of a block that read the same; the block is prepared."""
+    steps.observe(block, watch, len(steps.batches))
+    groups = [tuple(f"{block.prefix}{name}" for name in group.layers) for group in block.groups]
+    if prepare is not None:
+        prepare(block, steps.trial(block))
+    block.forget()
+    return groups
+
+
+def _add(
+    scores: dict[Layers, dict[str, float]], sums: dict[Layers, dict[str, float]], factor: float
+) -> None:
+    for group, totals in sums.items():
+        kept = scores.setdefault(group, dict.fromkeys(totals, 0.0))
+        for choice, total in totals.items():
+            kept[choice] += factor * total
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Put the modules and parameters that ``module`` had back in their places at the end."""
+    before = [(m, dict(m._modules), dict(m._parameters)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, modules, parameters in before:
+            owner._modules.clear()
+            owner._modules.update(modules)
+            owner._parameters.clear()
+            owner._parameters.update(parameters)
 
 
 def _block(blocks: Sequence[tuple[str, nn.Module]], index: int) -> CalibratedBlock:

@@ -100,3 +100,31 @@ def test_weights_are_read_block_by_block_and_let_go(
     assert at_once == [1, 1] and all(p.is_meta for p in source.skeleton().parameters())
     memory = sensitivities(MemorySource(model), sequences, NAMES, lambda *_: coarse(model), **run)
     assert disk == memory
+
+
+def test_the_model_is_left_as_it_was(make_tiny_model, sequences: list[Tensor]) -> None:
+    """Balancing puts float32 layers in the places of those of 16 bits, and other parameters."""
+    model = AutoModelForCausalLM.from_pretrained(
+        make_tiny_model("llama", dtype=torch.bfloat16), dtype=torch.bfloat16
+    )
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    modules = [id(m) for m in model.modules()]
+    seen: list[torch.dtype] = []
+
+    def prepare(block, run) -> None:
+        wide = torch.nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
+        wide.weight = torch.nn.Parameter(block.module.mlp.up_proj.weight * 2, requires_grad=False)
+        block.module.mlp.up_proj = wide
+        norm = block.module.input_layernorm
+        norm.weight = torch.nn.Parameter(norm.weight * 2, requires_grad=False)
+
+    def choose(block, groups):
+        seen.append(block.module.mlp.up_proj.weight.dtype)
+        return lambda name, x: {}
+
+    run = {"device": "cpu", "prepare": prepare}
+    sensitivities(MemorySource(model), sequences, NAMES, choose, **run)
+    assert len(seen) == 2
+    assert [id(m) for m in model.modules()] == modules
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0] and torch.equal(parameter, before[name][1])
