@@ -38,7 +38,7 @@ class Allocation:
     Attributes:
         layers: full names, in the order of the model.
         share: of the weights of all quantized layers.
-        before, after: predicted KL in nats per token if everything were rounded to nearest.
+        before, after: predicted KL in nats per token of the balanced model, rounded to nearest.
     """
 
     layers: tuple[str, ...]
@@ -59,8 +59,9 @@ class Allocation:
 
     def __str__(self) -> str:
         return (
-            f"{WIDE} for {len(self.layers)} layers with {self.share:.1%} of the weights: predicted "
-            f"loss of rounding to nearest {self.before:.4f} -> {self.after:.4f} nats per token"
+            f"{WIDE} for {len(self.layers)} layers with {self.share:.1%} of the weights: loss "
+            f"predicted {self.before:.4f} -> {self.after:.4f} nats per token, balanced and rounded "
+            "to nearest"
         )
 
 
