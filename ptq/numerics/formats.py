@@ -101,6 +101,17 @@ def _values(element: Element, device: torch.device) -> Tensor:
     return torch.tensor(element.values, dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=16)
+def _scale_values(e4m3: bool, device: torch.device) -> Tensor:
+    """The number of every scale byte: a look-up takes a fifth of a CPU's conversion from E4M3."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    if e4m3:
+        return bits.view(torch.float8_e4m3fn).float().to(device)
+    exponent = bits.int()
+    subnormal = torch.tensor(1 << 22, dtype=torch.int32)
+    return torch.where(exponent == 0, subnormal, exponent << 23).view(torch.float32).to(device)
+
+
 @lru_cache(maxsize=64)
 def _codes(element: Element, device: torch.device) -> Tensor:
     """The code of every multiple of the smallest value from -max to max that is a value."""
@@ -219,14 +230,8 @@ class Format:
     def decode_scale(self, bits: UInt8[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
         """The number that a scale byte stands for, in float32 (byte 0 of E8M0 is the subnormal
         2^-127)."""
-        if self.has_global_scale:
-            return bits.view(torch.float8_e4m3fn).float()
-        exponent = bits.int()
-        return torch.where(
-            exponent == 0,
-            torch.tensor(1 << 22, dtype=torch.int32, device=bits.device),
-            exponent << 23,
-        ).view(torch.float32)
+        table = _scale_values(self.has_global_scale, bits.device)
+        return table.index_select(0, bits.int().flatten()).view(bits.shape)
 
     def global_scale(self, amax: Float32[Tensor, ""], margin: float = 1.0) -> Float32[Tensor, ""]:
         """The factor that maps ``margin * amax`` to the top of the scale range; 1 for E8M0 and for

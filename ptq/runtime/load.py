@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Inputs = Literal["auto", "quantized", "full"]
 INPUTS = ("auto", "quantized", "full")
+CACHE_BYTES = 4 << 30  # of dequantized weights that are kept without being asked for
 
 
 def load(
@@ -30,7 +31,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     inputs: Inputs = "auto",
-    cache: bool = False,
+    cache: bool | None = None,
     device_map: str | Mapping[str, int | str | torch.device] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: Path | str | None = None,
@@ -48,7 +49,9 @@ def load(
         inputs: what happens to the inputs of layers that were made for quantized ones (W4A4):
             ``"quantized"`` rounds them, ``"full"`` keeps them, which is closer to the original
             model, ``"auto"`` rounds them where the GPU multiplies FP4 natively.
-        cache: keep dequantized weights (QuantLinear.cache): faster, 4 bytes a weight.
+        cache: keep dequantized weights where no kernel runs (QuantLinear.cache): the same bits in
+            less time, for 4 bytes a weight. None does so for checkpoints that take at most
+            ``CACHE_BYTES`` that way, and says so, unless there is a ``device_map``.
         device_map: of accelerate, e.g. ``"auto"``; layers may lie on ``"cpu"`` or ``"disk"`` while
             they do not run. The packed model must fit into host memory while it is loaded.
         max_memory: bytes by device, for ``device_map="auto"``.
@@ -68,6 +71,9 @@ def load(
     model = source.skeleton()
     assert isinstance(model, PreTrainedModel)  # of this source
     place = torch.device("cpu") if device_map else torch.device(device)
+    wide = 4 * checkpoint.sizes["weights"]
+    if cache is None:
+        cache = device_map is None and wide <= CACHE_BYTES
     modules, replaced = dict(model.named_modules()), {}
     for name in checkpoint.layer_names():
         target = source.module_name(f"{name}.weight_packed").rpartition(".")[0]
@@ -96,6 +102,16 @@ def load(
         distribute(model, device_map, max_memory, offload_folder)
     else:
         prepare_kernels(model, source.compute_dtype)
+    slow = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel_dtype is None]
+    if slow:
+        logger.info(
+            "%d quantized layers %s",
+            len(slow),
+            f"keep dequantized weights, {wide / 1e9:.1f} GB (cache=False unpacks them every time)"
+            if cache
+            else "unpack their weights every time (cache=True keeps them, "
+            f"{wide / 1e9:.1f} GB, and is faster)",
+        )
     return model.eval()
 
 

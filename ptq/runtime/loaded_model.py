@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.reader import Checkpoint, read_config
+from ptq.checkpoint.reader import read_config
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import positions, resolve
 from ptq.runtime.load import load
@@ -20,7 +20,6 @@ from ptq.text.windows import load_text, load_tokenizer
 
 DEMO = "demo"
 LONGEST_WINDOW = 2048
-CACHE_BYTES = 4 << 30  # of dequantized weights that may stay in memory
 
 
 def demo_path() -> Path:
@@ -140,8 +139,7 @@ def load_model(
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(method, str) and method in DIALECTS:
-        cache = 4 * Checkpoint(path).sizes["weights"] <= CACHE_BYTES  # the same bits, in less time
-        module = load(path, device, dtype=dtype, inputs="quantized", cache=cache)
+        module = load(path, device, dtype=dtype, inputs="quantized")
     else:
         module = _load_original(path, device, dtype)
     return Loaded(str(name), module.eval(), load_tokenizer(path))

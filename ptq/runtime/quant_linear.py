@@ -22,12 +22,14 @@ from ptq.kernels.operands import Encoding, PackedWeight
 from ptq.numerics.activations import default_rule, quantize_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
-from ptq.numerics.tensor import QuantizedTensor, Scales, group, pack, unpack
+from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
 
 # So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a
 # product is computed chunk by chunk whether or not the weight is cached, so that both give the same
 # bits.
 CHUNK_BYTES = 64 << 20
+# Of few tokens on a CPU time goes into dequantizing: such a chunk stays in the second-level cache.
+CHUNK_BYTES_FEW, FEW_TOKENS = 1 << 20, 16
 FIXED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 
 
@@ -242,30 +244,33 @@ class QuantLinear(nn.Module):
                 ).dequantize()
             else:
                 wide = self.rotation.rotate(rows).float()
-            y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device=x.device)
-            for start, weight in self._chunks():
-                y[:, start : start + len(weight)] = wide @ weight.T
+            parts = [wide @ weight.T for weight in self._chunks(len(rows))]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.bias is not None:
             y += self.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows of the dequantized weight), from the cache or remade."""
-        step = max(1, CHUNK_BYTES // (4 * self.in_features))
+    def _chunks(self, tokens: int) -> Iterator[Tensor]:
+        """Rows of the dequantized weight, in order, from the cache or remade; as many at a time for
+        a number of tokens whether or not there is a cache."""
+        few = tokens <= FEW_TOKENS and self.weight_packed.device.type == "cpu"
+        step = max(1, (CHUNK_BYTES_FEW if few else CHUNK_BYTES) // (4 * self.in_features))
         whole = self._cached() if self.cache else None
         scales = self.scales
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             if whole is not None:
-                yield start, whole[start:stop]
+                yield whole[start:stop]
             else:
-                codes = unpack(self.weight_packed[start:stop], self.format)
                 rows = Scales(scales.bits[start:stop], scales.global_scale, self.format)
-                yield start, QuantizedTensor(codes, rows).dequantize()
+                yield dequantize_packed(self.weight_packed[start:stop], rows)
 
     def _cached(self) -> Tensor:
         if self._dequantized is None or self._dequantized[0] is not self.weight_packed:
-            self._dequantized = (self.weight_packed, self.quantized_weight().dequantize())
+            self._dequantized = (
+                self.weight_packed,
+                dequantize_packed(self.weight_packed, self.scales),
+            )
         return self._dequantized[1]
 
     def forget(self) -> None:

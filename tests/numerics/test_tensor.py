@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq.numerics.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4
-from ptq.numerics.tensor import QuantizedTensor, Scales, pack, unpack
+from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, pack, unpack
 
 
 def test_golden_bytes() -> None:
@@ -60,3 +60,20 @@ def test_rows_are_rows() -> None:
     for t in (torch.tensor(0.5), torch.rand(6, 1)):
         quantized = QuantizedTensor(codes, Scales(bits, t, NVFP4))
         assert torch.equal(quantized.rows(2, 5).dequantize(), quantized.dequantize()[2:5])
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
+    generator = torch.Generator().manual_seed(rows)
+    width = 96 // (2 if fmt.packed else 1)
+    packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
+    if not fmt.packed:
+        packed &= (1 << fmt.element.bits) - 1
+    bits = torch.randint(
+        1, 126, (rows, 96 // fmt.group_size), generator=generator, dtype=torch.uint8
+    )
+    scales = Scales(bits, torch.tensor(0.3), fmt)
+    expected = QuantizedTensor(unpack(packed, fmt), scales).dequantize()
+    found = dequantize_packed(packed, scales)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))

@@ -136,9 +136,10 @@ def test_inputs_are_as_asked(written, token_ids, caplog):
     full, quantized = load(written, inputs="full"), load(written, inputs="quantized")
     with caplog.at_level(logging.INFO, "ptq.runtime.load"):
         auto = load(written)
-    unchecked, told = caplog.messages
+    unchecked, told, kept = caplog.messages
     assert f"`ptq verify {written}`" in unchecked and "not whether files" in unchecked
     assert "keep 16 bits" in told  # a CPU does not multiply FP4
+    assert "keep dequantized weights" in kept
     assert torch.equal(logits(auto, token_ids), logits(full, token_ids))
     assert not torch.equal(logits(quantized, token_ids), logits(full, token_ids))
     with pytest.raises(ValueError, match="auto, quantized, full"):
@@ -168,8 +169,20 @@ def test_inputs_are_rounded_where_a_kernel_multiplies_fp4(
     assert layer.quantize_inputs == rounds
 
 
+def test_small_models_are_cached_and_it_is_said(written, monkeypatch, caplog):
+    def cached(model):
+        return {m.cache for m in model.modules() if isinstance(m, QuantLinear)}
+
+    with caplog.at_level("INFO"):
+        assert cached(load(written)) == {True}
+        assert "keep dequantized weights" in caplog.text
+        monkeypatch.setattr("ptq.runtime.load.CACHE_BYTES", 100)
+        assert cached(load(written)) == {False} and cached(load(written, cache=True)) == {True}
+        assert "unpack their weights every time (cache=True keeps them" in caplog.text
+
+
 def test_a_cache_changes_no_bit(written, token_ids):
-    model, cached = load(written), load(written, cache=True)
+    model, cached = load(written, cache=False), load(written, cache=True)
     expected = logits(model, token_ids)
     assert torch.equal(logits(cached, token_ids), expected) and torch.equal(
         logits(cached, token_ids), expected

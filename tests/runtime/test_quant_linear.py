@@ -81,7 +81,8 @@ def test_its_weight_is_that_of_a_linear_layer_that_computes_the_same(fmt):
 @formats
 @pytest.mark.parametrize("chunk_rows", [1, 7, OUT])
 def test_a_cached_weight_gives_the_same_bits(fmt, chunk_rows, monkeypatch):
-    monkeypatch.setattr(ptq.runtime.quant_linear, "CHUNK_BYTES", chunk_rows * 4 * IN)
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_FEW"):
+        monkeypatch.setattr(ptq.runtime.quant_linear, name, chunk_rows * 4 * IN)
     layer, x = make(fmt), torch.randn(9, IN)
     expected = layer(x)
     layer.cache = True
