@@ -13,18 +13,36 @@ Its ``quantization_config`` has exactly these keys; loaders refuse unknown keys 
     ignore                  patterns of linear layers that are not quantized
     recipe, provenance      how the checkpoint was made; never needed to load it
 
+Loaders that do not know the dialect would skip the packed tensors and leave the layers random. Two
+empty tensors keep them from it (:func:`guard_tensors`): ``<a packed layer>.weight``, whose
+shape no layer has, makes transformers stop, and the name of the other, in its report, says what to
+do. Checkpoints without them are read too.
+
 Only ``format`` and ``ignore`` must be there. Patterns: :mod:`ptq.checkpoint.quantization_config`;
 tensors on disk: :mod:`ptq.checkpoint`.
 """
 
 from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 from ptq.checkpoint.dialect import Dialect, Export, Layers
-from ptq.checkpoint.quantization_config import PER_LAYER, VERSION, JsonDict, Quantization
+from ptq.checkpoint.quantization_config import (
+    PER_LAYER,
+    VERSION,
+    JsonDict,
+    Quantization,
+    is_expert,
+    natural,
+)
 from ptq.reading.schema import JsonObject, check
 
 HERE = "in quantization_config"
 DAMAGED = "the checkpoint is damaged, copy it again"
+# Names, below that of a layer, of the tensors that stop other loaders.
+DECOY = "weight"
+NOTE = "install ptq, and import ptq.hf before from_pretrained"
 
 
 def ptq_config(
@@ -74,6 +92,21 @@ def parse_ptq(config: Mapping[str, object]) -> Quantization:
     )
 
 
+def guard_tensors(layers: Iterable[str]) -> dict[str, Tensor]:
+    """Two empty uint8 tensors that make a loader without this dialect stop, by full name.
+
+    They lie under a layer that is no expert if there is one: loaders look for experts under other
+    names.
+    """
+    name = min(layers, key=lambda layer: (is_expert(layer), natural(layer)))
+    return {f"{name}.{leaf}": torch.empty(0, dtype=torch.uint8) for leaf in (DECOY, NOTE)}
+
+
+def is_note(name: str) -> bool:
+    """Whether a tensor is that of :func:`guard_tensors` which is no ``weight``."""
+    return name.endswith(f".{NOTE}")
+
+
 def _refusal(export: Export) -> str | None:
     """None: this dialect carries everything."""
     return None
@@ -81,15 +114,14 @@ def _refusal(export: Export) -> str | None:
 
 def _engines(layers: Layers) -> list[str]:
     return [
-        "**ptq** (`ptq.load`) and **transformers** after `import ptq.hf`: right. Without it "
-        'transformers prints "Unknown quantization type" and returns **randomly initialised '
-        "layers**.",
+        "**ptq** (`ptq.load`) and **transformers** after `import ptq.hf`: right, an error without "
+        "it.",
         "**vLLM** does not know this dialect; **SGLang** and **TensorRT-LLM** stop with an error.",
     ]
 
 
 def _why_import(layers: Layers) -> str:
-    return "without it the weights would be random"
+    return "an error without it"
 
 
 PTQ = Dialect(
@@ -100,4 +132,6 @@ PTQ = Dialect(
     engines=_engines,
     why_import=_why_import,
     unread_by_vllm="vLLM does not know the ptq dialect; quantize with --dialect compressed-tensors",
+    extra_tensors=guard_tensors,
+    is_extra=is_note,
 )

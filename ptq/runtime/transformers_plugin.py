@@ -23,7 +23,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS, GUARD
-from ptq.checkpoint.dialect_ptq import PTQ
+from ptq.checkpoint.dialect_ptq import DECOY, NOTE, PTQ
 from ptq.checkpoint.dialects import parse
 from ptq.checkpoint.layer_checks import check_layer
 from ptq.checkpoint.quantization_config import LayerInfo
@@ -78,10 +78,20 @@ class StoredLinear(QuantLinear):
             None if self.input_global_scale is None else (1 / self.input_global_scale).reshape(())
         )
 
+    def keep_guard(self) -> None:
+        """Expect what makes other loaders stop, so that it is loaded, and saved again."""
+        parent, _, leaf = NOTE.rpartition(".")
+        note = nn.Module()
+        for module, key in ((self, DECOY), (note, leaf)):
+            empty = torch.empty(0, dtype=torch.uint8, device="meta")
+            module.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        self.add_module(parent, note)
+
     def check(self, name: str) -> None:
         """Raise ValueError, naming the layer as ``name``, if its tensors are none of a checkpoint.
         What lies on disk or is not loaded is not looked at."""
         tensors = {leaf: tensor for leaf, tensor in self.named_parameters(recurse=False)}
+        tensors.pop(DECOY, None)
         if not any(tensor.is_meta for tensor in tensors.values()):
             check_layer(tensors, self.info, name)
 
@@ -160,6 +170,8 @@ class PtqQuantizer(HfQuantizer):
             layer = StoredLinear(
                 info, old.in_features, old.out_features, dtype or torch.get_default_dtype()
             )
+            if f"{name}.{NOTE}" in stored:
+                layer.keep_guard()
             model.set_submodule(target, layer)
 
     def update_weight_conversions(

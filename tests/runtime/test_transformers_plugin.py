@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,41 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         ), name
 
 
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+for path in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(path)
+        print("LOADED", path)
+    except (RuntimeError, ValueError, TypeError) as error:
+        print("STOPPED", path, type(error).__name__)
+assert "ptq" not in sys.modules
+"""
+
+
+def without_plugin(*paths: Path) -> str:
+    """What a program says that opens each path with transformers alone: a line LOADED or STOPPED
+    for each, and its warnings."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, *map(str, paths)], capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
 # ---------------------------------------------------------------- ptq
+
+
+def test_transformers_alone_stops_at_the_ptq_dialect_and_says_what_to_do(make_run, tmp_path):
+    make_run("llama_tied", "nvfp4", rotation=16)(tmp_path / "dense", dialect="ptq")
+    make_run("mixtral", "mxfp4", rotation=32)(tmp_path / "moe", dialect="ptq")
+    attention = ("lm_head", "*self_attn*")
+    make_run("qwen3_moe", "nvfp4", ignore=attention)(tmp_path / "experts", dialect="ptq")
+    paths = [tmp_path / name for name in ("dense", "moe", "experts")]
+    said = without_plugin(*paths)
+    assert "LOADED" not in said, said
+    assert said.count("STOPPED") == 3, said
+    assert said.count("install ptq, and import ptq.hf before from_pretrained") == 3, said
 
 
 @pytest.mark.parametrize(
