@@ -163,7 +163,8 @@ def test_names_on_disk_are_those_of_the_source(name: str, quantized) -> None:
     layers = set(checkpoint.layer_names())
     why = outcome(model, out).alone
     for stored in source.names():
-        if stored in checkpoint.entries:
+        # or it is what makes other loaders stop
+        if stored in checkpoint.entries and stored.removesuffix(".weight") not in layers:
             before, after = source.tensor(stored), checkpoint.tensor(stored)
             offset = family.type.startswith("gemma")  # gains are 1 + weight
             rescaled = before.shape == after.shape and bool(
@@ -386,7 +387,7 @@ def test_the_output_head_is_quantized_on_request(
     assert isinstance(in_memory.get_output_embeddings(), QuantLinear)
     checkpoint = Checkpoint(tmp_path / "out")
     head = CheckpointSource(model).checkpoint_name("lm_head.weight").removesuffix(".weight")
-    assert head in checkpoint.layer_names() and f"{head}.weight" not in checkpoint.names()
+    assert head in checkpoint.layer_names() and f"{head}.weight" not in checkpoint.other_names()
     assert [r.tokens for r in checkpoint.reports if r.name == head] == [4 * 32]
     assert forecast(model, recipe).layers == len(checkpoint.layer_names())
     with torch.no_grad():
