@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq.checkpoint.quantization_config import LayerInfo
@@ -178,11 +177,13 @@ class QuantLinear(nn.Module):
         """The weight (out, in) as codes and scales, in the rotated basis."""
         return QuantizedTensor(unpack(self.weight_packed, self.format), self.scales)
 
-    @property
-    def weight(self) -> Float[Tensor, "out in"]:
-        """What the layer multiplies its inputs with, float32, dequantized and rotated back anew at
-        every call: for code of models that reads the weight of a linear layer beside calling it."""
-        return self.rotation.exact(self.quantized_weight().dequantize())
+    def __getattr__(self, name: str) -> Any:
+        """``weight``: what the layer multiplies its inputs with, (out, in) in float32, dequantized
+        and rotated back anew at every call, for code of models that reads the weight of a linear
+        layer beside calling it."""
+        if name == "weight" and name not in self._parameters:
+            return self.rotation.exact(self.quantized_weight().dequantize())
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""

@@ -43,6 +43,8 @@ class StoredLinear(QuantLinear):
     """A QuantLinear whose tensors are parameters as they lie on disk, because that is what
     transformers loads, offloads and saves."""
 
+    guarded = False
+
     def __init__(
         self, info: LayerInfo, in_features: int, out_features: int, dtype: torch.dtype
     ) -> None:
@@ -78,20 +80,35 @@ class StoredLinear(QuantLinear):
             None if self.input_global_scale is None else (1 / self.input_global_scale).reshape(())
         )
 
-    def keep_guard(self) -> None:
-        """Expect what makes other loaders stop, so that it is loaded, and saved again."""
+    def expect_guard(self) -> None:
+        """Have a place for what makes other loaders stop, until everything is loaded; from then on
+        it is only saved."""
+        self.guarded = True
+        empty = torch.empty(0, dtype=torch.uint8, device="meta")
+        # not registered: an attribute of that name is there, what the layer computes with
+        self._parameters[DECOY] = nn.Parameter(empty, requires_grad=False)
         parent, _, leaf = NOTE.rpartition(".")
         note = nn.Module()
-        for module, key in ((self, DECOY), (note, leaf)):
-            empty = torch.empty(0, dtype=torch.uint8, device="meta")
-            module.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        note._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         self.add_module(parent, note)
+
+    def drop_guard(self) -> None:
+        """Everything is loaded."""
+        if self.guarded:
+            del self._parameters[DECOY], self._modules[NOTE.rpartition(".")[0]]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.guarded:
+            names = (f"{prefix}{leaf}" for leaf in (DECOY, NOTE))
+            destination |= {name: torch.empty(0, dtype=torch.uint8) for name in names}
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming the layer as ``name``, if its tensors are none of a checkpoint.
         What lies on disk or is not loaded is not looked at."""
         tensors = {leaf: tensor for leaf, tensor in self.named_parameters(recurse=False)}
-        tensors.pop(DECOY, None)
         if not any(tensor.is_meta for tensor in tensors.values()):
             check_layer(tensors, self.info, name)
 
@@ -171,7 +188,7 @@ class PtqQuantizer(HfQuantizer):
                 info, old.in_features, old.out_features, dtype or torch.get_default_dtype()
             )
             if f"{name}.{NOTE}" in stored:
-                layer.keep_guard()
+                layer.expect_guard()
             model.set_submodule(target, layer)
 
     def update_weight_conversions(
@@ -192,8 +209,9 @@ class PtqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> PreTrainedModel:
         config = self.quantization_config
-        for name, module in model.named_modules():
+        for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
+                module.drop_guard()
                 module.check(name)
         if config.dequantize:
             return self._dequantize(model)
