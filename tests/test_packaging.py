@@ -2,10 +2,13 @@
 
 import ast
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -49,7 +52,7 @@ def test_links_are_links_in_git(root: Path):
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "-s", "ptq/kernels", "ptq/calib"],
+        ["git", "ls-files", "-s", "ptq/kernels", "ptq/calib", "scripts/path"],
         cwd=root,
         capture_output=True,
         text=True,
@@ -57,26 +60,7 @@ def test_links_are_links_in_git(root: Path):
     modes = {line.split("\t")[1]: line.split()[0] for line in listed.stdout.splitlines()}
     if not modes:
         pytest.skip("nothing is committed yet")
-    assert modes == {"ptq/kernels": "120000", "ptq/calib": "120000"}
-
-
-def test_leaves_are_not_imported_under_their_short_names(root: Path):
-    """From elsewhere than the checkout ``kernels`` and ``calib`` are not ours; from everywhere
-    ``ptq`` is."""
-    code = (
-        "import importlib.util as u, pathlib, ptq\n"
-        f"root = pathlib.Path({str(root)!r})\n"
-        "assert pathlib.Path(ptq.__file__).resolve().is_relative_to(root), ptq.__file__\n"
-        "for name in ('kernels', 'calib'):\n"
-        "    spec = u.find_spec(name)\n"
-        "    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or "
-        "())]\n"
-        "    assert not any(str(root) in str(place) for place in places), spec\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    assert modes == dict.fromkeys(("ptq/kernels", "ptq/calib", "scripts/path/ptq"), "120000")
 
 
 def test_importing_ptq_imports_nothing_heavy():
@@ -85,28 +69,62 @@ def test_importing_ptq_imports_nothing_heavy():
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_the_wheel_holds_everything(root: Path, tmp_path: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-    ]
-    copy = tmp_path / "source"  # a build leaves files beside what it builds
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (copy / name).write_bytes((root / name).read_bytes())
-    for name in ("ptq", "kernels", "calib"):
-        subprocess.run(["cp", "-R", str(root / name), str(copy)], check=True)
+def run(*command: object, **options) -> str:
+    """The stdout of a program that ends well, without what leads Python to the checkout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [*command, "-w", str(tmp_path), str(copy)], capture_output=True, text=True, timeout=120
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        **options,
     )
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("ptq-*.whl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that a package is built of, in a folder called ptq: a build leaves others beside
+    them."""
+    copy = tmp_path_factory.mktemp("above") / "ptq"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        (copy / name).write_bytes((root / name).read_bytes())
+    for name in ("ptq", "kernels", "calib", "scripts"):
+        run("cp", "-R", root / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python in an environment of its own, in which nothing is installed, and which finds what this
+    one has."""
+    place = tmp_path_factory.mktemp("empty")
+    venv.create(place, symlinks=True)
+    found = sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)})
+    (Path(found) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return place / "bin" / "python"
+
+
+PIP = ("-m", "pip", "--disable-pip-version-check")
+OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is built from the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    run(sys.executable, "-c", build, cwd=clone)
+    (sdist,) = out.glob("ptq_llm-*.tar.gz")
+    run(sys.executable, *PIP, "wheel", *OFFLINE, "-w", out, sdist)
+    (wheel,) = out.glob("ptq_llm-*-py3-none-any.whl")
+    return wheel
+
+
+def test_the_wheel_of_the_sdist_holds_everything(root: Path, wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     wanted = {
@@ -120,6 +138,35 @@ def test_the_wheel_holds_everything(root: Path, tmp_path: Path):
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     own = {name.split("/")[0] for name in inside}
     assert {name for name in own if not name.endswith(".dist-info")} == {"ptq"}
+
+
+def test_the_wheel_installs_and_runs_from_anywhere(empty: Path, wheel: Path, tmp_path: Path):
+    """Its own files alone: the bundled model is quantized where no checkout is near."""
+    run(empty, *PIP, "install", *OFFLINE, "--ignore-installed", wheel)
+    command = empty.parent / "ptq"
+    assert run(command, "--version", cwd=tmp_path).startswith("ptq ")
+    options = ["--format", "nvfp4", "--algorithm", "rtn", "--samples", "2", "--seq-len", "64"]
+    report = run(command, "quantize", "demo", "--out", "q", *options, "--json", cwd=tmp_path)
+    assert json.loads(report)["formats"] == ["nvfp4"]
+    where = run(empty, "-c", "import ptq; print(ptq.__file__)", cwd=tmp_path)
+    assert Path(where).is_relative_to(empty.parent.parent)
+
+
+def test_an_editable_install_is_found_from_everywhere_and_hides_nothing(clone: Path, empty: Path):
+    """Above a clone, the folder itself would be a namespace package, empty, if its finder came
+    after the path; and ``kernels`` and ``calib`` are names of others."""
+    run(empty, *PIP, "install", *OFFLINE, "--ignore-installed", "-e", clone)
+    code = (
+        "import importlib.util as u, ptq, ptq.kernels.tiles\n"
+        "print(ptq.__version__)\n"
+        "for name in ('kernels', 'calib'):\n"
+        "    spec = u.find_spec(name)\n"
+        "    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or "
+        "())]\n"
+        f"    assert not any({str(clone)!r} in str(place) for place in places), spec\n"
+    )
+    for place in (clone.parent, Path("/")):
+        assert run(empty, "-c", code, cwd=place).strip()
 
 
 def test_every_third_party_import_is_declared(root: Path, project: dict):

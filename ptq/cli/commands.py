@@ -498,7 +498,7 @@ def inspect(
         display.print_report(report, layers=True)
 
 
-@app.command()
+@app.command(cls=ModelFirst)
 @guarded
 def verify(
     checkpoint: Annotated[
