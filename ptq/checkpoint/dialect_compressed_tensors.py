@@ -251,10 +251,11 @@ def ct_refusal(export: Export) -> str | None:
                 return f"{name}: {reason}"
     if reason := _fused_refusal(layers, export.scales) or _scale_refusal(layers, export.scales):
         return reason
-    if "transformers" in export.engines and export.dtype != "bfloat16":
+    if export.dtype != "bfloat16":
         return (
-            f"the dtype of the model is {export.dtype}, and other engines compute FP4 checkpoints "
-            "in bfloat16"
+            f"the dtype of the model is {export.dtype}, and other engines compute these "
+            "checkpoints in bfloat16, or fail; convert the model to bfloat16 first, or use "
+            "dialect ptq"
         )
     return None
 
