@@ -188,7 +188,7 @@ def _measurement(
         peak=limits.peak(backend),
         predicted=predicted,
         device=limits.name,
-        ptq=_version("ptq"),
+        ptq=_version("ptq", "ptq-llm"),
         torch=torch.__version__,
         triton=_version("triton"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -196,8 +196,9 @@ def _measurement(
 
 
 @cache
-def _version(package: str) -> str:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
+def _version(package: str, distribution: str | None = None) -> str:
+    found = importlib.util.find_spec(package) is not None
+    return importlib.metadata.version(distribution or package) if found else ""
 
 
 # ---------------------------------------------------------------- measuring

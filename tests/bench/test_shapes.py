@@ -66,7 +66,7 @@ def test_shapes_of_a_config(
     [
         ("{}", "hidden_size is None"),
         ("{", "not JSON"),
-        ("[]", "not a model configuration"),
+        ("[]", "it should be an object"),
         (json.dumps({**SIZES, "intermediate_size": "wide"}), "intermediate_size is 'wide'"),
         (json.dumps({**SIZES, "kv_lora_rank": 512}), "compresses keys and values"),
     ],
