@@ -42,7 +42,7 @@ HERE = "in quantization_config"
 DAMAGED = "the checkpoint is damaged, copy it again"
 # Names, below that of a layer, of the tensors that stop other loaders.
 DECOY = "weight"
-NOTE = "install ptq, and import ptq.hf before from_pretrained"
+NOTE = "install ptq-llm, and import ptq.hf before from_pretrained"
 
 
 def ptq_config(

@@ -30,7 +30,7 @@ def demo_path() -> Path:
     """
     path = Path(__file__).parent.parent / "demo"
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"the bundled model is not in {path}; install ptq again")
+        raise FileNotFoundError(f"the bundled model is not in {path}; install ptq-llm again")
     return path
 
 

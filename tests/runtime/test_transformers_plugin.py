@@ -87,7 +87,7 @@ def test_transformers_alone_stops_at_the_ptq_dialect_and_says_what_to_do(make_ru
     said = without_plugin(*paths)
     assert "LOADED" not in said, said
     assert said.count("STOPPED") == 3, said
-    assert said.count("install ptq, and import ptq.hf before from_pretrained") == 3, said
+    assert said.count("install ptq-llm, and import ptq.hf before from_pretrained") == 3, said
 
 
 @pytest.mark.parametrize(
