@@ -192,6 +192,23 @@ def unpack_words(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def unpack_unit_words(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: tl.constexpr):
+    """As :func:`unpack_words`, of words arranged as in units."""
+    column = tl.arange(0, 8)
+    pair = 4 * (column // 2)
+    half = 16 * (column % 2)
+    if ELEMENT == "e2m1":
+        # four bits for each pair: where its sign is, and where the bits below it begin
+        sign = ((0xDECF >> pair) & 15) + half
+        magnitude = ((0x9036 >> pair) & 15) + half
+        signs = (words[:, :, None] >> sign[None, None, :]) & 1
+        code = (signs << 3) | ((words[:, :, None] >> magnitude[None, None, :]) & 7)
+    else:
+        code = ((words[:, :, None] >> (pair + half)[None, None, :]) & 15) ^ 8
+    return code.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
 def decode(code, ELEMENT: tl.constexpr):
     """int32 code → fp32 value, exact."""
     if ELEMENT == "e2m1":
@@ -306,6 +323,37 @@ E2M1_TO_FP16 = tl.constexpr(
 )
 INT4_TO_BF16 = tl.constexpr(_int4_under("0x43004300"))
 INT4_TO_FP16 = tl.constexpr(_int4_under("0x64006400"))
+
+# Of words arranged as in units (``kernels/weight_tiles.py``). Shifts to the left are written as
+# products: they have a pipe of their own, and the logical operations fill theirs.
+UNIT_E2M1_TO_BF16 = tl.constexpr(
+    f"""{{ .reg .b32 t<6>, w<4>; mul.lo.u32 t0, $8, 8; mul.lo.u32 t1, $8, 64;
+    mul.lo.u32 t2, $8, 2; shr.u32 t3, $8, 3; mul.lo.u32 t4, $8, 4;
+    and.b32 w0, $8, 0x81C081C0; and.b32 w1, t0, 0x81C081C0;
+    and.b32 t1, t1, 0x01C001C0; and.b32 t3, t3, 0x01C001C0;
+    lop3.b32 w2, t2, 0x80008000, t1, 0xEA; lop3.b32 w3, t4, 0x80008000, t3, 0xEA;
+    {_NEIGHBOURS}"""
+)
+UNIT_E2M1_TO_FP16 = tl.constexpr(
+    f"""{{ .reg .b32 t<6>, w<4>; mul.lo.u32 t0, $8, 8; mul.lo.u32 t1, $8, 64;
+    mul.lo.u32 t2, $8, 512; mul.lo.u32 t3, $8, 2; mul.lo.u32 t4, $8, 4;
+    and.b32 w0, t0, 0x0E000E00; and.b32 w1, t1, 0x0E000E00;
+    and.b32 w2, t2, 0x0E000E00; and.b32 w3, $8, 0x0E000E00;
+    lop3.b32 w0, $8, 0x80008000, w0, 0xEA; lop3.b32 w1, t0, 0x80008000, w1, 0xEA;
+    lop3.b32 w2, t3, 0x80008000, w2, 0xEA; lop3.b32 w3, t4, 0x80008000, w3, 0xEA;
+    {_NEIGHBOURS}"""
+)
+
+
+def _unit_int4_under(mantissa: str) -> str:
+    return f"""{{ .reg .b32 u<4>, w<4>; shr.u32 u1, $8, 4; shr.u32 u2, $8, 8; shr.u32 u3, $8, 12;
+    lop3.b32 w0, $8, 0x000F000F, {mantissa}, 0xEA; lop3.b32 w1, u1, 0x000F000F, {mantissa}, 0xEA;
+    lop3.b32 w2, u2, 0x000F000F, {mantissa}, 0xEA; lop3.b32 w3, u3, 0x000F000F, {mantissa}, 0xEA;
+    {_NEIGHBOURS}"""
+
+
+UNIT_INT4_TO_BF16 = tl.constexpr(_unit_int4_under("0x43004300"))
+UNIT_INT4_TO_FP16 = tl.constexpr(_unit_int4_under("0x64006400"))
 E2M1_TO_BF16_BY_CVT = tl.constexpr(_e2m1_by_cvt("bf16"))
 E2M1_TO_FP16_BY_CVT = tl.constexpr(_e2m1_by_cvt("f16"))
 
@@ -350,6 +398,19 @@ def unpack_operand(
 
 
 @triton.jit
+def unpack_unit(
+    words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ELEMENT: tl.constexpr, HALF: tl.constexpr
+):
+    """As :func:`unpack_operand`, of words arranged as in units; the columns keep their order."""
+    if ELEMENT == "e2m1":
+        assembly: tl.constexpr = UNIT_E2M1_TO_BF16 if HALF == tl.bfloat16 else UNIT_E2M1_TO_FP16
+    else:
+        assembly: tl.constexpr = UNIT_INT4_TO_BF16 if HALF == tl.bfloat16 else UNIT_INT4_TO_FP16
+    c0, c1, c2, c3, c4, c5, c6, c7 = eight_halves(words, assembly, HALF)
+    return in_column_order(c0, c1, c2, c3, c4, c5, c6, c7, ROWS, COLUMNS)
+
+
+@triton.jit
 def unpack_operand_by_cvt(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
     """int32 words of E2M1 codes → values in HALF, columns in order, by the conversion instruction
     of sm_100 and sm_120."""
@@ -377,18 +438,22 @@ def weight_operand(
     SCALE: tl.constexpr,
     HALF: tl.constexpr,
     CVT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
-    """value · scale / :func:`operand_factor` in HALF, exact; columns in ``word_order``, with CVT in
-    their own.
+    """value · scale / :func:`operand_factor` in HALF, exact; columns in ``word_order``, with CVT or
+    of a TILED weight in their own.
 
     For int4 one fused multiply-add removes the offset and applies the scale: 136 · scale (fp16:
     1032 · scale) has at most 8 (11) significant bits, so it is exact, and the fused operation
     rounds only its exact result.
     """
     tl.static_assert(ELEMENT == "e2m1" or not CVT)
+    tl.static_assert(not (CVT and TILED))
     scales = operand_scale(scale_bytes, ELEMENT, SCALE, HALF, CVT)
     if CVT:
         numbers = unpack_operand_by_cvt(words, ROWS, COLUMNS, HALF)
+    elif TILED:
+        numbers = unpack_unit(words, ROWS, COLUMNS, ELEMENT, HALF)
     else:
         numbers = unpack_operand(words, ROWS, COLUMNS, ELEMENT, HALF)
     if ELEMENT == "e2m1":
@@ -411,8 +476,13 @@ def weight_operand_plain(
     GROUP: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     """value · scale in fp32, columns in order: the twin of :func:`weight_operand` but for order and
     factor."""
-    values = decode(unpack_words(words, ROWS, COLUMNS), ELEMENT)
+    if TILED:
+        codes = unpack_unit_words(words, ROWS, COLUMNS, ELEMENT)
+    else:
+        codes = unpack_words(words, ROWS, COLUMNS)
+    values = decode(codes, ELEMENT)
     return spread_scales(values, decode_scale(scale_bytes, SCALE), ROWS, COLUMNS, GROUP)

@@ -21,8 +21,10 @@ from ptq.kernels.codec import (
     round_fp8,
     round_half,
     spread_scales,
-    unpack_codes,
+    unpack_unit_words,
+    unpack_words,
 )
+from ptq.kernels.w4a16 import packed_start, scale_start
 
 
 @triton.jit
@@ -36,6 +38,7 @@ def dequantize_kernel(
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
+    TILED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -45,18 +48,29 @@ def dequantize_kernel(
     row_scale [N]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows[:, None] < N
-    halves = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    words = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
     groups = tl.program_id(1) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    place = rows.to(tl.int64)[:, None]
+    wide = rows.to(tl.int64)
+    word_rows = (packed_ptr + packed_start(wide, K, TILED)).to(
+        tl.pointer_type(tl.int32), bitcast=True
+    )
+    scale_rows = scale_ptr + scale_start(wide, K, GROUP, TILED)
+    if TILED:
+        UNIT_GROUPS: tl.constexpr = 128 // GROUP
+        word = (words // 16) * (64 * 16) + words % 16
+        scale = (groups // UNIT_GROUPS) * (64 * UNIT_GROUPS) + groups % UNIT_GROUPS
+    else:
+        word = words
+        scale = groups
     EVEN: tl.constexpr = K % BLOCK_K == 0
     packed = tl.load(
-        packed_ptr + place * (K // 2) + halves[None, :],
-        mask=row_mask if EVEN else row_mask & (halves[None, :] < K // 2),
+        word_rows[:, None] + word[None, :],
+        mask=row_mask if EVEN else row_mask & (words[None, :] < K // 8),
         other=0,
     )
     bytes = tl.load(
-        scale_ptr + place * (K // GROUP) + groups[None, :],
+        scale_rows[:, None] + scale[None, :],
         mask=row_mask if EVEN else row_mask & (groups[None, :] < K // GROUP),
         other=0,
     )
@@ -65,15 +79,17 @@ def dequantize_kernel(
     else:
         factor = tl.load(factor_ptr)
     step = decode_scale(bytes, SCALE) * factor
-    dense = spread_scales(
-        decode(unpack_codes(packed, BLOCK_N, BLOCK_K), ELEMENT), step, BLOCK_N, BLOCK_K, GROUP
-    )
+    if TILED:
+        codes = unpack_unit_words(packed, BLOCK_N, BLOCK_K, ELEMENT)
+    else:
+        codes = unpack_words(packed, BLOCK_N, BLOCK_K)
+    dense = spread_scales(decode(codes, ELEMENT), step, BLOCK_N, BLOCK_K, GROUP)
     if FP8:
         result = round_fp8(dense, INTERPRETED)
     else:
         result = round_half(dense, out_ptr.dtype.element_ty, INTERPRETED)
     mask = row_mask if EVEN else row_mask & (columns[None, :] < K)
-    tl.store(out_ptr + place * K + columns[None, :], result, mask=mask)
+    tl.store(out_ptr + wide[:, None] * K + columns[None, :], result, mask=mask)
 
 
 def fp8_row_scale(scale_bits: Tensor, element: str, scale: str) -> Tensor:

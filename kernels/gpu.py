@@ -14,6 +14,8 @@ FAMILIES = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120
 # Tables are made for these; a device's own count is used when it is there.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 FP4_ARCHITECTURES = (100, 120)
+# Where weights in units (``weight_tiles.py``) were measured to be read faster than rows.
+UNIT_ARCHITECTURES = (90,)
 
 
 def available(device: torch.device | str) -> bool:
@@ -38,6 +40,11 @@ def multiplies_fp4(device: torch.device | str) -> bool:
     """Whether the kernels multiply FP4 numbers natively there, so that quantized inputs are worth
     while."""
     return available(device) and architecture(device) in FP4_ARCHITECTURES
+
+
+def reads_units(device: torch.device | str) -> bool:
+    """Whether weights for 16-bit inputs are put into units when a layer is loaded there."""
+    return available(device) and architecture(device) in UNIT_ARCHITECTURES
 
 
 def multiplies_fp8(device: torch.device | str) -> bool:

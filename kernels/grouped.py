@@ -17,7 +17,7 @@ from ptq.kernels.codec import operand_factor
 from ptq.kernels.epilogue import store_output
 from ptq.kernels.w4a4 import accumulate as accumulate_w4a4
 from ptq.kernels.w4a16 import accumulate as accumulate_w4a16
-from ptq.kernels.w4a16 import fragment_rows
+from ptq.kernels.w4a16 import fragment_rows, packed_start, scale_start
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def grouped_w4a16_kernel(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
+    TILED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,8 +100,8 @@ def grouped_w4a16_kernel(
         acc = accumulate_w4a16(
             x_ptr + x_row.to(tl.int64) * K,
             m_mask,
-            packed_ptr + weight_row * (K // 2),
-            scale_ptr + weight_row * (K // GROUP),
+            packed_ptr + packed_start(weight_row, K, TILED),
+            scale_ptr + scale_start(weight_row, K, GROUP, TILED),
             n < N,
             0,
             K,
@@ -108,6 +109,7 @@ def grouped_w4a16_kernel(
             SCALE,
             GROUP,
             ORDER,
+            TILED,
             EVEN_N,
             BLOCK_M,
             BLOCK_N,

@@ -43,13 +43,16 @@ def dequantize_fp8(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     sm_80, which has no fp8.
     """
     coverage.require("dequantize_fp8", weight.element, weight.scale, weight.in_features)
-    rows = fp8_row_scale(weight.scale_bits, weight.element, weight.scale)
+    bits = weight.scale_bits
+    if weight.tiled:  # the scales of a row in one
+        bits = bits.transpose(-2, -3).flatten(-2).flatten(0, 1)
+    rows = fp8_row_scale(bits, weight.element, weight.scale)
     scaled = replace(weight, global_scale=1 / rows)
     return torch.ops.ptq.dequantize(*scaled.flat, torch.float8_e4m3fn), rows
 
 
 def _dequantize_fake(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    return weight.packed.new_empty((weight.packed.shape[0], weight.in_features), dtype=dtype)
+    return weight.packed.new_empty((weight.out_features, weight.in_features), dtype=dtype)
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -66,13 +69,16 @@ define(
 )
 
 
-def dequantize_constants(k: int, element: str, scale: str, *, fp8: bool) -> dict[str, object]:
+def dequantize_constants(
+    k: int, element: str, scale: str, *, fp8: bool, tiled: bool = False
+) -> dict[str, object]:
     """The constexpr arguments of ``dequantize_kernel``."""
     return {
         "K": k,
         "ELEMENT": element,
         "SCALE": scale,
         "GROUP": coverage.GROUP_SIZE[scale],
+        "TILED": tiled,
         "FP8": fp8,
         "BLOCK_N": BLOCK_N,
         "BLOCK_K": BLOCK_K,
@@ -91,6 +97,6 @@ def launch_dequantize(weight: PackedWeight, out: Tensor) -> None:
         weight.global_scale,
         out,
         n,
-        **dequantize_constants(k, weight.element, weight.scale, fp8=fp8),
+        **dequantize_constants(k, weight.element, weight.scale, fp8=fp8, tiled=weight.tiled),
         num_warps=4,
     )

@@ -37,8 +37,8 @@ from ptq.kernels.tiles import Tile
 def _check_experts(
     operator: str, offsets: Tensor, weight: PackedWeight, rows: Tensor | None
 ) -> None:
-    experts = weight.packed.shape[0]
-    if weight.packed.ndim != 3 or offsets.shape != (experts + 1,) or offsets.dtype != torch.int32:
+    experts = weight.experts
+    if not experts or offsets.shape != (experts + 1,) or offsets.dtype != torch.int32:
         raise ValueError(
             f"{operator}: {experts} experts need {experts + 1} int32 offsets and weights (experts, "
             "out, in/2)"
@@ -118,7 +118,7 @@ def _w4a16(
 ) -> Tensor:
     out = _w4a16_fake(x, offsets, weight, bias, rows)
     if len(out):
-        tokens, n = _per_expert(len(out), len(weight.packed)), weight.out_features
+        tokens, n = _per_expert(len(out), weight.experts), weight.out_features
         tile = tile_for(
             "grouped", x.device, weight.element, weight.scale, tokens, n, weight.in_features
         )
@@ -144,9 +144,16 @@ def launch_grouped_w4a16(
     tile: Tile,
 ) -> None:
     """Fill ``out`` (assignments, out)."""
-    experts, n, k = len(weight.packed), weight.out_features, x.shape[1]
+    experts, n, k = weight.experts, weight.out_features, x.shape[1]
     single = w4a16_constants(
-        n, k, weight.element, weight.scale, tile, bias=bias is not None, half=x.dtype
+        n,
+        k,
+        weight.element,
+        weight.scale,
+        tile,
+        bias=bias is not None,
+        half=x.dtype,
+        tiled=weight.tiled,
     )
     grouped_w4a16_kernel[_grid(tile, len(out), experts, n)](
         x,
@@ -217,7 +224,7 @@ def _w4a4(
 ) -> Tensor:
     out = _w4a4_fake(inputs, offsets, weight, bias, rows, dtype)
     if len(out):
-        tokens = _per_expert(len(out), len(weight.packed))
+        tokens = _per_expert(len(out), weight.experts)
         n, k = weight.out_features, weight.in_features
         single = tile_for("w4a4", out.device, weight.element, weight.scale, tokens, n, k)
         launch_grouped_w4a4(inputs, offsets, weight, bias, rows, out, w4a4_tile(single, k))
@@ -256,7 +263,7 @@ def launch_grouped_w4a4(
     tile: Tile,
 ) -> None:
     """Fill ``out`` (assignments, out)."""
-    experts, n, k, scale = len(weight.packed), weight.out_features, weight.in_features, weight.scale
+    experts, n, k, scale = weight.experts, weight.out_features, weight.in_features, weight.scale
     single = w4a4_constants(k, scale, tile, bias=bias is not None, inputs=input_scales(inputs))
     grouped_w4a4_kernel[_grid(tile, len(out), experts, n)](
         inputs.packed,

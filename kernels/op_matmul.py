@@ -90,9 +90,14 @@ def w4a16_constants(
     *,
     bias: bool,
     half: torch.dtype = torch.bfloat16,
+    tiled: bool = False,
 ) -> dict[str, object]:
-    """The constexpr arguments of ``w4a16_kernel`` for inputs of dtype ``half``."""
-    order = tile.order
+    """The constexpr arguments of ``w4a16_kernel`` for inputs of dtype ``half``.
+
+    Args:
+        tiled: the weight lies in units.
+    """
+    order = "words" if tiled and tile.order == "natural" else tile.order
     if order == "natural" and (element != "e2m1" or not (NEW_ASSEMBLER or half == torch.float16)):
         order = "words"
     if order == "fragments" and (tile.block_k % 128 or tile.block_n % 64):
@@ -103,6 +108,7 @@ def w4a16_constants(
         "SCALE": scale,
         "GROUP": coverage.GROUP_SIZE[scale],
         "ORDER": order,
+        "TILED": tiled,
         "HAS_BIAS": bias,
         "EVEN_N": n % tile.block_n == 0,
         "BLOCK_M": tile.block_m,
@@ -121,7 +127,14 @@ def launch_w4a16(
     (m, k), n = x.shape, weight.out_features
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n), tile.split)
     constants = w4a16_constants(
-        n, k, weight.element, weight.scale, tile, bias=bias is not None, half=x.dtype
+        n,
+        k,
+        weight.element,
+        weight.scale,
+        tile,
+        bias=bias is not None,
+        half=x.dtype,
+        tiled=weight.tiled,
     )
     w4a16_kernel[grid](
         x,
@@ -208,6 +221,8 @@ def check_fp4(operator: str, inputs: QuantizedInputs, weight: PackedWeight) -> N
     fit."""
     if weight.element != "e2m1":
         raise ValueError(f"{operator}: tensor cores multiply e2m1 elements, not {weight.element}")
+    if weight.tiled:
+        raise ValueError(f"{operator}: tensor cores read rows, not the units of a tiled weight")
     weight.check(operator, 2 * inputs.packed.shape[-1])
 
 

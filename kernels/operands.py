@@ -14,6 +14,8 @@ from torch import Tensor
 from ptq.kernels import coverage
 
 PROLOGUES = ("none", "rms_norm", "silu_mul")
+# Of a weight in units (``kernels/weight_tiles.py``).
+UNIT_ROWS, UNIT_COLUMNS = 64, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,11 @@ class PackedWeight:
 
     Attributes:
         packed: uint8 (…, out, in/2), two codes a byte, the even column in the low nibble; for
-            experts (experts, out, in/2).
-        scale_bits: uint8 (…, out, groups), as checkpoints store them; for ``w4a4_matmul`` also
-            (blocks, blocks, 32, 4, 4), what ``swizzle_scales`` makes of them.
+            experts (experts, out, in/2). With 16-bit inputs also in units, (…, out/64, in/128, 64,
+            64), what ``weight_tiles.tiled`` makes of it.
+        scale_bits: uint8 (…, out, groups), as checkpoints store them, or in units like ``packed``;
+            for ``w4a4_matmul`` also (blocks, blocks, 32, 4, 4), what ``swizzle_scales`` makes of
+            them.
         global_scale: fp32 on the same device, a scalar; for experts (experts,).
         element: e2m1 or int4.
         scale: e4m3 or e8m0.
@@ -43,24 +47,37 @@ class PackedWeight:
         return self.packed, self.scale_bits, self.global_scale, self.element, self.scale
 
     @property
+    def tiled(self) -> bool:
+        """Whether it lies in units, not in rows."""
+        return self.packed.ndim > 3
+
+    @property
     def in_features(self) -> int:
         """Columns of the weight."""
-        return 2 * self.packed.shape[-1]
+        return 2 * self.packed.shape[-1] * (self.packed.shape[-3] if self.tiled else 1)
 
     @property
     def out_features(self) -> int:
         """Rows of the weight, of each expert."""
-        return self.packed.shape[-2]
+        shape = self.packed.shape
+        return shape[-2] * shape[-4] if self.tiled else shape[-2]
+
+    @property
+    def experts(self) -> int:
+        """How many matrices there are; 0 if it is one that belongs to no list."""
+        matrix = 4 if self.tiled else 2
+        return self.packed.shape[0] if self.packed.ndim > matrix else 0
 
     @property
     def blocked(self) -> bool:
         """Whether its scale bytes lie in the 128 × 4 blocks of Blackwell."""
-        return self.scale_bits.ndim == 5
+        return self.scale_bits.ndim == 5 and not self.tiled
 
     def check(self, operator: str, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
         """Raise ValueError where no kernel multiplies it with ``k`` input features of ``dtype``."""
         coverage.require(operator, self.element, self.scale, k, dtype=dtype)
-        rows = (*self.packed.shape[:-1], k // coverage.GROUP_SIZE[self.scale])
+        columns = UNIT_COLUMNS if self.tiled else k
+        rows = (*self.packed.shape[:-1], columns // coverage.GROUP_SIZE[self.scale])
         if self.in_features != k or (not self.blocked and tuple(self.scale_bits.shape) != rows):
             raise ValueError(
                 f"{operator}: packed {tuple(self.packed.shape)} and scale bytes "

@@ -12,8 +12,12 @@ which leaves them in another order; a dot sums over K, so x is permuted alike in
     fragments   further, the order in which row-major loads already are a register operand of wgmma:
                 weights never pass through shared memory (sm_90)
 
+A TILED weight lies in units (``kernels/weight_tiles.py``), and its columns keep their order when
+they are unpacked: ``words`` then permutes nothing, and ``fragments`` only what it adds.
+
 K is split over programs when there are few tiles (``kernels/epilogue.py``).
 """
+# ruff: noqa: SIM108
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 import triton
@@ -62,6 +66,29 @@ def fragment_rows(x, ROWS: tl.constexpr):
     return x.reshape(ROWS // 64, 2, 4, 8).permute(0, 2, 1, 3).reshape(ROWS)
 
 
+# ---------------------------------------------------------------- where a weight lies
+
+
+@triton.jit
+def packed_start(row, K: tl.constexpr, TILED: tl.constexpr):
+    """Bytes before row ``row`` (int64) of the codes."""
+    if TILED:
+        start = (row // 64) * (64 * K // 2) + (row % 64) * 64
+    else:
+        start = row * (K // 2)
+    return start
+
+
+@triton.jit
+def scale_start(row, K: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr):
+    """Bytes before row ``row`` (int64) of the scales."""
+    if TILED:
+        start = (row // 64) * (64 * K // GROUP) + (row % 64) * (128 // GROUP)
+    else:
+        start = row * (K // GROUP)
+    return start
+
+
 # ---------------------------------------------------------------- kernels
 
 
@@ -78,6 +105,7 @@ def accumulate(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
+    TILED: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,33 +126,47 @@ def accumulate(
     columns = tl.arange(0, BLOCK_K)
     words = tl.arange(0, BLOCK_K // 8)
     groups = tl.arange(0, GROUPS)
+    if TILED:
+        # a step is BLOCK_K / 128 units of 64 rows
+        tl.static_assert(BLOCK_K % 128 == 0)
+        UNIT_GROUPS: tl.constexpr = 128 // GROUP
+        WORD_STEP: tl.constexpr = (BLOCK_K // 128) * (64 * 16)
+        SCALE_STEP: tl.constexpr = (BLOCK_K // 128) * (64 * UNIT_GROUPS)
+        word = (words // 16) * (64 * 16) + words % 16
+        scale = (groups // UNIT_GROUPS) * (64 * UNIT_GROUPS) + groups % UNIT_GROUPS
+    else:
+        WORD_STEP: tl.constexpr = BLOCK_K // 8
+        SCALE_STEP: tl.constexpr = GROUPS
+        word = words
+        scale = groups
     x_place = x_rows[:, None] + columns[None, :] + part * (STEPS * BLOCK_K)
     word_rows = packed_rows.to(tl.pointer_type(tl.int32), bitcast=True)
-    word_place = word_rows[:, None] + words[None, :] + part * (STEPS * BLOCK_K // 8)
-    scale_place = scale_rows[:, None] + groups[None, :] + part * (STEPS * GROUPS)
+    word_place = word_rows[:, None] + word[None, :] + part * (STEPS * WORD_STEP)
+    scale_place = scale_rows[:, None] + scale[None, :] + part * (STEPS * SCALE_STEP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if EVEN_K:
             if EVEN_N:
-                packed = tl.load(word_place + step * (BLOCK_K // 8))
-                scale_bytes = tl.load(scale_place + step * GROUPS)
+                packed = tl.load(word_place + step * WORD_STEP)
+                scale_bytes = tl.load(scale_place + step * SCALE_STEP)
             else:
-                packed = tl.load(word_place + step * (BLOCK_K // 8), mask=n_mask[:, None], other=0)
-                scale_bytes = tl.load(scale_place + step * GROUPS, mask=n_mask[:, None], other=0)
+                mask = n_mask[:, None]
+                packed = tl.load(word_place + step * WORD_STEP, mask=mask, other=0)
+                scale_bytes = tl.load(scale_place + step * SCALE_STEP, mask=mask, other=0)
             x = tl.load(x_place + step * BLOCK_K, mask=x_mask[:, None], other=0.0)
         else:
             start = (part * STEPS + step) * BLOCK_K
             mask = n_mask[:, None] & (start // 8 + words[None, :] < K // 8)
-            packed = tl.load(word_place + step * (BLOCK_K // 8), mask=mask, other=0)
+            packed = tl.load(word_place + step * WORD_STEP, mask=mask, other=0)
             mask = n_mask[:, None] & (start // GROUP + groups[None, :] < K // GROUP)
-            scale_bytes = tl.load(scale_place + step * GROUPS, mask=mask, other=0)
+            scale_bytes = tl.load(scale_place + step * SCALE_STEP, mask=mask, other=0)
             mask = x_mask[:, None] & (start + columns[None, :] < K)
             x = tl.load(x_place + step * BLOCK_K, mask=mask, other=0.0)
         if INTERPRETED:
             weight = weight_operand_plain(
-                packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE
+                packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE, TILED
             )
-            if ORDER != "natural":
+            if ORDER != "natural" and not TILED:
                 weight = word_order(weight, BLOCK_N, BLOCK_K)
             x = x.to(tl.float32)
         else:
@@ -138,8 +180,9 @@ def accumulate(
                 SCALE,
                 half,
                 ORDER == "natural",
+                TILED,
             )
-        if ORDER != "natural":
+        if ORDER != "natural" and not TILED:
             x = word_order(x, BLOCK_M, BLOCK_K)
         if ORDER == "fragments":
             weight = fragment_weights(weight, BLOCK_N, BLOCK_K)
@@ -168,6 +211,7 @@ def w4a16_kernel(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
+    TILED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -187,8 +231,8 @@ def w4a16_kernel(
     acc = accumulate(
         x_ptr + m.to(tl.int64) * K,
         m_mask,
-        packed_ptr + wide * (K // 2),
-        scale_ptr + wide * (K // GROUP),
+        packed_ptr + packed_start(wide, K, TILED),
+        scale_ptr + scale_start(wide, K, GROUP, TILED),
         n_mask,
         part,
         K,
@@ -196,6 +240,7 @@ def w4a16_kernel(
         SCALE,
         GROUP,
         ORDER,
+        TILED,
         EVEN_N,
         BLOCK_M,
         BLOCK_N,

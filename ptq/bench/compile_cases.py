@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from ptq.kernels import coverage, tiles
+from ptq.kernels import coverage, gpu, tiles
 from ptq.kernels.dequantize import dequantize_kernel
 from ptq.kernels.grouped import grouped_w4a4_kernel, grouped_w4a16_kernel
 from ptq.kernels.op_dequantize import BLOCK_K, BLOCK_N, dequantize_constants
@@ -136,7 +136,8 @@ def w4a16_case(
         grouped: one per expert, with gathered rows.
     """
     (element, scale), (n, k) = PARTS[fmt], ODD_SHAPE if odd else SHAPE
-    constants = w4a16_constants(n, k, element, scale, tile, bias=odd, half=half)
+    tiled = arch in gpu.UNIT_ARCHITECTURES and not odd  # odd sizes are no whole units
+    constants = w4a16_constants(n, k, element, scale, tile, bias=odd, half=half, tiled=tiled)
     kernel = w4a16_kernel
     if grouped:
         constants = grouped_constants(constants, EXPERTS, gather=True)
@@ -238,14 +239,16 @@ def quantize_case(
     )
 
 
-def dequantize_case(fmt: str, *, fp8: bool) -> Case:
+def dequantize_case(fmt: str, *, arch: int, fp8: bool) -> Case:
     """Packed weights to bf16 or fp8."""
     element, scale = PARTS[fmt]
     return Case(
         name=f"dequantize {fmt} to {'fp8' if fp8 else 'bf16'}",
         kernel=dequantize_kernel,
         signature=DEQUANTIZE | {"out_ptr": "*fp8e4nv" if fp8 else "*bf16"},
-        constants=dequantize_constants(LONG, element, scale, fp8=fp8),
+        constants=dequantize_constants(
+            LONG, element, scale, fp8=fp8, tiled=arch in gpu.UNIT_ARCHITECTURES
+        ),
         warps=4,
         stages=3,
         items=BLOCK_N * BLOCK_K,
@@ -298,9 +301,9 @@ def cases(arch: int, *, all_rows: bool) -> Iterator[Case]:
         yield quantize_case(fmt, rotation, PREFILL, arch=arch)
     yield quantize_case("nvfp4", 1, PREFILL, arch=arch, rule="four_six")
     yield quantize_case("nvfp4", 128, PREFILL, arch=arch, output="rotated")
-    yield dequantize_case("nvfp4", fp8=False)
+    yield dequantize_case("nvfp4", arch=arch, fp8=False)
     if arch >= 90:
-        yield dequantize_case("mxfp4", fp8=True)
+        yield dequantize_case("mxfp4", arch=arch, fp8=True)
     if not all_rows:
         return
     first = next(row.tile for row in rows if (row.operation, row.tokens) == ("w4a16", 1))

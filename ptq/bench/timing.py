@@ -73,6 +73,13 @@ class Problem:
         return Encoding(self.element, self.scale)
 
 
+def served(weight: PackedWeight) -> PackedWeight:
+    """The weight as a loaded layer with 16-bit inputs has it on this device."""
+    from ptq.kernels.weight_tiles import tileable, tiled
+
+    return tiled(weight) if gpu.reads_units(weight.packed.device) and tileable(weight) else weight
+
+
 Call = Callable[[], object]
 BACKENDS: dict[str, Callable[[Problem], list[Call]]] = {}
 
@@ -107,7 +114,7 @@ def _w4a16(problem: Problem) -> list[Call]:
     from ptq.kernels.op_matmul import w4a16_matmul
 
     x = problem.inputs()
-    return [partial(w4a16_matmul, x, weight) for weight in problem.weights()]
+    return [partial(w4a16_matmul, x, served(weight)) for weight in problem.weights()]
 
 
 @backend("rotate+w4a16")
@@ -116,10 +123,8 @@ def _rotate_w4a16(problem: Problem) -> list[Call]:
     from ptq.kernels.op_matmul import w4a16_matmul
 
     x = problem.inputs()
-    return [
-        lambda w=weight: w4a16_matmul(rotate(x, problem.rotation), w)
-        for weight in problem.weights()
-    ]
+    weights = [served(weight) for weight in problem.weights()]
+    return [lambda w=weight: w4a16_matmul(rotate(x, problem.rotation), w) for weight in weights]
 
 
 @backend("rotate")

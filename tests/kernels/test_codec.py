@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from ptq.kernels import codec
+from ptq.kernels.operands import PackedWeight
+from ptq.kernels.weight_tiles import tiled
 from ptq.numerics.formats import E2M1, FORMATS, INT4, NVFP4
 
 if isinstance(codec.encode, triton.JITFunction) and not torch.cuda.is_available():
@@ -180,6 +182,31 @@ def test_the_assembly_decodes_every_nibble_at_every_place(
         assert torch.equal(
             (_number(half, dtype) * scale - offset).float(), element.decode(nibbles[i])
         ), (kind, i)
+
+
+@pytest.mark.parametrize(("kind", "element", "dtype", "scale", "offset"), [
+    ("UNIT_E2M1_TO_BF16", E2M1, torch.bfloat16, 2.0**126, 0.0),
+    ("UNIT_E2M1_TO_FP16", E2M1, torch.float16, 2.0**14, 0.0),
+    ("UNIT_INT4_TO_BF16", INT4, torch.bfloat16, 1.0, 136.0),
+    ("UNIT_INT4_TO_FP16", INT4, torch.float16, 1.0, 1032.0),
+])  # fmt: skip
+def test_the_assembly_for_units_decodes_columns_in_their_order(
+    kind, element, dtype, scale, offset
+) -> None:
+    packed = torch.randint(0, 256, (64 * 40, 64), dtype=torch.uint8)
+    weight = PackedWeight(
+        packed=packed,
+        scale_bits=torch.zeros(64 * 40, 8, dtype=torch.uint8),
+        global_scale=torch.ones(()),
+        element=element.name,
+        scale="e4m3",
+    )
+    words = tiled(weight).packed.view(torch.int32).reshape(-1, 16).long() & 0xFFFFFFFF
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(-1, 16, 8)
+    for column, half in enumerate(_run(getattr(codec, kind).value, words)):
+        assert torch.equal(
+            (_number(half, dtype) * scale - offset).float(), element.decode(codes[..., column])
+        ), (kind, column)
 
 
 def test_no_assembly_relies_on_which_elements_the_compiler_packs() -> None:

@@ -16,6 +16,7 @@ from ptq.kernels.op_matmul import launch_w4a16, w4a4_matmul, w4a16_matmul, wants
 from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
 from ptq.kernels.quantize import swizzle_scales
 from ptq.kernels.tiles import Tile
+from ptq.kernels.weight_tiles import tiled
 from ptq.numerics.formats import FORMATS, Format
 
 pytestmark = pytest.mark.gpu
@@ -41,9 +42,12 @@ def in_range(weight, fmt: Format) -> None:
     )
 
 
+@pytest.mark.parametrize("lies", ["rows", "units"])
 @pytest.mark.parametrize("order", ["words", "fragments", "natural"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, random_weight) -> None:
+def test_a_unit_vector_reads_one_column_exactly(
+    fmt: Format, order, lies, dtype, random_weight
+) -> None:
     """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or
     columns shows."""
     arch = architecture(torch.device("cuda"))
@@ -54,6 +58,8 @@ def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, rando
     if dtype == torch.float16 and not fmt.has_global_scale:
         pytest.skip("float16 cannot hold E8M0 scales")
     weight, packed = random_weight(fmt, 128, 256, t=1.0, device="cuda")
+    if lies == "units":
+        packed = tiled(packed)
     tile = Tile(kernel="w4a16", block_m=16, block_n=128, order=order, stages=3)
     dense = weight.dequantize().cuda()
     for start in range(0, 256, 16):
@@ -65,13 +71,16 @@ def test_a_unit_vector_reads_one_column_exactly(fmt: Format, order, dtype, rando
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 130, 600])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1000, 4128)])
+@pytest.mark.parametrize(
+    ("n", "k", "lies"), [(4096, 4096, "rows"), (1000, 4128, "rows"), (4032, 4224, "units")]
+)
 def test_w4a16_is_as_good_as_the_library_on_the_dense_weight(
-    fmt: Format, m, n, k, random_weight, packed_weight
+    fmt: Format, m, n, k, lies, random_weight, packed_weight
 ) -> None:
     weight, _ = random_weight(fmt, n, k)
     in_range(weight, fmt)
     packed = packed_weight(weight, "cuda")
+    packed = tiled(packed) if lies == "units" else packed
     x = torch.randn(m, k, device="cuda").bfloat16()
     dense = weight.dequantize().cuda()
     reference = x.double() @ dense.double().T

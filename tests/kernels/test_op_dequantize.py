@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from ptq.kernels.op_dequantize import dequantize, dequantize_fp8
 from ptq.kernels.operands import PackedWeight
 from ptq.kernels.operator import INTERPRETED
+from ptq.kernels.weight_tiles import tiled
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.tensor import QuantizedTensor, Scales
 
@@ -54,6 +55,15 @@ def test_the_fp8_copy_of_e4m3_scaled_formats_rounds_once_more(name: str, random_
     values = fmt.element.decode(weight.codes).unflatten(1, (-1, fmt.group_size))
     expected = (values * step[..., None]).flatten(1).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(fp8.cpu().float(), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_in_units_is_that_of_its_rows(fmt: Format, dtype, random_weight) -> None:
+    weight, packed = random_weight(fmt, 192, 384, device=DEVICE)
+    units = tiled(packed)
+    assert torch.equal(dequantize(units, dtype).cpu(), weight.dequantize().to(dtype))
+    for part, expected in zip(dequantize_fp8(units), dequantize_fp8(packed), strict=True):
+        assert torch.equal(part.float(), expected.float())
 
 
 def test_a_dtype_without_a_kernel_is_named(random_weight) -> None:

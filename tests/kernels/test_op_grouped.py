@@ -19,6 +19,7 @@ from ptq.kernels.op_inputs import rotate_quantize
 from ptq.kernels.operands import Encoding
 from ptq.kernels.operator import INTERPRETED
 from ptq.kernels.tiles import Tile
+from ptq.kernels.weight_tiles import tiled
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import Rotation
@@ -74,6 +75,20 @@ def test_every_expert_multiplies_its_own_tokens(fmt: Format, counts, gather, sta
     y = grouped_w4a16(x, offsets_of(counts), weight, bias, rows)
     assert y.dtype == torch.bfloat16
     assert error(y, reference(x[token], counts, dense, bias)) < 2.0**-8
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_experts_in_units_multiply_as_their_rows_do(
+    fmt: Format, gather, random_weight, stacked
+) -> None:
+    counts = [3, 0, 20, 1]
+    weight = stacked([random_weight(fmt, 128, 256, t=0.1 * (e + 1))[1] for e in range(4)])
+    token, rows = assignments(counts, gather=gather)
+    x = torch.randn(TOKENS if gather else len(token), 256).bfloat16()
+    of_rows, of_units = (
+        grouped_w4a16(x, offsets_of(counts), w, None, rows) for w in (weight, tiled(weight))
+    )
+    assert error(of_units, of_rows.double()) < 2.0**-8  # another order of columns in the sum
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 17], [0, 5]], ids=str)

@@ -23,6 +23,7 @@ from ptq.kernels.op_matmul import (
 from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
 from ptq.kernels.quantize import swizzle_scales
 from ptq.kernels.tiles import Tile
+from ptq.kernels.weight_tiles import tiled
 from ptq.kernels.workspace import workspace
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.formats import FORMATS, Format
@@ -60,6 +61,20 @@ def test_w4a16_is_the_product_with_the_dequantized_weight(
     )
     y = run_w4a16(tile, x, packed, bias)
     assert error(y, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
+
+
+@pytest.mark.parametrize("order", ["natural", "words", "fragments"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 192, 512, 4), (3, 128, 640, 2)]
+)
+def test_w4a16_of_a_weight_in_units_is_that_of_its_rows(
+    fmt: Format, order, m, n, k, split, random_weight
+) -> None:
+    _, packed = random_weight(fmt, n, k)
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n)
+    tile = Tile(kernel="w4a16", block_m=16, block_n=128, split=split, order=order, stages=2)
+    y = run_w4a16(tile, x, tiled(packed), bias)
+    assert error(y, run_w4a16(tile, x, packed, bias).double()) < 1e-6
 
 
 def test_split_k_is_deterministic_and_leaves_its_tickets_at_zero(
