@@ -63,9 +63,9 @@ def finish(
     share it.
 
     The workspace holds ROWS · COLUMNS · SPLIT fp32 per tile, the tickets an int32 per tile, 0
-    before and after. Of a narrow tile, what is masked is neither written nor read (of one token in a
-    tile of 16, that is most), and it lies there column by column, so that a column is one piece. In
-    wider tiles masks take registers: 32 × 128 spilled 40 bytes on sm_90.
+    before and after. Of a narrow tile, what is masked is neither written nor read (of one token in
+    a tile of 16, that is most), and it lies there column by column, so that a column is one piece.
+    In wider tiles masks take registers: 32 × 128 spilled 40 bytes on sm_90.
     """
     if SPLIT == 1:
         store_output(acc, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS, INTERPRETED)
