@@ -7,7 +7,7 @@ quantize them.
 The product and the bias are float32; the result is rounded once, to the dtype of x.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import Encoding, PackedWeight
-from ptq.numerics.activations import default_rule, quantize_inputs
+from ptq.numerics.activations import default_rule, round_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
@@ -81,8 +81,8 @@ class QuantLinear(nn.Module):
         self._kernel_weight: tuple[tuple[object, ...], KernelWeight] | None = None
         # the layers that read the same inputs, and which of them this is
         self.readers: tuple[Readers, int] | None = None
-        # (the packed weight it was made of, the float32 weight)
-        self._dequantized: tuple[Tensor, Tensor] | None = None
+        # (the packed weight it was made of, the float32 weight, its chunks by their rows)
+        self._dequantized: tuple[Tensor, Tensor, dict[int, list[Tensor]]] | None = None
         groups = group(torch.empty(1, in_features, device="meta"), self.format).shape[1]
         self.rotation.check(in_features)
 
@@ -272,44 +272,41 @@ class QuantLinear(nn.Module):
 
     def _wide(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
+        if self.rotation.size == 1 and not self.quantize_inputs:
+            return rows.float()
         with _full_precision(x.device):
             if not self.quantize_inputs:
                 return self.rotation.rotate(rows).float()
             rule = None if self.input_rule == "default" else self.input_rule
-            return quantize_inputs(
-                rows, self.format, self.rotation, self.input_scale, rule
-            ).dequantize()
+            return round_inputs(rows, self.format, self.rotation, self.input_scale, rule)
 
     def _reference(self, wide: Tensor, x: Tensor) -> Tensor:
         with _full_precision(x.device):
-            parts = [wide @ weight.T for weight in self._chunks(len(wide))]
+            parts = [wide @ columns for columns in self._chunks(len(wide))]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.bias is not None:
             y += self.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def _chunks(self, tokens: int) -> Iterator[Tensor]:
-        """Rows of the dequantized weight, in order, from the cache or remade; as many at a time for
-        a number of tokens whether or not there is a cache."""
-        few = tokens <= FEW_TOKENS and self.weight_packed.device.type == "cpu"
+    def _chunks(self, tokens: int) -> Iterable[Tensor]:
+        """Columns (in, some of out) of the transposed dequantized weight, in order, from the cache
+        or remade; as many at a time for a number of tokens whether or not there is a cache."""
+        packed = self.weight_packed
+        few = tokens <= FEW_TOKENS and packed.device.type == "cpu"
         step = max(1, (CHUNK_BYTES_FEW if few else CHUNK_BYTES) // (4 * self.in_features))
-        whole = self._cached() if self.cache else None
-        scales = self.scales
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            if whole is not None:
-                yield whole[start:stop]
-            else:
-                rows = Scales(scales.bits[start:stop], scales.global_scale, self.format)
-                yield dequantize_packed(self.weight_packed[start:stop], rows)
+        if not self.cache:
+            return self._remade(step)
+        if self._dequantized is None or self._dequantized[0] is not packed:
+            self._dequantized = (packed, dequantize_packed(packed, self.scales), {})
+        _, whole, chunks = self._dequantized
+        if step not in chunks:
+            chunks[step] = [rows.T for rows in whole.split(step)]
+        return chunks[step]
 
-    def _cached(self) -> Tensor:
-        if self._dequantized is None or self._dequantized[0] is not self.weight_packed:
-            self._dequantized = (
-                self.weight_packed,
-                dequantize_packed(self.weight_packed, self.scales),
-            )
-        return self._dequantized[1]
+    def _remade(self, step: int) -> Iterator[Tensor]:
+        packed, scales = self.weight_packed, self.scales
+        for bits, codes in zip(scales.bits.split(step), packed.split(step), strict=True):
+            yield dequantize_packed(codes, Scales(bits, scales.global_scale, self.format)).T
 
     def forget(self) -> None:
         """Drop what is kept between calls, to be made again when needed; calibration does so when
@@ -410,7 +407,10 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     before = backend.fp32_precision
     backend.fp32_precision = "ieee"
     try:
-        with torch.autocast(device.type, enabled=False):
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:  # entering it costs a tenth of a small layer
             yield
     finally:
         backend.fp32_precision = before
