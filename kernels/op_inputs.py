@@ -11,7 +11,7 @@ exactly what runs.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -52,6 +52,7 @@ class Variant:
         k: features that are rotated.
         rotation: size of the rotation's blocks, 1 is none.
         prologue: none, rms_norm or silu_mul.
+        keep: what the prologue makes is stored too.
         output: codes (and scale bytes), rotated (in the dtype of x) or fp8.
         global_scale: of the inputs; tensor (there is one, or none is needed), rows (one per token
             is read) or computed (one per token is taken and stored).
@@ -62,6 +63,7 @@ class Variant:
     rotation: int
     encoding: Encoding = NOTHING_ENCODED
     prologue: str = "none"
+    keep: bool = False
     output: str = "codes"
     global_scale: str = "tensor"
     swizzle: bool = False
@@ -118,6 +120,7 @@ def quantize_constants(variant: Variant, tile: QuantizeTile, arch: int = 0) -> d
         "FOUR_SIX": rule == "four_six",
         "ROTATION": variant.rotation,
         "PROLOGUE": variant.prologue,
+        "KEEP": variant.keep,
         "OUTPUT": variant.output,
         "GLOBAL_SCALE": variant.global_scale,
         "SWIZZLE": variant.swizzle,
@@ -134,9 +137,11 @@ def launch_rotate_quantize(
     prologue: Prologue,
     global_scale: Tensor | None,
     outputs: tuple[Tensor, Tensor] | Tensor,
+    kept: Tensor,
     variant: Variant,
 ) -> None:
-    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs.
+    """Fill (codes, scale bytes), or if ``outputs`` is one tensor the rotated inputs; and ``kept``,
+    if the variant keeps what its prologue makes.
 
     Global scales (rows, 1) are filled too if they are to be computed; otherwise they are read.
     """
@@ -156,6 +161,7 @@ def launch_rotate_quantize(
         codes,
         scales,
         codes,
+        kept,
         rows,
         variant.rotation**-0.5,
         prologue.epsilon,
@@ -190,27 +196,47 @@ def rotate(x: Tensor, rotation: int, prologue: Prologue = NO_PROLOGUE) -> Tensor
     prologue.check("rotate")
     if rotation == 1 and prologue.kind == "none":
         return x
-    _check_rotation("rotate", x, rotation, prologue.features(x))
-    flat = torch.ops.ptq.rotate(x.reshape(-1, x.shape[-1]), rotation, *prologue.flat)
-    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+    return rotate_and_keep(x, rotation, prologue)[0]
 
 
-def _rotate_fake(x: Tensor, rotation: int, prologue: Prologue) -> Tensor:
-    return x.new_empty((x.shape[0], prologue.features(x)))
+def rotate_and_keep(x: Tensor, rotation: int, prologue: Prologue) -> tuple[Tensor, Tensor]:
+    """What :func:`rotate` returns, and what the prologue made of x before it was rotated, if the
+    prologue is to ``keep`` it: (*tokens, in) both. With a rotation of 1 they are one tensor."""
+    prologue.check("rotate")
+    k, alone = prologue.features(x), rotation == 1
+    _check_rotation("rotate", x, rotation, k)
+    flat = prologue.flat if not alone else replace(prologue, keep=False).flat
+    y, kept = torch.ops.ptq.rotate(x.reshape(-1, x.shape[-1]), rotation, *flat)
+    y = y.reshape(*x.shape[:-1], k)
+    return y, (y if alone or not prologue.keep else kept.reshape(y.shape))
 
 
-def _rotate(x: Tensor, rotation: int, prologue: Prologue) -> Tensor:
-    out = _rotate_fake(x, rotation, prologue)
+def _rotate_fake(x: Tensor, rotation: int, prologue: Prologue) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], prologue.features(x))), _kept(x, prologue)
+
+
+def _kept(x: Tensor, prologue: Prologue) -> Tensor:
+    """Room for what a prologue makes, (rows, in), if it is to be kept; else nothing, (0, in)."""
+    return x.new_empty((x.shape[0] if prologue.keep else 0, prologue.features(x)))
+
+
+def _rotate(x: Tensor, rotation: int, prologue: Prologue) -> tuple[Tensor, Tensor]:
+    out, kept = _rotate_fake(x, rotation, prologue)
     if len(x):
         variant = Variant(
-            k=out.shape[1], rotation=rotation, prologue=prologue.kind, output="rotated"
+            k=out.shape[1],
+            rotation=rotation,
+            prologue=prologue.kind,
+            keep=prologue.keep,
+            output="rotated",
         )
-        launch_rotate_quantize(x.contiguous(), prologue, None, out, variant)
-    return out
+        launch_rotate_quantize(x.contiguous(), prologue, None, out, kept, variant)
+    return out, kept
 
 
 define(
-    "rotate(Tensor x, int rotation, str prologue, Tensor? gain, float epsilon) -> Tensor",
+    "rotate(Tensor x, int rotation, str prologue, Tensor? gain, float epsilon, bool keep) "
+    "-> (Tensor, Tensor)",
     _rotate,
     _rotate_fake,
 )
@@ -237,6 +263,7 @@ def rotate_fp8(x: Tensor, rotation: int, prologue: Prologue = NO_PROLOGUE) -> tu
     sm_80, which has no fp8.
     """
     prologue.check("rotate_fp8")
+    prologue = replace(prologue, keep=False)
     _check_rotation("rotate_fp8", x, rotation, prologue.features(x))
     return torch.ops.ptq.rotate_fp8(x.reshape(-1, x.shape[-1]), rotation, *prologue.flat)
 
@@ -257,12 +284,12 @@ def _rotate_fp8(x: Tensor, rotation: int, prologue: Prologue) -> tuple[Tensor, T
             output="fp8",
             global_scale="computed",
         )
-        launch_rotate_quantize(x.contiguous(), prologue, factors, out, variant)
+        launch_rotate_quantize(x.contiguous(), prologue, factors, out, out, variant)
     return out, factors
 
 
 define(
-    "rotate_fp8(Tensor x, int rotation, str prologue, Tensor? gain, float epsilon) "
+    "rotate_fp8(Tensor x, int rotation, str prologue, Tensor? gain, float epsilon, bool keep) "
     "-> (Tensor, Tensor)",
     _rotate_fp8,
     _rotate_fp8_fake,
@@ -297,6 +324,21 @@ def rotate_quantize(
         ValueError: a format, rule, rotation, prologue or dtype without a kernel, or another shape
             of global scales.
     """
+    prologue = replace(prologue, keep=False)
+    return quantize_and_keep(x, rotation, encoding, global_scale, prologue, swizzle=swizzle)[0]
+
+
+def quantize_and_keep(
+    x: Tensor,
+    rotation: int,
+    encoding: Encoding,
+    global_scale: Tensor | None,
+    prologue: Prologue,
+    *,
+    swizzle: bool = False,
+) -> tuple[QuantizedInputs, Tensor]:
+    """What :func:`rotate_quantize` returns, and what the prologue made of x before it was rotated,
+    (*tokens, in), if it is to ``keep`` it."""
     prologue.check("rotate_quantize")
     element, scale, rule = encoding.flat
     dtype = x.dtype if scale == "e4m3" else torch.bfloat16
@@ -314,12 +356,14 @@ def rotate_quantize(
             f"rotate_quantize: global scales {tuple(known.shape)} are neither one nor "
             f"({len(flat)}, 1), one per token"
         )
-    packed, bits, per_token = torch.ops.ptq.rotate_quantize(
+    packed, bits, per_token, kept = torch.ops.ptq.rotate_quantize(
         flat, rotation, *encoding.flat, known, *prologue.flat, swizzle
     )
+    if prologue.keep:
+        kept = kept.reshape(*x.shape[:-1], k)
     if scale == "e8m0":
-        return QuantizedInputs(packed, bits, None)
-    return QuantizedInputs(packed, bits, per_token if known is None else known)
+        return QuantizedInputs(packed, bits, None), kept
+    return QuantizedInputs(packed, bits, per_token if known is None else known), kept
 
 
 def _rules(element: str, scale: str) -> tuple[str, ...]:
@@ -336,15 +380,17 @@ def _rotate_quantize_fake(
     global_scale: Tensor | None,
     prologue: Prologue,
     swizzle: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scale bytes, global scales that were computed: (rows, 1), or none of them)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale bytes, global scales that were computed: (rows, 1), or none of them; what is
+    kept)."""
     rows, k = x.shape[0], prologue.features(x)
     groups = k // coverage.GROUP_SIZE[encoding.scale]
     packed = x.new_empty((rows, k // 2), dtype=torch.uint8)
     shape = ((rows + 127) // 128, (groups + 3) // 4, 32, 4, 4) if swizzle else (rows, groups)
     bits = x.new_empty(shape, dtype=torch.uint8)
     computed = encoding.scale == "e4m3" and global_scale is None
-    return packed, bits, x.new_empty((rows if computed else 0, 1), dtype=torch.float32)
+    per_token = x.new_empty((rows if computed else 0, 1), dtype=torch.float32)
+    return packed, bits, per_token, _kept(x, prologue)
 
 
 def _rotate_quantize(
@@ -354,8 +400,8 @@ def _rotate_quantize(
     global_scale: Tensor | None,
     prologue: Prologue,
     swizzle: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed, bits, per_token = _rotate_quantize_fake(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, bits, per_token, kept = _rotate_quantize_fake(
         x, rotation, encoding, global_scale, prologue, swizzle
     )
     if len(x):
@@ -370,17 +416,18 @@ def _rotate_quantize(
             rotation=rotation,
             encoding=encoding,
             prologue=prologue.kind,
+            keep=prologue.keep,
             global_scale=kind,
             swizzle=swizzle,
         )
-        launch_rotate_quantize(x.contiguous(), prologue, scales, (packed, bits), variant)
-    return packed, bits, per_token
+        launch_rotate_quantize(x.contiguous(), prologue, scales, (packed, bits), kept, variant)
+    return packed, bits, per_token, kept
 
 
 define(
     "rotate_quantize(Tensor x, int rotation, str element, str scale, str rule, "
-    "Tensor? global_scale, str prologue, Tensor? gain, float epsilon, bool swizzle) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? global_scale, str prologue, Tensor? gain, float epsilon, bool keep, bool swizzle) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _rotate_quantize,
     _rotate_quantize_fake,
 )

@@ -136,16 +136,18 @@ class Prologue:
         kind: none; rms_norm, with a gain; or silu_mul, whose inputs are gate and up side by side.
         gain: (in,), for rms_norm.
         epsilon: for rms_norm, what is added to the mean of the squares.
+        keep: also store what the prologue makes, before it is rotated, for others that read it.
     """
 
     kind: str = "none"
     gain: Tensor | None = None
     epsilon: float = 0.0
+    keep: bool = False
 
     @property
-    def flat(self) -> tuple[str, Tensor | None, float]:
+    def flat(self) -> tuple[str, Tensor | None, float, bool]:
         """The fields, in order."""
-        return self.kind, self.gain, self.epsilon
+        return self.kind, self.gain, self.epsilon, self.keep
 
     def features(self, x: Tensor) -> int:
         """How many features of ``x`` are left to be rotated."""
@@ -160,6 +162,8 @@ class Prologue:
             )
         if (self.gain is None) == (self.kind == "rms_norm"):
             raise ValueError(f"{operator}: a gain belongs to the prologue rms_norm and to no other")
+        if self.keep and self.kind == "none":
+            raise ValueError(f"{operator}: without a prologue there is nothing to keep")
 
 
 NO_PROLOGUE = Prologue()

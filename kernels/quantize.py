@@ -115,6 +115,7 @@ def rotate_quantize_kernel(
     codes_ptr,
     scales_ptr,
     rotated_ptr,
+    kept_ptr,
     M,
     factor,
     epsilon,
@@ -128,6 +129,7 @@ def rotate_quantize_kernel(
     FOUR_SIX: tl.constexpr,
     ROTATION: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    KEEP: tl.constexpr,
     OUTPUT: tl.constexpr,
     GLOBAL_SCALE: tl.constexpr,
     SWIZZLE: tl.constexpr,
@@ -142,7 +144,8 @@ def rotate_quantize_kernel(
 
     OUTPUT: "codes" (packed codes and scale bytes), "rotated" (y in the dtype of x) or "fp8" (E4M3,
     a scale per row). GLOBAL_SCALE: one for the whole "tensor" or one for each of its "rows" is
-    read, or one per row is "computed" and stored. SWIZZLE: scale bytes are stored in the 128 × 4
+    read, or one per row is "computed" and stored. KEEP: what the prologue made is stored too, as
+    other operations read it, before it is rotated. SWIZZLE: scale bytes are stored in the 128 × 4
     blocks of Blackwell. LARGEST, EXPONENT, MANTISSA, FOUR_SIX: the element and scale rule.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -194,6 +197,9 @@ def rotate_quantize_kernel(
         x = _load_inputs(
             x_ptr, gain_ptr, rows, columns, row_mask, root, K, PROLOGUE, EVEN, INTERPRETED
         )
+        if KEEP:
+            mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)
+            tl.store(kept_ptr + rows[:, None] * K + columns[None, :], x, mask=mask)
         y = _rotate(x, block_ptr, factor, BLOCK_M, BLOCK_K, ROTATION, INTERPRETED)
         if OUTPUT == "rotated":
             mask = row_mask[:, None] if EVEN else row_mask[:, None] & (columns[None, :] < K)

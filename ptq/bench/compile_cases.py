@@ -48,6 +48,7 @@ QUANTIZE = {
     "codes_ptr": "*u8",
     "scales_ptr": "*u8",
     "rotated_ptr": "*bf16",
+    "kept_ptr": "*bf16",
     "M": "i32",
     "factor": "fp32",
     "epsilon": "fp32",
@@ -208,6 +209,7 @@ def quantize_case(
     output: str = "codes",
     global_scale: str = "tensor",
     prologue: str = "none",
+    keep: bool = False,
     rule: str = "default",
 ) -> Case:
     """Rotation and quantization of inputs, with the tile that a launch takes for so many rows."""
@@ -216,6 +218,7 @@ def quantize_case(
         rotation=rotation,
         encoding=Encoding(*PARTS[fmt], rule),
         prologue=prologue,
+        keep=keep,
         output=output,
         global_scale=global_scale,
     )
@@ -224,6 +227,7 @@ def quantize_case(
     words.append(f"{tile.block_m}x{tile.block_k}")
     words += {"tensor": [], "rows": ["given rows"], "computed": ["per row"]}[global_scale]
     words += [] if prologue == "none" else [prologue]
+    words += ["kept"] if keep else []
     words += [] if rule == "default" else [rule]
     return Case(
         name=" ".join(words),
@@ -280,6 +284,9 @@ def input_variants(arch: int) -> Iterator[Case]:
             yield quantize_case("nvfp4", 1, rows, arch=arch, prologue=prologue, rule="four_six")
             yield quantize_case("nvfp4", 128, rows, arch=arch, prologue=prologue)
             yield quantize_case("nvfp4", 128, rows, arch=arch, output="rotated", prologue=prologue)
+        norm = {"prologue": "rms_norm", "keep": True}
+        yield quantize_case("nvfp4", 1, rows, arch=arch, rule="four_six", **norm)
+        yield quantize_case("nvfp4", 128, rows, arch=arch, output="rotated", **norm)
 
 
 # ---------------------------------------------------------------- all of them

@@ -24,7 +24,7 @@ from torch import Tensor
 from ptq.numerics.formats import E4M3_LARGEST, Format
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import scale_bytes
-from ptq.numerics.tensor import QuantizedTensor, Scales, group
+from ptq.numerics.tensor import QuantizedTensor, Scales, group, ungroup
 
 # Element → the scale rules of inputs with E4M3 scales: only E2M1 has a wide step at its top.
 E4M3_RULES = {"e2m1": ("absmax", "four_six")}
@@ -83,6 +83,31 @@ def quantize_inputs(
         ValueError: features that do not form groups or rotation blocks, or a rule that the format
             does not have.
     """
+    z, scales = _scaled(x, fmt, rotation, global_scale, rule)
+    return QuantizedTensor(fmt.element.encode(z.flatten(1)), scales)
+
+
+def round_inputs(
+    x: Float[Tensor, "tokens in"],
+    fmt: Format,
+    rotation: Rotation,
+    global_scale: Float32[Tensor, ""] | None = None,
+    rule: str | None = None,
+) -> Float32[Tensor, "tokens in"]:
+    """``quantize_inputs(…).dequantize()``, the same bits without codes in between: for few tokens
+    on a CPU in two thirds of the time."""
+    z, scales = _scaled(x, fmt, rotation, global_scale, rule)
+    return ungroup(fmt.element.round(z).mul_(scales.step().unsqueeze(-1)))
+
+
+def _scaled(
+    x: Float[Tensor, "tokens in"],
+    fmt: Format,
+    rotation: Rotation,
+    global_scale: Float32[Tensor, ""] | None,
+    rule: str | None,
+) -> tuple[Float32[Tensor, "tokens groups size"], Scales]:
+    """The rotated activations in units of their groups' scales, not rounded yet; and the scales."""
     y = rotation.exact(x).float()
     groups = group(y, fmt)
     amax = groups.abs().amax(-1)
@@ -107,9 +132,7 @@ def quantize_inputs(
         t = torch.ones((), device=x.device)
         bits = scale_bytes(amax, fmt, t, rule)
         factor = fmt.decode_scale(254 - bits)  # 2^(127 - byte), for bytes 1 … 254
-    return QuantizedTensor(
-        fmt.element.encode((groups * factor.unsqueeze(-1)).flatten(1)), Scales(bits, t, fmt)
-    )
+    return groups * factor.unsqueeze(-1), Scales(bits, t, fmt)
 
 
 def _cost(

@@ -15,6 +15,7 @@ from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
+from ptq.runtime.fusion import fuse
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -130,6 +131,7 @@ def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
         logger.info("%d quantized layers run in the reference path: %s", count, reason)
     if served:
         log_experts(pack_experts(model))
+    fuse(model, dtype)
 
 
 def log_experts(obstacles: Mapping[str, str | None]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ptq.kernels.operands import PackedWeight
 from ptq.model.experts import Expert, Experts
+from ptq.runtime.kernel_weight import stacked
 from ptq.runtime.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,15 @@ class Stack:
         like = firsts[0]
         weight = replace(
             like.packed_weight,
-            packed=_stacked(codes),
-            scale_bits=_stacked(scales).view(torch.uint8),
+            packed=stacked(codes),
+            scale_bits=stacked(scales).view(torch.uint8),
             global_scale=_global_scales(firsts),
         )
         return cls(
             like=like,
             weight=weight,
             input_scale=None if like.input_scale is None else _input_scales(firsts),
-            bias=None if like.bias is None else _stacked(biases),
+            bias=None if like.bias is None else stacked(biases),
         )
 
     def __call__(self, x: Tensor, offsets: Tensor, experts: Tensor, rows: Tensor | None) -> Tensor:
@@ -87,21 +88,6 @@ class Stack:
             t = self.input_scale[experts.clamp(max=len(self.input_scale) - 1)].unsqueeze(1)
         inputs = op_inputs.rotate_quantize(x, size, like.input_encoding, t)
         return op_grouped.grouped_w4a4(inputs, offsets, self.weight, self.bias, rows, x.dtype)
-
-
-@torch.no_grad()
-def _stacked(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(experts, rows, …): the tensors of each expert under each other, which become views of it."""
-    first, rows = tensors[0][0], sum(len(tensor) for tensor in tensors[0])
-    whole = first.new_empty(len(tensors), rows, *first.shape[1:])
-    for expert, parts in enumerate(tensors):
-        start = 0
-        for tensor in parts:
-            part = whole[expert, start : start + len(tensor)]
-            part.copy_(tensor)
-            tensor.data = part  # frees what it was
-            start += len(part)
-    return whole
 
 
 def _global_scales(layers: Sequence[QuantLinear]) -> Tensor:

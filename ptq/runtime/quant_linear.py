@@ -7,7 +7,7 @@ quantize them.
 The product and the bias are float32; the result is rounded once, to the dtype of x.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import Encoding, PackedWeight
-from ptq.numerics.activations import default_rule, quantize_inputs
+from ptq.numerics.activations import default_rule, round_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
+from ptq.runtime.kernel_weight import KernelWeight, stacked
+from ptq.runtime.shared_inputs import Inputs, Readers, same
 
 # So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a
 # product is computed chunk by chunk whether or not the weight is cached, so that both give the same
@@ -75,9 +77,12 @@ class QuantLinear(nn.Module):
         self.cache = False
         # inputs of this dtype go through the Triton kernels
         self.kernel_dtype: torch.dtype | None = None
-        self._blocked_scales: Tensor | None = None
-        # (the packed weight it was made of, the float32 weight)
-        self._dequantized: tuple[Tensor, Tensor] | None = None
+        # (what it was made of, what kernels multiply with)
+        self._kernel_weight: tuple[tuple[object, ...], KernelWeight] | None = None
+        # the layers that read the same inputs, and which of them this is
+        self.readers: tuple[Readers, int] | None = None
+        # (the packed weight it was made of, the float32 weight, its chunks by their rows)
+        self._dequantized: tuple[Tensor, Tensor, dict[int, list[Tensor]]] | None = None
         groups = group(torch.empty(1, in_features, device="meta"), self.format).shape[1]
         self.rotation.check(in_features)
 
@@ -187,8 +192,26 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""
-        # The one place that chooses between the kernels and the reference.
-        return self._reference(x) if x.dtype != self.kernel_dtype else self._kernel(x)
+        if self.readers is None or torch.compiler.is_compiling():
+            return self.product(self.prepared(x), x)
+        readers, index = self.readers
+        return readers(self, index, x)
+
+    # The two places that choose between the kernels and the reference.
+
+    def prepared(self, x: Tensor) -> Inputs:
+        """What the weight is multiplied with, of ``x`` (*s, in): rotated, and quantized if inputs
+        are; (tokens, in) float32 numbers in the reference path."""
+        if x.dtype == self.kernel_dtype:
+            return self.kernel_weight().inputs(x)[0]
+        return self._wide(x)
+
+    def product(self, inputs: Inputs, x: Tensor) -> Tensor:
+        """``(*s, out)``, from what :meth:`prepared` made of ``x``."""
+        if x.dtype == self.kernel_dtype:
+            return self.kernel_weight().multiply(inputs, x.shape[:-1], x.dtype)
+        assert isinstance(inputs, Tensor)
+        return self._reference(inputs, x)
 
     def prepare(self, dtype: torch.dtype) -> str | None:
         """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run.
@@ -198,7 +221,7 @@ class QuantLinear(nn.Module):
         Returns:
             Why the reference path stays in use, or None.
         """
-        self.kernel_dtype = self._blocked_scales = None
+        self.kernel_dtype = self._kernel_weight = self.readers = None
         reason = kernel_obstacle(
             self.info,
             self.in_features,
@@ -210,69 +233,80 @@ class QuantLinear(nn.Module):
             self.kernel_dtype = dtype
         return reason
 
-    def _kernel(self, x: Tensor) -> Tensor:
-        from ptq.kernels import op_inputs, op_matmul  # imports Triton
+    def kernel_weight(self) -> KernelWeight:
+        """What kernels multiply with, made anew when tensors of the layer were replaced."""
+        kept, made_of = self._kernel_weight, self.made_of()
+        if kept is None or not same(kept[0], made_of):
+            kept = self._kernel_weight = (made_of, self._make_kernel_weight(self.packed_weight))
+        return kept[1]
 
-        weight = self.packed_weight
-        if not self.quantize_inputs:
-            x = op_inputs.rotate(x, self.rotation.size)
-            return op_matmul.w4a16_matmul(x, weight, self.bias)
-        rows = x.reshape(-1, self.in_features)
-        blocked = op_matmul.wants_blocked_scales(weight, len(rows))
-        if blocked:
-            weight = replace(weight, scale_bits=self._in_blocks())
-        inputs = op_inputs.rotate_quantize(
-            rows, self.rotation.size, self.input_encoding, self.input_scale, swizzle=blocked
+    def made_of(self) -> tuple[object, ...]:
+        """All that the layer's output depends on, besides its input and what never changes."""
+        buffers = self._buffers if "weight_packed" in self._buffers else self._parameters
+        tensors = (buffers[name] for name in (*FIXED, "bias"))
+        return (*tensors, self.quantize_inputs, self.input_rule)
+
+    def _make_kernel_weight(self, weight: PackedWeight) -> KernelWeight:
+        return KernelWeight(
+            weight=weight,
+            bias=self.bias,
+            rotation=self.rotation.size,
+            encoding=self.input_encoding if self.quantize_inputs else None,
+            input_scale=self.input_scale,
         )
-        y = op_matmul.w4a4_matmul(inputs, weight, self.bias, x.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _in_blocks(self) -> Tensor:
-        """The scale bytes as many tokens on sm_100 want them, made once."""
-        from ptq.kernels.quantize import swizzle_scales
+    @staticmethod
+    def stack(layers: "Sequence[QuantLinear]") -> KernelWeight:
+        """What kernels multiply with for all of these ``layers`` at once, whose weights and biases
+        become views of it; the caller has seen that all else about them is equal."""
+        first = layers[0]
+        biases = [bias for layer in layers if (bias := layer.bias) is not None]
+        packed = stacked([[layer.weight_packed for layer in layers]])[0]
+        bits = stacked([[layer.weight_scale for layer in layers]])[0].view(torch.uint8)
+        for layer in layers:
+            layer._kernel_weight = None
+        weight = first._make_kernel_weight(
+            replace(first.packed_weight, packed=packed, scale_bits=bits)
+        )
+        return replace(weight, bias=stacked([biases])[0] if biases else None)
 
-        if self._blocked_scales is None:
-            self._blocked_scales = swizzle_scales(self.scales.bits)
-        return self._blocked_scales
-
-    def _reference(self, x: Tensor) -> Tensor:
+    def _wide(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
+        if self.rotation.size == 1 and not self.quantize_inputs:
+            return rows.float()
         with _full_precision(x.device):
-            if self.quantize_inputs:
-                rule = None if self.input_rule == "default" else self.input_rule
-                wide = quantize_inputs(
-                    rows, self.format, self.rotation, self.input_scale, rule
-                ).dequantize()
-            else:
-                wide = self.rotation.rotate(rows).float()
-            parts = [wide @ weight.T for weight in self._chunks(len(rows))]
+            if not self.quantize_inputs:
+                return self.rotation.rotate(rows).float()
+            rule = None if self.input_rule == "default" else self.input_rule
+            return round_inputs(rows, self.format, self.rotation, self.input_scale, rule)
+
+    def _reference(self, wide: Tensor, x: Tensor) -> Tensor:
+        with _full_precision(x.device):
+            parts = [wide @ columns for columns in self._chunks(len(wide))]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.bias is not None:
             y += self.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def _chunks(self, tokens: int) -> Iterator[Tensor]:
-        """Rows of the dequantized weight, in order, from the cache or remade; as many at a time for
-        a number of tokens whether or not there is a cache."""
-        few = tokens <= FEW_TOKENS and self.weight_packed.device.type == "cpu"
+    def _chunks(self, tokens: int) -> Iterable[Tensor]:
+        """Columns (in, some of out) of the transposed dequantized weight, in order, from the cache
+        or remade; as many at a time for a number of tokens whether or not there is a cache."""
+        packed = self.weight_packed
+        few = tokens <= FEW_TOKENS and packed.device.type == "cpu"
         step = max(1, (CHUNK_BYTES_FEW if few else CHUNK_BYTES) // (4 * self.in_features))
-        whole = self._cached() if self.cache else None
-        scales = self.scales
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            if whole is not None:
-                yield whole[start:stop]
-            else:
-                rows = Scales(scales.bits[start:stop], scales.global_scale, self.format)
-                yield dequantize_packed(self.weight_packed[start:stop], rows)
+        if not self.cache:
+            return self._remade(step)
+        if self._dequantized is None or self._dequantized[0] is not packed:
+            self._dequantized = (packed, dequantize_packed(packed, self.scales), {})
+        _, whole, chunks = self._dequantized
+        if step not in chunks:
+            chunks[step] = [rows.T for rows in whole.split(step)]
+        return chunks[step]
 
-    def _cached(self) -> Tensor:
-        if self._dequantized is None or self._dequantized[0] is not self.weight_packed:
-            self._dequantized = (
-                self.weight_packed,
-                dequantize_packed(self.weight_packed, self.scales),
-            )
-        return self._dequantized[1]
+    def _remade(self, step: int) -> Iterator[Tensor]:
+        packed, scales = self.weight_packed, self.scales
+        for bits, codes in zip(scales.bits.split(step), packed.split(step), strict=True):
+            yield dequantize_packed(codes, Scales(bits, scales.global_scale, self.format)).T
 
     def forget(self) -> None:
         """Drop what is kept between calls, to be made again when needed; calibration does so when
@@ -289,14 +323,15 @@ class QuantLinear(nn.Module):
             kept = id(tensor) in fixed and moved.dtype != tensor.dtype
             return tensor.to(moved.device) if kept else moved
 
-        self._dequantized = None
+        self._dequantized = self.readers = None
         moved = super()._apply(keep_dtype, recurse)
         if self.kernel_dtype is not None:
             self.prepare(self.kernel_dtype)  # the device may be another one
         return moved
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._dequantized = self._blocked_scales = None  # the buffers may be written in place
+        # the buffers may be written in place
+        self._dequantized = self._kernel_weight = self.readers = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,7 +340,8 @@ class QuantLinear(nn.Module):
             for kind in ("_buffers", "_parameters")
         }
         # what is kept between calls is neither copied nor pickled
-        return self.__dict__ | tensors | {"_dequantized": None, "_blocked_scales": None}
+        kept = ("_dequantized", "_kernel_weight", "readers")
+        return self.__dict__ | tensors | dict.fromkeys(kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -371,7 +407,10 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     before = backend.fp32_precision
     backend.fp32_precision = "ieee"
     try:
-        with torch.autocast(device.type, enabled=False):
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:  # entering it costs a tenth of a small layer
             yield
     finally:
         backend.fp32_precision = before

@@ -7,7 +7,14 @@ import torch
 pytest.importorskip("triton")
 
 from ptq.kernels import op_inputs
-from ptq.kernels.op_inputs import hadamard, rotate, rotate_fp8, rotate_quantize
+from ptq.kernels.op_inputs import (
+    hadamard,
+    quantize_and_keep,
+    rotate,
+    rotate_and_keep,
+    rotate_fp8,
+    rotate_quantize,
+)
 from ptq.kernels.operands import Encoding, Prologue
 from ptq.kernels.operator import INTERPRETED
 from ptq.kernels.quantize import rms_norm, silu_mul, swizzle_scales
@@ -289,3 +296,23 @@ def test_mistakes_are_named() -> None:
             operator(x.float(), 16)
         with pytest.raises(ValueError, match="rotation of 64"):
             operator(x, 64)
+
+
+@pytest.mark.parametrize("rotation", [1, 32])
+def test_what_a_prologue_makes_can_be_kept(rotation: int) -> None:
+    """One launch gives the normalised inputs and what is made of them, as two launches would."""
+    x, gain = torch.randn(3, 5, 320).bfloat16().to(DEVICE), torch.randn(320).bfloat16().to(DEVICE)
+    plain, keep = Prologue("rms_norm", gain, 1e-5), Prologue("rms_norm", gain, 1e-5, keep=True)
+    normed = rotate(x, 1, plain)
+    rotated, kept = rotate_and_keep(x, rotation, keep)
+    assert torch.equal(kept, normed) and torch.equal(rotated, rotate(normed, rotation))
+    assert torch.equal(rotate(x, rotation, keep), rotated)
+    for t in (torch.tensor(0.01, device=DEVICE), None):
+        inputs, kept = quantize_and_keep(x, rotation, NVFP4, t, keep)
+        assert torch.equal(kept, normed)
+        apart = rotate_quantize(x, rotation, NVFP4, t, prologue=plain)
+        assert all(torch.equal(a, b) for a, b in zip(inputs.flat, apart.flat, strict=True))
+    nothing = rotate_and_keep(x[:0], rotation, keep)
+    assert all(t.shape == (0, 5, 320) for t in nothing)
+    with pytest.raises(ValueError, match="nothing to keep"):
+        rotate(x, rotation, Prologue(keep=True))

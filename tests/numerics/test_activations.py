@@ -4,7 +4,13 @@ by step."""
 import pytest
 import torch
 
-from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
+from ptq.numerics.activations import (
+    best_rule,
+    default_rule,
+    input_rules,
+    quantize_inputs,
+    round_inputs,
+)
 from ptq.numerics.errors import sqnr
 from ptq.numerics.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4
 from ptq.numerics.rotation import Rotation
@@ -143,3 +149,19 @@ def test_sixteen_bit_inputs_are_not_modified_nor_rounded_on_the_way() -> None:
     )
     assert torch.equal(wide.codes, narrow.codes)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rotation", [1, 32])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_rounding_is_quantizing_and_dequantizing(name: str, rotation: int) -> None:
+    """Bit by bit, zeros and their signs too, for every rule."""
+    fmt = FORMATS[name]
+    x = torch.randn(5, 128) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    x[1] = 0
+    x[2, ::3] = -0.0
+    x[3, 7] = 3e4
+    for rule in input_rules(fmt):
+        for t in (None, torch.tensor(0.003)):
+            expected = quantize_inputs(x, fmt, Rotation(rotation), t, rule).dequantize()
+            rounded = round_inputs(x, fmt, Rotation(rotation), t, rule)
+            assert torch.equal(rounded.view(torch.int32), expected.view(torch.int32))

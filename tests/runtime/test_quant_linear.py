@@ -184,9 +184,13 @@ def test_copies_compute_the_same_and_carry_no_cache(duplicate):
 
 def test_what_was_made_of_other_weights_is_forgotten():
     layer = make(FORMATS["nvfp4"], inputs=True)
-    layer._blocked_scales = layer.weight_scale.clone()  # as the kernels of Blackwell keep them
+    first = layer.kernel_weight()
+    assert layer.kernel_weight() is first, "made once"
     layer.load_state_dict(make(FORMATS["nvfp4"], inputs=True, seed=1).state_dict())
-    assert layer._blocked_scales is None
+    second = layer.kernel_weight()
+    assert second is not first and second.weight.packed is layer.weight_packed
+    layer.input_global_scale = torch.tensor(2.0)
+    assert layer.kernel_weight().input_scale is layer.input_global_scale
 
 
 @formats
@@ -315,7 +319,7 @@ def test_quantized_inputs_meet_the_weight_on_fp4_tensor_cores(
         measured = layer(x).float()
         layer.kernel_dtype = None
         assert float((measured - expected).norm() / expected.norm()) < 4e-3
-    assert (layer._blocked_scales is not None) == (arch == 100)
+    assert ("blocked" in vars(layer.kernel_weight())) == (arch == 100)
 
 
 def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
