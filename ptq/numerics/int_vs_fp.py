@@ -129,7 +129,7 @@ def corrected_qsnr(fmt: Format, crest: float) -> float:
 # ---------------------------------------------------------------- by integration
 
 
-def _steps(fmt: Format, maximum: torch.Tensor, phase: float) -> torch.Tensor:
+def _steps(fmt: Format, maximum: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
     """What a unit of the element is worth in blocks with these maxima, where the maxima are
     ``phase`` times as large while scales are stored."""
     stored = fmt.encode_scale(maximum * (phase / fmt.element.max))
@@ -179,11 +179,9 @@ def integrated_qsnr(fmt: Format, crest: float) -> float:
     points = (np.arange(POINTS) + 0.5) / POINTS * crest
     weights = torch.from_numpy(_block_weights(crest, size, points)).float()
     x, maximum = torch.from_numpy(points).float(), torch.tensor(crest, dtype=torch.float32)
-    noise = 0.0
-    for phase in _phases():
-        step = _steps(fmt, maximum, phase)
-        rest = float((weights * _squared_errors(fmt, x, step)).sum())
-        noise += (size - 1) * rest + float(_squared_errors(fmt, maximum, step))
+    step = _steps(fmt, maximum, torch.tensor(_phases()))
+    rest = (weights[:, None] * _squared_errors(fmt, x[:, None], step)).sum(0)
+    noise = float(((size - 1) * rest + _squared_errors(fmt, maximum, step)).double().sum())
     return _db(noise / PHASES / size)
 
 
@@ -255,7 +253,7 @@ def gaussian_qsnr(fmt: Format) -> float:
     weights = weights / weights.sum(0)
     noise, signal = 0.0, 0.0
     for phase in _phases()[2::4]:
-        step = _steps(fmt, top, phase)
+        step = _steps(fmt, top, torch.tensor(phase))
         rest = (weights * _squared_errors(fmt, x, step)).sum(0)
         block = (fmt.group_size - 1) * rest + _squared_errors(fmt, top, step)
         noise += phase**2 * float((block.double() * torch.from_numpy(chance)).sum())
