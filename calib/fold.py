@@ -7,7 +7,7 @@ with powers of two, for which floating point loses nothing: all layers that were
 the same bits if a block is folded rightly, and do not if it is not.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,20 @@ class FoldedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def remember(module: nn.Module) -> Callable[[], None]:
+    """What puts the modules and parameters that ``module`` has now back in their places."""
+    before = [(m, dict(m._modules), dict(m._parameters)) for m in module.modules()]
+
+    def restore() -> None:
+        for owner, modules, parameters in before:
+            owner._modules.clear()
+            owner._modules.update(modules)
+            owner._parameters.clear()
+            owner._parameters.update(parameters)
+
+    return restore
 
 
 def fold(

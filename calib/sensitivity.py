@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptq.calib.block_arguments import Recorder, hidden_states
 from ptq.calib.calibrated_block import CalibratedBlock
+from ptq.calib.fold import remember
 from ptq.calib.hidden_states import HiddenStates
 from ptq.calib.walk import Prepare, Steps, Watch, filled_on_demand
 from ptq.model.source import Source
@@ -120,15 +121,11 @@ def _add(
 @contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
     """Put the modules and parameters that ``module`` had back in their places at the end."""
-    before = [(m, dict(m._modules), dict(m._parameters)) for m in module.modules()]
+    restore = remember(module)
     try:
         yield
     finally:
-        for owner, modules, parameters in before:
-            owner._modules.clear()
-            owner._modules.update(modules)
-            owner._parameters.clear()
-            owner._parameters.update(parameters)
+        restore()
 
 
 def _block(blocks: Sequence[tuple[str, nn.Module]], index: int) -> CalibratedBlock:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from ptq.cli.analyze import analyze
 from ptq.cli.bench import bench
 from ptq.cli.chat import chat, generate
 from ptq.cli.errors import fail, guarded
@@ -525,6 +526,7 @@ def verify(
         sys.exit(2)
 
 
+app.command(cls=ModelFirst)(analyze)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(chat)
 app.command(cls=ModelFirst)(serve)

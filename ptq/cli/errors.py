@@ -48,7 +48,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             except (KeyboardInterrupt, Exception) as error:
                 if interrupts or isinstance(error, KeyboardInterrupt):
                     out = options.get("out")
-                    resumable = out and os.path.isdir(f"{os.path.realpath(out)}.partial")
+                    resumable = out and any(map(os.path.exists, unfinished(out)))
                     then = (
                         "; the same command continues after the finished blocks"
                         if resumable
@@ -65,6 +65,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 fail(describe(error), 2)
 
     return run
+
+
+def unfinished(out: str | os.PathLike[str]) -> tuple[str, str]:
+    """Where a quantization, and an analysis, keep what is finished."""
+    return f"{os.path.realpath(out)}.partial", os.path.join(out, "analysis.partial.jsonl")
 
 
 @contextmanager

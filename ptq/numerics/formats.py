@@ -68,6 +68,16 @@ class Element:
         ).bit_length() - 2  # 2^(bits + 1) equal steps reach the end of the first normal binade
         return bits, self.smallest * 2.0**bits
 
+    @property
+    def mantissa_bits(self) -> int | None:
+        """Stored mantissa bits of a floating-point element; None for integers."""
+        return None if self._bits_and_floor is None else self._bits_and_floor[0]
+
+    @property
+    def smallest_normal(self) -> float | None:
+        """The smallest normal number of a floating-point element; None for integers."""
+        return None if self._bits_and_floor is None else self._bits_and_floor[1]
+
     def round(self, x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
         """The value nearest to each of ``x``, float32 numbers; the same as ``decode(encode(x))``. A
         zero is +0.

@@ -5,7 +5,7 @@ import torch
 from gated_block import NAMES, SITE, Block
 from torch import nn
 
-from ptq.calib.fold import FoldedLinear, fold
+from ptq.calib.fold import FoldedLinear, fold, remember
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -47,3 +47,14 @@ def test_a_dead_gain_keeps_its_channel():
     fold(block, SITE, torch.full((8,), 2.5), NAMES)
     assert block.norm.weight[3] == 0 and torch.equal(block.left.weight[:, 3], weight[:, 3])
     assert block.left.weight.isfinite().all()
+
+
+def test_a_block_is_put_back_as_it_was():
+    block = Block(torch.bfloat16).requires_grad_(False)
+    before = dict(block.named_parameters())
+    restore = remember(block)
+    fold(block, SITE, torch.full((8,), 3.0), NAMES)
+    assert block.left.weight is not before["left.weight"]
+    restore()
+    assert all(value is before[name] for name, value in block.named_parameters())
+    assert type(block.left) is nn.Linear

@@ -212,3 +212,14 @@ def test_bits_per_weight() -> None:
         "mxfp8": 8.25,
     }
     assert {name: bits[name] for name in known} == known
+
+
+def test_mantissas_and_normal_numbers():
+    found = {e.name: (e.mantissa_bits, e.smallest_normal) for e in (E2M1, E2M3, E4M3, INT4, INT8)}
+    assert found == {
+        "e2m1": (1, 1.0),
+        "e2m3": (3, 1.0),
+        "e4m3": (3, 2.0**-6),
+        "int4": (None, None),
+        "int8": (None, None),
+    }
