@@ -55,9 +55,16 @@ def share_inputs(model: nn.Module) -> int:
 
 def _alike(layers: Sequence[QuantLinear]) -> bool:
     """Whether the same can be made of their inputs."""
-    # 128 × 4 blocks of scales are for weights of whole eights of rows
+    # 128 × 4 blocks of scales are for weights of whole eights of rows, units for whole ones
     facts = {
-        (m.info, m.in_features, m.kernel_dtype, m.weight_packed.device, m.out_features % 8 == 0)
+        (
+            m.info,
+            m.in_features,
+            m.kernel_dtype,
+            m.weight_packed.device,
+            m.out_features % 8 == 0,
+            m.packed_weight.tiled,
+        )
         for m in layers
     }
     if len(facts) > 1 or any(layer.weight_packed.is_meta for layer in layers):
@@ -67,7 +74,5 @@ def _alike(layers: Sequence[QuantLinear]) -> bool:
 
 
 def _one_global_scale(layers: Sequence[QuantLinear]) -> bool:
-    first = layers[0].scales.global_scale
-    return first.ndim == 0 and all(
-        torch.equal(layer.scales.global_scale, first) for layer in layers
-    )
+    first = layers[0].global_scale
+    return first.ndim == 0 and all(torch.equal(layer.global_scale, first) for layer in layers)

@@ -91,7 +91,7 @@ class Stack:
 
 
 def _global_scales(layers: Sequence[QuantLinear]) -> Tensor:
-    return torch.stack([layer.scales.global_scale.reshape(()) for layer in layers]).float()
+    return torch.stack([layer.global_scale.reshape(()) for layer in layers]).float()
 
 
 def _input_scales(layers: Sequence[QuantLinear]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import Encoding, PackedWeight
+from ptq.kernels.weight_tiles import tileable, tiled, untiled
 from ptq.numerics.activations import default_rule, round_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -39,8 +40,9 @@ class QuantLinear(nn.Module):
 
     Attributes:
         weight_packed: uint8 (out, in / 2), two codes a byte, or (out, in) for elements of more than
-            4 bits.
-        weight_scale: uint8 (out, in / group_size), the bits of E4M3 or E8M0 scales.
+            4 bits. Where kernels stream units (``ptq/kernels/weight_tiles.py``) it lies in those
+            once :meth:`prepare` was called; state_dict, moving and loading know rows only.
+        weight_scale: uint8 (out, in / group_size), the bits of E4M3 or E8M0 scales; in units too.
         weight_global_scale: float32 scalar that multiplies; None stands for 1 (E8M0 scales).
         input_global_scale: float32 scalar that multiplies, for a calibrated range of inputs; None
             takes one per token.
@@ -148,12 +150,13 @@ class QuantLinear(nn.Module):
     @property
     def scales(self) -> Scales:
         """Of the weight: bits (out, groups), and the global scale, which multiplies."""
+        return Scales(self.in_rows().scale_bits, self.global_scale, self.format)
+
+    @property
+    def global_scale(self) -> Tensor:
+        """Of the weight, float32; it multiplies."""
         t = self.weight_global_scale
-        return Scales(
-            self.weight_scale,
-            torch.ones((), device=self.weight_scale.device) if t is None else t,
-            self.format,
-        )
+        return torch.ones((), device=self.weight_packed.device) if t is None else t
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -162,15 +165,25 @@ class QuantLinear(nn.Module):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight as kernels take it."""
-        scales = self.scales
+        """The weight as kernels take it, in rows or in units."""
         return PackedWeight(
             packed=self.weight_packed,
-            scale_bits=scales.bits,
-            global_scale=scales.global_scale,
+            scale_bits=self.weight_scale.view(torch.uint8),
+            global_scale=self.global_scale,
             element=self.format.element.name,
             scale=self.format.scale_name,
         )
+
+    def in_rows(self) -> PackedWeight:
+        """The weight as checkpoints have it; a copy where it lies in units."""
+        weight = self.packed_weight
+        return untiled(weight) if weight.tiled else weight
+
+    def _lay(self, weight: PackedWeight) -> None:
+        """Let the buffers be those of ``weight``, the same numbers in rows or in units."""
+        self._kernel_weight = self.readers = None
+        self.weight_packed.data = weight.packed
+        self.weight_scale.data = weight.scale_bits.view(self.weight_scale.dtype)
 
     @property
     def input_encoding(self) -> Encoding:
@@ -180,7 +193,9 @@ class QuantLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight (out, in) as codes and scales, in the rotated basis."""
-        return QuantizedTensor(unpack(self.weight_packed, self.format), self.scales)
+        rows = self.in_rows()
+        scales = Scales(rows.scale_bits, self.global_scale, self.format)
+        return QuantizedTensor(unpack(rows.packed, self.format), scales)
 
     def __getattr__(self, name: str) -> Any:
         """``weight``: what the layer multiplies its inputs with, (out, in) in float32, dequantized
@@ -222,15 +237,16 @@ class QuantLinear(nn.Module):
             Why the reference path stays in use, or None.
         """
         self.kernel_dtype = self._kernel_weight = self.readers = None
+        if self.packed_weight.tiled:
+            self._lay(self.in_rows())
+        weight, device = self.packed_weight, self.weight_packed.device
         reason = kernel_obstacle(
-            self.info,
-            self.in_features,
-            self.weight_packed.device,
-            dtype=dtype,
-            scale_bits=self.scales.bits,
+            self.info, self.in_features, device, dtype=dtype, scale_bits=weight.scale_bits
         )
         if reason is None:
             self.kernel_dtype = dtype
+            if not self.quantize_inputs and gpu.reads_units(device) and tileable(weight):
+                self._lay(tiled(weight))
         return reason
 
     def kernel_weight(self) -> KernelWeight:
@@ -291,22 +307,23 @@ class QuantLinear(nn.Module):
     def _chunks(self, tokens: int) -> Iterable[Tensor]:
         """Columns (in, some of out) of the transposed dequantized weight, in order, from the cache
         or remade; as many at a time for a number of tokens whether or not there is a cache."""
-        packed = self.weight_packed
-        few = tokens <= FEW_TOKENS and packed.device.type == "cpu"
+        stored = self.weight_packed
+        few = tokens <= FEW_TOKENS and stored.device.type == "cpu"
         step = max(1, (CHUNK_BYTES_FEW if few else CHUNK_BYTES) // (4 * self.in_features))
         if not self.cache:
             return self._remade(step)
-        if self._dequantized is None or self._dequantized[0] is not packed:
-            self._dequantized = (packed, dequantize_packed(packed, self.scales), {})
+        if self._dequantized is None or self._dequantized[0] is not stored:
+            whole = dequantize_packed(self.in_rows().packed, self.scales)
+            self._dequantized = (stored, whole, {})
         _, whole, chunks = self._dequantized
         if step not in chunks:
             chunks[step] = [rows.T for rows in whole.split(step)]
         return chunks[step]
 
     def _remade(self, step: int) -> Iterator[Tensor]:
-        packed, scales = self.weight_packed, self.scales
-        for bits, codes in zip(scales.bits.split(step), packed.split(step), strict=True):
-            yield dequantize_packed(codes, Scales(bits, scales.global_scale, self.format)).T
+        rows, t = self.in_rows(), self.global_scale
+        for bits, codes in zip(rows.scale_bits.split(step), rows.packed.split(step), strict=True):
+            yield dequantize_packed(codes, Scales(bits, t, self.format)).T
 
     def forget(self) -> None:
         """Drop what is kept between calls, to be made again when needed; calibration does so when
@@ -316,6 +333,8 @@ class QuantLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Move with the model; only the bias changes its dtype: codes, scale bits and float32
         factors keep theirs."""
+        if self.packed_weight.tiled:
+            self._lay(self.in_rows())
         fixed = {id(t) for name in FIXED if (t := getattr(self, name)) is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -332,7 +351,21 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         # the buffers may be written in place
         self._dequantized = self._kernel_weight = self.readers = None
+        units = self.packed_weight.tiled
+        if units:
+            self._lay(self.in_rows())
         super()._load_from_state_dict(*args, **kwargs)
+        if units:
+            self._lay(tiled(self.packed_weight))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed_weight.tiled:
+            rows = self.in_rows()
+            destination[f"{prefix}weight_packed"] = rows.packed
+            destination[f"{prefix}weight_scale"] = rows.scale_bits.view(self.weight_scale.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         tensors = {

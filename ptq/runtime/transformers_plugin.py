@@ -31,7 +31,6 @@ from ptq.model.experts import FUSED, unfuse
 from ptq.model.parameter_names import NameMap
 from ptq.model.structure import linearize
 from ptq.numerics.rotation import Rotation
-from ptq.numerics.tensor import Scales
 from ptq.reading.safetensors_layout import read_header
 from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
 from ptq.runtime.quant_linear import FIXED, QuantLinear
@@ -65,14 +64,10 @@ class StoredLinear(QuantLinear):
             )
 
     @property
-    def scales(self) -> Scales:
+    def global_scale(self) -> Tensor:
         divisor = self.weight_global_scale
         one = torch.ones((), device=self.weight_scale.device)
-        return Scales(
-            self.weight_scale.view(torch.uint8),
-            one if divisor is None else (1 / divisor).reshape(()),
-            self.format,
-        )
+        return one if divisor is None else (1 / divisor).reshape(())
 
     @property
     def input_scale(self) -> Tensor | None:
