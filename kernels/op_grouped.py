@@ -23,6 +23,7 @@ from ptq.kernels.grouped import grouped_w4a4_kernel, grouped_w4a16_kernel
 from ptq.kernels.op_matmul import (
     as_tensor_cores_read,
     check_fp4,
+    in_fragment_order,
     input_scales,
     w4a4_constants,
     w4a16_constants,
@@ -156,7 +157,7 @@ def launch_grouped_w4a16(
         tiled=weight.tiled,
     )
     grouped_w4a16_kernel[_grid(tile, len(out), experts, n)](
-        x,
+        in_fragment_order(x) if single["ORDERED"] else x,
         x if rows is None else rows,
         offsets,
         weight.packed.contiguous(),

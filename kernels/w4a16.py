@@ -13,7 +13,8 @@ which leaves them in another order; a dot sums over K, so x is permuted alike in
                 weights never pass through shared memory (sm_90)
 
 A TILED weight lies in units (``kernels/weight_tiles.py``), and its columns keep their order when
-they are unpacked: ``words`` then permutes nothing, and ``fragments`` only what it adds.
+they are unpacked: ``words`` then permutes nothing, and ``fragments`` only what it adds. ORDERED
+says that x came in ``fragments`` order already.
 
 K is split over programs when there are few tiles (``kernels/epilogue.py``).
 """
@@ -106,6 +107,7 @@ def accumulate(
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
     TILED: tl.constexpr,
+    ORDERED: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,7 +188,8 @@ def accumulate(
             x = word_order(x, BLOCK_M, BLOCK_K)
         if ORDER == "fragments":
             weight = fragment_weights(weight, BLOCK_N, BLOCK_K)
-            x = fragment_columns(x, BLOCK_M, BLOCK_K)
+            if not ORDERED:
+                x = fragment_columns(x, BLOCK_M, BLOCK_K)
         if INTERPRETED:
             acc += tl.dot(weight, x.T, input_precision="ieee")
         else:
@@ -212,6 +215,7 @@ def w4a16_kernel(
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
     TILED: tl.constexpr,
+    ORDERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -241,6 +245,7 @@ def w4a16_kernel(
         GROUP,
         ORDER,
         TILED,
+        ORDERED,
         EVEN_N,
         BLOCK_M,
         BLOCK_N,

@@ -42,11 +42,12 @@ def in_range(weight, fmt: Format) -> None:
     )
 
 
+@pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("lies", ["rows", "units"])
 @pytest.mark.parametrize("order", ["words", "fragments", "natural"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_unit_vector_reads_one_column_exactly(
-    fmt: Format, order, lies, dtype, random_weight
+    fmt: Format, order, lies, block_m, dtype, random_weight
 ) -> None:
     """x = e_j makes y the j-th column of the weight, exact in 16 bits: a wrong order of rows or
     columns shows."""
@@ -60,7 +61,7 @@ def test_a_unit_vector_reads_one_column_exactly(
     weight, packed = random_weight(fmt, 128, 256, t=1.0, device="cuda")
     if lies == "units":
         packed = tiled(packed)
-    tile = Tile(kernel="w4a16", block_m=16, block_n=128, order=order, stages=3)
+    tile = Tile(kernel="w4a16", block_m=block_m, block_n=128, order=order, stages=3)
     dense = weight.dequantize().cuda()
     for start in range(0, 256, 16):
         x = torch.zeros(16, 256, dtype=dtype, device="cuda")

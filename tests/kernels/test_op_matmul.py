@@ -65,14 +65,15 @@ def test_w4a16_is_the_product_with_the_dequantized_weight(
 
 @pytest.mark.parametrize("order", ["natural", "words", "fragments"])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "split"), [(1, 64, 256, 1), (17, 192, 512, 4), (3, 128, 640, 2)]
+    ("m", "n", "k", "split", "block_m"),
+    [(1, 64, 256, 1, 16), (17, 192, 512, 4, 16), (3, 128, 640, 2, 16), (70, 192, 256, 2, 64)],
 )
 def test_w4a16_of_a_weight_in_units_is_that_of_its_rows(
-    fmt: Format, order, m, n, k, split, random_weight
+    fmt: Format, order, m, n, k, split, block_m, random_weight
 ) -> None:
     _, packed = random_weight(fmt, n, k)
     x, bias = torch.randn(m, k).bfloat16(), torch.randn(n)
-    tile = Tile(kernel="w4a16", block_m=16, block_n=128, split=split, order=order, stages=2)
+    tile = Tile(kernel="w4a16", block_m=block_m, block_n=128, split=split, order=order, stages=2)
     y = run_w4a16(tile, x, tiled(packed), bias)
     assert error(y, run_w4a16(tile, x, packed, bias).double()) < 1e-6
 
