@@ -376,6 +376,7 @@ def _tile_calls(operation: str, problem: Problem) -> Callable[[Tile], list[Call]
         t = input_global_scale(problem.device)
         inputs = rotate_quantize(x, problem.rotation, problem.encoding, t)
         return lambda tile: [partial(launch_w4a4, inputs, w, None, out, tile) for w in weights]
+    weights = [served(weight) for weight in weights]
 
     def calls(tile: Tile) -> list[Call]:
         if tile.kernel == "dense":
