@@ -4,6 +4,7 @@ Pure Python: importing this needs neither Triton nor a device. A device without 
 current one, which may be another GPU at the next call; so answers are kept by index.
 """
 
+import ctypes
 import importlib.util
 from functools import lru_cache
 
@@ -50,6 +51,33 @@ def reads_units(device: torch.device | str) -> bool:
 def multiplies_fp8(device: torch.device | str) -> bool:
     """Whether the tensor cores of this device multiply FP8 numbers: from sm_89 on."""
     return torch.device(device).type == "cuda" and capability(device) >= (8, 9)
+
+
+def capturing(device: torch.device | str) -> bool:
+    """Whether what is launched there now is recorded into a CUDA graph instead of run. What is made
+    then must not be kept for calls outside that graph: nothing has filled it."""
+    return torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def capture_id(device: torch.device | str) -> int:
+    """A number of its own for each recording of a CUDA graph, while :func:`capturing`.
+
+    Torch does not tell it; the driver does.
+
+    Raises:
+        RuntimeError: the driver has no answer.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    answer = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    if answer or status.value != 1:  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+        raise RuntimeError(
+            f"the CUDA driver does not say which graph is recorded (error {answer}, status "
+            f"{status.value}); quantized layers cannot be recorded here"
+        )
+    return number.value
 
 
 def capability(device: torch.device | str) -> tuple[int, int]:

@@ -172,15 +172,23 @@ def launch_rotate_quantize(
     )
 
 
-@lru_cache(maxsize=64)
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """±1 of Sylvester's matrix: the parity of the bits that row and column have in common."""
+    """±1 of Sylvester's matrix, kept; made for itself in a recording that comes before the first
+    call outside of one."""
+    return (_made if gpu.capturing(device) else _hadamard)(size, dtype, device)
+
+
+def _made(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The parity of the bits that row and column have in common."""
     index = torch.arange(size, device=device)
     common = index[:, None] & index[None, :]
     parity = torch.zeros_like(common)
     for bit in range(size.bit_length()):
         parity ^= (common >> bit) & 1
     return (1 - 2 * parity).to(dtype)
+
+
+_hadamard = lru_cache(maxsize=64)(_made)
 
 
 # ---------------------------------------------------------------- rotate

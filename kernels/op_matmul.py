@@ -5,9 +5,9 @@
     w4a4_matmul     4-bit inputs × 4-bit weight (sm_100, sm_120)
 
 Global scales stay on the device, nothing synchronises, and no grid depends on data, so CUDA graphs
-capture everything after one run outside the capture, which compiles and allocates the workspace of
-split-K. What a launch compiles is a pure function of shapes and tile (the ``…_constants``), so that
-the compile checks build exactly what runs.
+capture everything after one run outside the capture, which compiles. What a launch compiles is a
+pure function of shapes and tile (the ``…_constants``), so that the compile checks build exactly
+what runs.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ptq.kernels import gpu
 from ptq.kernels.operands import NO_PROLOGUE, Encoding, PackedWeight, Prologue, QuantizedInputs
 
 
@@ -33,12 +34,28 @@ class KernelWeight:
     encoding: Encoding | None
     input_scale: Tensor | None
 
-    @cached_property
+    @property
     def blocked(self) -> PackedWeight:
         """The weight with its scale bytes as many tokens on sm_100 want them."""
+        capturing = gpu.capturing(self.weight.packed.device)
+        return self._in_blocks() if capturing else self._blocked
+
+    @cached_property
+    def _blocked(self) -> PackedWeight:
+        return self._in_blocks()
+
+    def _in_blocks(self) -> PackedWeight:
         from ptq.kernels.quantize import swizzle_scales
 
         return replace(self.weight, scale_bits=swizzle_scales(self.weight.scale_bits))
+
+    def fill(self, dtype: torch.dtype) -> None:
+        """Make what is kept between calls with inputs of ``dtype``, before a CUDA graph can record
+        the first of them."""
+        from ptq.kernels import op_inputs  # imports Triton
+
+        if self.rotation > 1:
+            op_inputs.hadamard(self.rotation, dtype, self.weight.packed.device)
 
     def inputs(
         self, x: Tensor, prologue: Prologue = NO_PROLOGUE

@@ -247,13 +247,16 @@ class QuantLinear(nn.Module):
             self.kernel_dtype = dtype
             if not self.quantize_inputs and gpu.reads_units(device) and tileable(weight):
                 self._lay(tiled(weight))
+            self.kernel_weight().fill(dtype)
         return reason
 
     def kernel_weight(self) -> KernelWeight:
         """What kernels multiply with, made anew when tensors of the layer were replaced."""
         kept, made_of = self._kernel_weight, self.made_of()
         if kept is None or not same(kept[0], made_of):
-            kept = self._kernel_weight = (made_of, self._make_kernel_weight(self.packed_weight))
+            kept = (made_of, self._make_kernel_weight(self.packed_weight))
+            if not gpu.capturing(self.weight_packed.device):
+                self._kernel_weight = kept
         return kept[1]
 
     def made_of(self) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,3 +90,24 @@ def test_importing_needs_no_triton_and_asks_no_device() -> None:
         "assert not [m for m in loaded if sys.modules[m] is not None]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("answer", "status"), [(0, 1), (0, 0), (1, 1)])
+def test_the_driver_is_asked_which_graph_is_recorded(monkeypatch, answer: int, status: int) -> None:
+    class Driver:
+        @staticmethod
+        def cuStreamGetCaptureInfo_v2(stream, state, number, graph, nodes, count) -> int:
+            state._obj.value, number._obj.value = status, 2**40 + 7
+            return answer
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    if answer or status != 1:
+        with pytest.raises(RuntimeError, match="which graph is recorded"):
+            gpu.capture_id("cuda")
+    else:
+        assert gpu.capture_id("cuda") == 2**40 + 7
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    assert not gpu.capturing("cpu")

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ptq.kernels import gpu, op_inputs, workspace
 from ptq.kernels.gpu import architecture, multiplies_fp4
 from ptq.kernels.op_dequantize import dequantize
 from ptq.kernels.op_grouped import grouped_w4a4, grouped_w4a16
@@ -124,6 +125,52 @@ def test_a_graph_replays_and_two_streams_do_not_meet(random_weight, packed_weigh
                 outputs.append(layer(x))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected) for outputs in results for y in outputs)
+
+
+def test_graphs_of_one_layer_recorded_first_replay_beside_each_other(
+    random_weight, packed_weight
+) -> None:
+    """Both are recorded on one stream, before anything ran outside of a graph but what compiles,
+    and replay on two: they must not sum in the same memory."""
+    fmt = FORMATS["nvfp4"]
+    weight, _ = random_weight(fmt, 512, 8192)
+    in_range(weight, fmt)
+    packed = packed_weight(weight, "cuda")
+    workspace._workspaces.clear()
+    op_inputs._hadamard.cache_clear()
+    inputs = [torch.randn(3, 8192, device="cuda").bfloat16() for _ in range(2)]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            y = w4a16_matmul(rotate(x, 32), packed)
+        return y
+
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph, x in zip(graphs, inputs, strict=True):
+        with torch.cuda.graph(graph):
+            outs.append(layer(x))
+    assert not workspace._workspaces and not op_inputs._hadamard.cache_info().currsize
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    expected = [layer(x) for x in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, graph, out in zip(streams, graphs, outs, strict=True):
+            with torch.cuda.stream(stream):
+                out.fill_(torch.nan)
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, outs, expected))
+
+
+def test_every_recording_has_a_number() -> None:
+    numbers = []
+    for _ in range(2):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            assert gpu.capturing("cuda")
+            numbers.append(gpu.capture_id("cuda"))
+            assert gpu.capture_id("cuda") == numbers[-1]
+            torch.zeros(1, device="cuda")
+    assert numbers[0] != numbers[1] and not gpu.capturing("cuda")
 
 
 @pytest.mark.parametrize("m", [1, 40, 200, 1000])

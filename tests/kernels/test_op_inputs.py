@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.kernels import op_inputs
+from ptq.kernels import gpu, op_inputs
 from ptq.kernels.op_inputs import (
     hadamard,
     quantize_and_keep,
@@ -184,6 +184,17 @@ def test_the_block_is_that_of_the_oracle(size: int) -> None:
     eye = torch.eye(size)
     assert torch.equal(block.float() * size**-0.5, Rotation(size).exact(eye))
     assert torch.equal(block, block.T)
+
+
+def test_a_block_made_in_a_recording_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the graph replays, nothing has filled it."""
+    op_inputs._hadamard.cache_clear()
+    arguments = (16, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(gpu, "capturing", lambda device: True)
+    recorded = hadamard(*arguments)
+    monkeypatch.setattr(gpu, "capturing", lambda device: False)
+    kept = hadamard(*arguments)
+    assert kept is not recorded and kept is hadamard(*arguments)
 
 
 @pytest.mark.parametrize(("tokens", "features"), [(3, 64), (130, 320)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ptq.kernels import gpu
 from ptq.kernels.operands import Prologue, QuantizedInputs
 from ptq.runtime.kernel_weight import stacked
 from ptq.runtime.quant_linear import QuantLinear
@@ -51,3 +52,18 @@ def test_inputs_are_quantized_where_the_layer_says(kernels, quantized) -> None:
     assert torch.equal(again.packed, inputs.packed)
     layer.quantize_inputs = False
     assert isinstance(layer.kernel_weight().inputs(x)[0], torch.Tensor)
+
+
+def test_what_is_made_in_a_recording_is_not_kept(kernels, quantized, monkeypatch) -> None:
+    """Until the graph replays, nothing has filled it. A layer that was prepared has it already."""
+    layer = quantized(nn.Linear(64, 16), "mxfp4", 16)
+    assert layer.prepare(torch.bfloat16) is None
+    kept = layer.kernel_weight()
+    monkeypatch.setattr(gpu, "capturing", lambda device: True)
+    assert layer.kernel_weight() is kept
+    layer._kernel_weight = None
+    recorded = layer.kernel_weight()
+    assert layer.kernel_weight() is not recorded
+    assert kept.blocked is not kept.blocked
+    monkeypatch.setattr(gpu, "capturing", lambda device: False)
+    assert kept.blocked is kept.blocked
