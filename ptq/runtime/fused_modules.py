@@ -23,6 +23,7 @@ from torch.nn.functional import silu
 
 from ptq.kernels import gpu
 from ptq.kernels.operands import Prologue
+from ptq.runtime.gradients import learns
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.runtime.shared_inputs import MADE, NORM, Made, Readers
 
@@ -120,11 +121,6 @@ def _stacked(gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor) -> Read
     readers = first.readers[0]
     whole = readers.weight is not None and readers.count == 2 and readers.current(layers[:2])
     return readers if whole and not learns(x) and not torch.compiler.is_compiling() else None
-
-
-def learns(*tensors: Tensor) -> bool:
-    """Whether gradients of one of these tensors are wanted."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def watched(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ptq.kernels.operands import PackedWeight
 from ptq.model.experts import Expert, Experts
+from ptq.runtime.gradients import learns
 from ptq.runtime.kernel_weight import stacked
 from ptq.runtime.quant_linear import QuantLinear
 
@@ -143,7 +144,8 @@ class PackedExperts(Experts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As :class:`Experts`: ``(tokens, hidden)``, an index of ``num_experts`` or more is
         nowhere."""
-        if self._stacks is None or hidden_states.dtype != self.kernel_dtype or self.everywhere:
+        elsewhere = self._stacks is None or hidden_states.dtype != self.kernel_dtype
+        if self._stacks is None or elsewhere or self.everywhere or learns(hidden_states):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         gate_up, down = self._stacks
         slots = top_k_index.shape[1]

@@ -23,6 +23,7 @@ from ptq.numerics.activations import default_rule, round_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
+from ptq.runtime.gradients import Product, learns
 from ptq.runtime.kernel_weight import KernelWeight, stacked
 from ptq.runtime.shared_inputs import Inputs, Readers, same
 
@@ -206,7 +207,10 @@ class QuantLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``."""
+        """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``; gradients reach ``x`` and the bias,
+        see :mod:`ptq.runtime.gradients`."""
+        if learns(x, self.bias):
+            return Product.apply(x, self.bias, self)
         if self.readers is None or torch.compiler.is_compiling():
             return self.product(self.prepared(x), x)
         readers, index = self.readers
@@ -306,6 +310,22 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             y += self.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """``(∂y Ŵ) R`` of ``∂y`` (*s, out): (*s, in). The product is in the dtype of ``gradient``
+        where kernels dequantize to it, else in float32."""
+        rows = gradient.reshape(-1, self.out_features)
+        if gradient.dtype == self.kernel_dtype:
+            from ptq.kernels.op_dequantize import dequantize  # imports Triton
+
+            flat = rows @ dequantize(self.packed_weight, gradient.dtype)
+        else:
+            with _full_precision(rows.device):
+                flat, start = rows.new_zeros(len(rows), self.in_features, dtype=torch.float32), 0
+                for columns in self._chunks(len(rows)):
+                    part = rows[:, start : start + columns.shape[1]].float()
+                    flat, start = flat.addmm_(part, columns.T), start + columns.shape[1]
+        return self.rotation.rotate(flat).reshape(*gradient.shape[:-1], self.in_features)
 
     def _chunks(self, tokens: int) -> Iterable[Tensor]:
         """Columns (in, some of out) of the transposed dequantized weight, in order, from the cache

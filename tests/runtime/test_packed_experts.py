@@ -389,3 +389,15 @@ def test_transformers_loads_grouped_experts_and_saves_them(
     before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before)
+
+
+def test_gradients_take_the_loop() -> None:
+    """Grouped kernels have none: a warning, and nothing for x, was what came of it."""
+    experts = packed()
+    x, index, weights = routed()
+    expected = experts(x, index, weights)
+    x = x.clone().requires_grad_()
+    y = experts(x, index, weights)
+    assert distance(y.detach(), expected) < LOOP
+    y.sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum(1).gt(0).any())
