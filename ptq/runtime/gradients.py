@@ -31,7 +31,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's decorator
         (gradient,), (dtype, bias_dtype) = grad_outputs, ctx.dtypes
         for_x = ctx.layer.input_gradient(gradient).to(dtype) if ctx.needs_input_grad[0] else None
         for_bias = None

@@ -14,7 +14,7 @@ from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
 from ptq.reading.safetensors_layout import Entry
-from ptq.runtime.quant_linear import kernel_obstacle
+from ptq.runtime.kernel_choice import kernel_obstacle
 
 
 @dataclass(frozen=True, kw_only=True)

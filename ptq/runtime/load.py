@@ -16,6 +16,7 @@ from ptq.kernels import gpu
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
 from ptq.runtime.fusion import fuse
+from ptq.runtime.kernel_choice import Visits
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -100,7 +101,7 @@ def load(
     )
     settle_inputs(model, inputs)
     if device_map:
-        distribute(model, device_map, max_memory, offload_folder)
+        distribute(model, source.compute_dtype, device_map, max_memory, offload_folder)
     else:
         prepare_kernels(model, source.compute_dtype)
     slow = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel_dtype is None]
@@ -124,14 +125,21 @@ def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     own.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    reasons = Counter(reason for layer in layers if (reason := layer.prepare(dtype)) is not None)
-    if served := len(layers) - sum(reasons.values()):
-        logger.info("%d of %d quantized layers run in Triton kernels", served, len(layers))
-    for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
-        logger.info("%d quantized layers run in the reference path: %s", count, reason)
-    if served:
+    if tell(Counter(layer.prepare(dtype) for layer in layers)):
         log_experts(pack_experts(model))
     fuse(model, dtype)
+
+
+def tell(reasons: Counter[str | None]) -> int:
+    """Say once what runs how, from the reasons against kernels or None of every layer; how many run
+    in kernels."""
+    served = reasons.pop(None, 0)
+    if served:
+        total = served + reasons.total()
+        logger.info("%d of %d quantized layers run in Triton kernels", served, total)
+    for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
+        logger.info("%d quantized layers run in the reference path: %s", count, reason)
+    return served
 
 
 def log_experts(obstacles: Mapping[str, str | None]) -> None:
@@ -164,11 +172,15 @@ def settle_inputs(model: nn.Module, inputs: str) -> None:
 
 def distribute(
     model: PreTrainedModel,
+    dtype: torch.dtype,
     device_map: str | Mapping[str, int | str | torch.device],
     max_memory: dict[int | str, int | str] | None,
     offload_folder: Path | str | None,
 ) -> None:
-    """Spread a model in host memory over devices, with accelerate's hooks; see :func:`load`."""
+    """Spread a model in host memory over devices, with accelerate's hooks; see :func:`load`.
+    Layers run in kernels where those can, one by one: what hooks move cannot be stacked."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    largest = {n: m.weight_scale.view(torch.uint8).max() for n, m in layers.items()}
     if isinstance(device_map, str):
         whole = list(model._no_split_modules or [])
         device_map = infer_auto_device_map(
@@ -179,3 +191,12 @@ def distribute(
     dispatch_model(
         model, device_map=dict(device_map), offload_dir=offload_folder, offload_buffers=True
     )
+    reasons = Counter[str | None]()
+    for name, layer in layers.items():
+        visits = None
+        if layer.weight_packed.is_meta:
+            place = getattr(layer, "_hf_hook").execution_device  # noqa: B009 - accelerate's
+            place = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+            visits = Visits(place, largest[name])
+        reasons[layer.prepare(dtype, visits)] += 1
+    tell(reasons)

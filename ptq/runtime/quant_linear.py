@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.kernels import coverage, gpu
+from ptq.kernels import gpu
 from ptq.kernels.operands import Encoding, PackedWeight
 from ptq.kernels.weight_tiles import tileable, tiled, untiled
 from ptq.numerics.activations import default_rule, round_inputs
@@ -24,6 +24,7 @@ from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
 from ptq.runtime.gradients import Product, learns
+from ptq.runtime.kernel_choice import Visits, kernel_obstacle, tell_once
 from ptq.runtime.kernel_weight import KernelWeight, stacked
 from ptq.runtime.shared_inputs import Inputs, Readers, same
 
@@ -80,6 +81,8 @@ class QuantLinear(nn.Module):
         self.cache = False
         # inputs of this dtype go through the Triton kernels
         self.kernel_dtype: torch.dtype | None = None
+        self.wanted_dtype: torch.dtype | None = None
+        self.visits: Visits | None = None
         # (what it was made of, what kernels multiply with)
         self._kernel_weight: tuple[tuple[object, ...], KernelWeight] | None = None
         # the layers that read the same inputs, and which of them this is
@@ -209,6 +212,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(*s, in)`` → ``(*s, out)``, in the dtype of ``x``; gradients reach ``x`` and the bias,
         see :mod:`ptq.runtime.gradients`."""
+        if self.kernel_dtype is not None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as nn.Linear
         if learns(x, self.bias):
             return Product.apply(x, self.bias, self)
         if self.readers is None or torch.compiler.is_compiling():
@@ -223,6 +228,12 @@ class QuantLinear(nn.Module):
         are; (tokens, in) float32 numbers in the reference path."""
         if x.dtype == self.kernel_dtype:
             return self.kernel_weight().inputs(x)[0]
+        if self.kernel_dtype is not None:
+            tell_once(
+                f"quantized layers get {x.dtype} inputs and were prepared for {self.kernel_dtype}: "
+                "they unpack their weights every time, which is slow; give the model the dtype of "
+                "its inputs with .to(dtype)"
+            )
         return self._wide(x)
 
     def product(self, inputs: Inputs, x: Tensor) -> Tensor:
@@ -232,23 +243,31 @@ class QuantLinear(nn.Module):
         assert isinstance(inputs, Tensor)
         return self._reference(inputs, x)
 
-    def prepare(self, dtype: torch.dtype) -> str | None:
-        """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run.
+    def prepare(self, dtype: torch.dtype, visits: Visits | None = None) -> str | None:
+        """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run; after the
+        layer was moved or cast, for its new device and dtype.
 
         Looks at the device and at the scales once, so that nothing has to be asked in ``forward``.
+
+        Args:
+            visits: where the tensors will be in ``forward``, if hooks bring them and take them away
+                each time.
 
         Returns:
             Why the reference path stays in use, or None.
         """
         self.kernel_dtype = self._kernel_weight = self.readers = None
+        self.wanted_dtype, self.visits = dtype, visits
         if self.packed_weight.tiled:
             self._lay(self.in_rows())
-        weight, device = self.packed_weight, self.weight_packed.device
-        reason = kernel_obstacle(
-            self.info, self.in_features, device, dtype=dtype, scale_bits=weight.scale_bits
-        )
+        weight = self.packed_weight
+        device = weight.packed.device if visits is None else visits.device
+        bits = weight.scale_bits if visits is None else visits.largest_scale
+        reason = kernel_obstacle(self.info, self.in_features, device, dtype=dtype, scale_bits=bits)
         if reason is None:
             self.kernel_dtype = dtype
+            if visits is not None:
+                return None
             if not self.quantize_inputs and gpu.reads_units(device) and tileable(weight):
                 self._lay(tiled(weight))
             self.kernel_weight().fill(dtype)
@@ -259,7 +278,8 @@ class QuantLinear(nn.Module):
         kept, made_of = self._kernel_weight, self.made_of()
         if kept is None or not same(kept[0], made_of):
             kept = (made_of, self._make_kernel_weight(self.packed_weight))
-            if not gpu.capturing(self.weight_packed.device):
+            # what is kept for tensors that go away again would hold them
+            if self.visits is None and not gpu.capturing(self.weight_packed.device):
                 self._kernel_weight = kept
         return kept[1]
 
@@ -366,9 +386,14 @@ class QuantLinear(nn.Module):
             return tensor.to(moved.device) if kept else moved
 
         self._dequantized = self.readers = None
+        wanted, device = self.wanted_dtype, self.weight_packed.device
         moved = super()._apply(keep_dtype, recurse)
-        if self.kernel_dtype is not None:
-            self.prepare(self.kernel_dtype)  # the device may be another one
+        if wanted is not None:
+            dtype = fn(torch.empty(0, dtype=wanted, device=device)).dtype
+            # a model in float32 meets 16-bit inputs under autocast, and says what else it gets
+            reason = self.prepare(dtype if dtype.itemsize == 2 else wanted)
+            if reason is not None and gpu.available(self.weight_packed.device):
+                tell_once(f"quantized layers run in the reference path: {reason}")
         return moved
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -412,37 +437,6 @@ class QuantLinear(nn.Module):
             f"bias={self.bias is not None}, "
             f"format={self.format.name}{rotation}{inputs}"
         )
-
-
-def kernel_obstacle(
-    info: LayerInfo,
-    in_features: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    scale_bits: Tensor | None = None,
-) -> str | None:
-    """Why a layer takes the reference path on ``device`` for inputs of ``dtype``, or None if Triton
-    kernels serve it.
-
-    Args:
-        scale_bits: of the weight; without them it is not known whether E8M0 scales stay in the
-            kernels' range.
-    """
-    fmt = FORMATS[info.format]
-    if not gpu.available(device):
-        return f"Triton kernels do not run on {device.type}"
-    if info.quantize_inputs and not (gpu.multiplies_fp4(device) and fmt.element.name == "e2m1"):
-        return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
-    return coverage.obstacle(
-        fmt.element.name,
-        fmt.scale_name,
-        fmt.group_size,
-        in_features,
-        rotation=info.rotation,
-        dtype=dtype,
-        scale_bits=scale_bits,
-    )
 
 
 def _alone(tensor: Tensor | None) -> Tensor | None:

@@ -208,6 +208,32 @@ def test_layers_may_lie_elsewhere(written, tmp_path, token_ids, device_map):
     assert torch.equal(logits(model, token_ids), logits(load(written), token_ids))
 
 
+@pytest.mark.filterwarnings("ignore:Current model requires:UserWarning")
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, ON_DISK], ids=["whole", "disk"])
+def test_a_spread_model_runs_in_kernels(
+    kernels, written, tmp_path, token_ids, device_map, caplog
+) -> None:
+    with caplog.at_level(logging.INFO, "ptq.runtime.load"):
+        model = load(
+            written,
+            dtype=torch.bfloat16,
+            device_map=device_map,
+            offload_folder=tmp_path / "offload",
+            inputs="full",
+        )
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert all(layer.kernel_dtype == torch.bfloat16 for layer in layers)
+    assert f"{len(layers)} of {len(layers)} quantized layers run in Triton kernels" in caplog.text
+    reference = load(written, dtype=torch.bfloat16, inputs="full")
+    for layer in reference.modules():
+        if isinstance(layer, QuantLinear):
+            layer.kernel_dtype = None
+    spread, expected = logits(model, token_ids).float(), logits(reference, token_ids).float()
+    assert float((spread - expected).norm() / expected.norm()) < 2e-2
+    for layer in layers:
+        assert layer._kernel_weight is None or not layer.weight_packed.is_meta, "holds what went"
+
+
 def test_layers_on_disk_need_a_folder(written):
     with pytest.raises(ValueError, match="offload_folder"):
         load(written, device_map=ON_DISK)
