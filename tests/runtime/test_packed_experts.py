@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import ptq.hf
 from ptq.kernels import gpu, op_grouped
 from ptq.kernels.operator import INTERPRETED
 from ptq.model.experts import ExpertNames, Experts, routed_everywhere, unfuse
@@ -381,6 +382,7 @@ def test_loaded_experts_run_grouped(
 def test_transformers_loads_grouped_experts_and_saves_them(
     written, token_ids: Tensor, tmp_path: Path
 ) -> None:
+    ptq.hf.register()
     path, reference = written
     model = AutoModelForCausalLM.from_pretrained(path, device_map=DEVICE)
     assert sum(isinstance(m, PackedExperts) and is_packed(m) for m in model.modules()) == 2
