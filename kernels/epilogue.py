@@ -63,8 +63,8 @@ def finish(
     share it.
 
     The workspace holds ROWS · COLUMNS · SPLIT fp32 per tile, the tickets an int32 per tile, 0
-    before and after. Of a narrow tile, what is masked is neither written nor read (of one token in
-    a tile of 16, that is most), and it lies there column by column, so that a column is one piece.
+    before and after. Of a narrow tile, columns that are masked are neither written nor read (of one
+    token in a tile of 16, that is most), and it lies there column by column, each in one piece.
     In wider tiles masks take registers: 32 × 128 spilled 40 bytes on sm_90.
     """
     if SPLIT == 1:
@@ -76,7 +76,7 @@ def finish(
             inside = column * ROWS + row
         else:
             inside = row * COLUMNS + column
-        mask = m_mask & n_mask
+        mask = m_mask.broadcast_to(ROWS, COLUMNS)  # rows: all are written, so all may be read
         place = workspace_ptr + tile.to(tl.int64) * (SPLIT * ROWS * COLUMNS) + inside
         if NARROW:
             tl.store(place + part * (ROWS * COLUMNS), acc, mask=mask)
@@ -86,13 +86,14 @@ def finish(
         tl.debug_barrier()
         if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            # all parts in flight at once; with wide tiles that would take more registers than there
-            # are
+            # as many parts in flight as registers hold, in their order
+            MANY: tl.constexpr = ROWS * COLUMNS * SPLIT > 8192 and SPLIT % 4 == 0
+            FLIGHT: tl.constexpr = 4 if MANY else SPLIT
             if NARROW:
-                for other in tl.static_range(SPLIT):
-                    total += tl.load(
-                        place + other * (ROWS * COLUMNS), mask=mask, other=0.0, cache_modifier=".cg"
-                    )
+                for first in range(0, SPLIT, FLIGHT):
+                    for other in tl.static_range(FLIGHT):
+                        part_place = place + (first + other) * (ROWS * COLUMNS)
+                        total += tl.load(part_place, mask=mask, other=0.0, cache_modifier=".cg")
             elif ROWS * COLUMNS <= 4096:
                 for other in tl.static_range(SPLIT):
                     total += tl.load(place + other * (ROWS * COLUMNS), cache_modifier=".cg")

@@ -66,7 +66,13 @@ def test_w4a16_is_the_product_with_the_dequantized_weight(
 @pytest.mark.parametrize("order", ["natural", "words", "fragments"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "split", "block_m"),
-    [(1, 64, 256, 1, 16), (17, 192, 512, 4, 16), (3, 128, 640, 2, 16), (70, 192, 256, 2, 64)],
+    [
+        (1, 64, 256, 1, 16),
+        (17, 192, 512, 4, 16),
+        (3, 128, 640, 2, 16),
+        (2, 128, 1024, 8, 16),
+        (70, 192, 256, 2, 64),
+    ],
 )
 def test_w4a16_of_a_weight_in_units_is_that_of_its_rows(
     fmt: Format, order, m, n, k, split, block_m, random_weight
