@@ -63,7 +63,6 @@ class CtFormat:
         dynamic: ``dynamic`` in those of inputs, which are else the same.
         conversion: None if tensors are stored as in the ``ptq`` dialect.
         refusals: of single layers, besides :data:`REFUSALS`.
-        experts_in_transformers: what happens to them, for the model card; None if it is right.
         sglang, tensorrt: verdicts on unrotated layers, for the model card; ``tensorrt`` by whether
             inputs are quantized.
         weight_only: a caveat where only weights are quantized, for the model card.
@@ -75,7 +74,6 @@ class CtFormat:
     dynamic: bool | str = True
     conversion: Conversion | None = None
     refusals: tuple[Refusal, ...] = ()
-    experts_in_transformers: str | None = None
     sglang: str
     tensorrt: Mapping[bool, str]
     weight_only: str | None = None
@@ -203,9 +201,6 @@ _NVFP4 = CtFormat(
             lambda layer: layer.info.quantize_inputs and not layer.info.static_inputs,
             "NVFP4 inputs need a calibrated global scale; calibrate it, or use dialect ptq",
         ),
-    ),
-    experts_in_transformers=(
-        "**silently wrong**, it drops the global scale of NVFP4 experts (#48371)"
     ),
     sglang="right",
     tensorrt={False: "stops with an error", True: "right"},

@@ -14,12 +14,12 @@ from ptq.checkpoint.dialect import Export
 from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.checkpoint.quantization_config import LayerInfo, is_expert
 from ptq.numerics.activations import default_rule
 from ptq.numerics.formats import FORMATS
 
 CHOICES = ("auto", *DIALECTS)
-# What "auto" takes: the first that both of these compute exactly; the last carries everything.
+# What "auto" takes: the first that both of these read; the last carries everything.
 AUTOMATIC = (COMPRESSED_TENSORS, PTQ)
 ENGINES = ("transformers", "vLLM")
 
@@ -44,7 +44,7 @@ def choose(
 
     Args:
         dialect: one of ``CHOICES``. ``"auto"`` takes compressed-tensors when transformers and vLLM
-            both compute it exactly; an explicit one is held to what vLLM does, but for the scale
+            both read it; an explicit one is held to what vLLM does, but for the scale
             rule of inputs, which is then told in the reason.
         dtype, scales, foreign: see :class:`ptq.checkpoint.dialect.Export`.
 
@@ -71,10 +71,20 @@ def choose(
         if reason is None and not candidate.applies_input_rule:
             reason = _other_rule(layers)
         if reason is None:
-            why = "; ".join(refusals) or f"{' and '.join(ENGINES)} compute it exactly"
+            why = "; ".join(refusals) or _readers(layers, candidate.why_import(layers))
             return Choice(candidate.name, why)
         refusals.append(f"not {candidate.name}: {reason}")
     raise AssertionError(f"{AUTOMATIC[-1].name} refuses: {refusals[-1]}")
+
+
+def _readers(layers: Mapping[str, LayerInfo], why_import: str | None) -> str:
+    """Who reads compressed-tensors; "exactly" is what a test opened and compared bit by bit."""
+    plain = all(info.rotation == 1 and not info.quantize_inputs for info in layers.values())
+    if why_import is not None:
+        return "vLLM reads it, and transformers after `import ptq.hf`"
+    if plain and not any(map(is_expert, layers)):
+        return "transformers computes it exactly, and vLLM reads it"
+    return "transformers and vLLM read it"
 
 
 def _other_rule(layers: Mapping[str, LayerInfo]) -> str | None:

@@ -30,9 +30,9 @@ from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import hadamard
 from ptq.reading.schema import JsonObject, check
 
-# Loaders that read config_groups strictly stop at an unknown key and show its text; those that
-# would compute a rotated model without rotating its inputs are among them.
-GUARD = "rotated_weights"
+# Loaders that read config_groups strictly stop at an unknown key and show its text; transformers is
+# among them, which would not rotate inputs, and drop the global scales of experts.
+GUARDS = ("rotated_weights", "expert_global_scales")
 GUARD_TEXT = "`import ptq.hf` before from_pretrained"
 
 
@@ -54,8 +54,9 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
         "output_activations": None,
     }
     transforms = _transforms(layers, everything)
-    if transforms:
-        group[GUARD] = GUARD_TEXT
+    for guard, needed in zip(GUARDS, (transforms, _scaled_experts(layers)), strict=True):
+        if needed:
+            group[guard] = GUARD_TEXT
     config: JsonDict = {
         "quant_method": COMPRESSED_TENSORS.name,
         "version": "0.17.0",
@@ -74,6 +75,14 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
         "provenance": quantization.provenance,
     }
     return config
+
+
+def _scaled_experts(layers: Layers) -> bool:
+    """Whether there are experts that have a global scale in this dialect."""
+    return any(
+        is_expert(name) and CT_FORMATS[info.format].keeps_global_scale
+        for name, info in layers.items()
+    )
 
 
 def _sizes(layers: Layers) -> dict[int, list[str]]:
@@ -337,15 +346,15 @@ def _format(layers: Layers) -> Format:
 
 
 def _in_transformers(layers: Layers, fmt: CtFormat) -> str:
-    if fmt.experts_in_transformers and any(is_expert(name) for name in layers):
-        return f": {fmt.experts_in_transformers}"
-    if _sizes(layers):
+    if _why_import(layers) is not None:
         return " with compressed-tensors: right after `import ptq.hf`, an error without it"
     return " with compressed-tensors: right, decompressed to bf16 on first use"
 
 
 def _why_import(layers: Layers) -> str | None:
-    return "attaches the online rotation" if _sizes(layers) else None
+    if _sizes(layers):
+        return "attaches the online rotation"
+    return "reads the global scales of experts" if _scaled_experts(layers) else None
 
 
 def _conversion(info: LayerInfo) -> Conversion | None:

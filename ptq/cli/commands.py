@@ -278,7 +278,7 @@ def quantize(
             **values(
                 DIALECTS,
                 "How the result lies on disk, and so who opens it; auto takes compressed-tensors "
-                "where other engines compute it exactly.",
+                "where other engines compute it right.",
             ),
             rich_help_panel=OUTPUT,
         ),

@@ -22,7 +22,7 @@ GUIDE: dict[str, tuple[str, str]] = {
 @dataclass(frozen=True)
 class Row:
     """A format as the table shows it; ``opens`` by scheme: the engines that compute the default
-    recipe exactly."""
+    recipe right."""
 
     format: str
     bits_per_weight: float
@@ -58,7 +58,7 @@ def rows() -> list[Row]:
 
 
 def opens(format: str, scheme: str) -> str:
-    """Who computes a checkpoint of the default recipe exactly, by the dialect that it gets."""
+    """Who computes a checkpoint of the default recipe right, by the dialect that it gets."""
     from ptq.checkpoint.dialect_choice import choose
     from ptq.checkpoint.quantization_config import LayerInfo
     from ptq.pipeline.recipe import Recipe

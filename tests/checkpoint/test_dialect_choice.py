@@ -16,20 +16,28 @@ def one(name=DOWN, **facts):
     return {name: LayerInfo(**({"format": "nvfp4"} | facts))}
 
 
+EXACT = "transformers computes it exactly, and vLLM reads it"
+READ = "transformers and vLLM read it"
+IMPORT = "vLLM reads it, and transformers after `import ptq.hf`"
+
+
 @pytest.mark.parametrize(
-    "layers",
+    ("layers", "reason"),
     [
-        one(),
-        one(format="mxfp4", rotation=32),
-        one(format="nvint4", rotation=16),
-        one(rotation=16, quantize_inputs=True, static_inputs=True),
-        one(EXPERT, format="mxfp4"),
-        one(format="mxfp4", quantize_inputs=True),
+        (one(), EXACT),
+        (one(format="nvint4"), EXACT),
+        (one(format="mxfp4", rotation=32), IMPORT),
+        (one(format="nvint4", rotation=16), IMPORT),
+        (one(rotation=16, quantize_inputs=True, static_inputs=True), IMPORT),
+        (one(Q, format="mxfp4", rotation=32) | one(EXPERT, format="mxfp4"), IMPORT),
+        (one(EXPERT, format="mxfp4"), READ),
+        (one(format="mxfp4", quantize_inputs=True), READ),
     ],
 )
-def test_what_transformers_and_vllm_compute_exactly_is_compressed_tensors(layers):
+def test_what_transformers_and_vllm_read_is_compressed_tensors(layers, reason: str) -> None:
+    """ "Exactly" is said of what tests/runtime/test_transformers_plugin.py compares bit by bit."""
     choice = choose(layers, dtype="bfloat16")
-    assert choice.dialect == "compressed-tensors" and "exactly" in choice.reason
+    assert choice.dialect == "compressed-tensors" and choice.reason == reason
     assert choose(layers, "compressed-tensors", dtype="bfloat16").dialect == "compressed-tensors"
     assert choose(layers, "ptq", dtype="bfloat16").dialect == "ptq"
 

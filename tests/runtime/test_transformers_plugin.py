@@ -141,7 +141,7 @@ def written(make_run, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_dtype_may_be_chosen_and_changed(written, token_ids, dtype):
     model = from_pretrained(written, dtype=dtype)
-    expected = logits(load(written, dtype=dtype), token_ids)
+    expected = logits(load(written, dtype=dtype, inputs="quantized"), token_ids)
     assert torch.equal(logits(model, token_ids), expected)
     other = from_pretrained(written, dtype=torch.float16).to(dtype)
     assert {p.dtype for n, p in other.named_parameters() if n.endswith("weight_scale")} == {
@@ -165,7 +165,8 @@ def test_layers_may_lie_elsewhere(written, tmp_path, token_ids, device_map):
     model = from_pretrained(written, device_map=device_map, offload_folder=tmp_path)
     if device_map is ON_DISK:
         assert model.get_submodule("model.layers.1.mlp.up_proj").weight_packed.is_meta
-    assert torch.equal(logits(model, token_ids), logits(load(written), token_ids))
+    expected = logits(load(written, inputs="quantized"), token_ids)
+    assert torch.equal(logits(model, token_ids), expected)
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -255,12 +256,22 @@ def test_weight_only_compressed_tensors_are_the_dequantized_model(
     model = run(tmp_path / "out", dialect="compressed-tensors")
     loaded = from_pretrained(tmp_path / "out")
     expected = logits(dense(run, model, tmp_path), token_ids)
-    assert torch.equal(logits(loaded, token_ids), expected)
+    ours = rotation > 1  # in float32, as ptq.load
+    if ours:
+        assert torch.equal(logits(loaded, token_ids), logits(load(tmp_path / "out"), token_ids))
+    else:
+        assert torch.equal(logits(loaded, token_ids), expected)
     options = CompressedTensorsConfig(dequantize=True)
     dequantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", quantization_config=options
     )
-    assert torch.equal(logits(dequantized, token_ids), expected)
+    error = (logits(dequantized, token_ids) - expected).float().norm()
+    assert error <= (0.02 * expected.float().norm() if ours else 0)
+    dequantized.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "LOADED" in without_plugin(tmp_path / "dense")
+    plain = from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(plain, token_ids), logits(dequantized, token_ids))
 
 
 @pytest.mark.usefixtures("compressed_tensors")
@@ -277,9 +288,19 @@ def test_quantized_activations_load_and_are_near(make_run, tmp_path, token_ids, 
 
 
 @pytest.mark.usefixtures("compressed_tensors")
-def test_a_rotated_model_is_saved_with_guard_rotation_and_matrix(make_run, tmp_path):
-    make_run("llama", "mxfp4", rotation=32)(tmp_path / "out", dialect="compressed-tensors")
-    from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+@pytest.mark.parametrize(("fmt", "rotation"), [("mxfp4", 32), ("nvint4", 16), ("nvfp4", 16)])
+def test_a_rotated_model_that_ran_is_saved_as_it_was(
+    make_run, tmp_path, token_ids, fmt: str, rotation: int
+):
+    """It was saved with weights in the rotated basis and no rotation: KL 9."""
+    scheme = "w4a4" if fmt == "nvfp4" else "w4a16"
+    make_run("llama", fmt, rotation=rotation, scheme=scheme)(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    model = from_pretrained(tmp_path / "out")
+    expected = logits(model, token_ids)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(tmp_path / "again"), token_ids), expected)
     assert_same_tensors(tmp_path / "out", tmp_path / "again")
     saved, original = (Checkpoint(tmp_path / x).quantization for x in ("again", "out"))
     assert (
@@ -329,7 +350,37 @@ def test_checkpoints_of_others_are_read_as_before():
 
 
 @pytest.mark.usefixtures("compressed_tensors")
-def test_rotated_experts_are_refused_by_name(make_run, tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_experts_keep_their_global_scale(make_run, tmp_path, token_ids, kind, scheme):
+    """transformers drops it (its issue 48371): KL 6.6. Alone it stops; after ptq.hf it is right."""
+    make_run(kind, "nvfp4", scheme=scheme)(tmp_path / "out", dialect="compressed-tensors")
+    said = without_plugin(tmp_path / "out")
+    assert "LOADED" not in said and "STOPPED" in said
+    model = from_pretrained(tmp_path / "out")
+    expected = logits(load(tmp_path / "out", inputs="quantized"), token_ids)
+    assert torch.equal(logits(model, token_ids), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    assert "STOPPED" in without_plugin(tmp_path / "again")
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_rotated_attention_beside_unrotated_experts_opens(make_run, tmp_path, token_ids):
+    """What is advised where no engine rotates the inputs of experts; no route opened it."""
+    rules = (("re:.*experts.*", {"rotation": 1}),)
+    make_run("qwen3_moe", "mxfp4", rotation=32, rules=rules)(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    model = from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model, token_ids), logits(load(tmp_path / "out"), token_ids))
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    assert "STOPPED" in without_plugin(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_rotated_experts_of_others_are_rotated(make_run, tmp_path, token_ids):
     make_run("qwen3_moe", "mxfp4", rotation=1)(tmp_path / "out", dialect="compressed-tensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     apply = [
@@ -339,5 +390,9 @@ def test_rotated_experts_are_refused_by_name(make_run, tmp_path):
     scheme = {"type": "hadamard", "head_dim": 32, "apply": apply}
     config["quantization_config"]["transform_config"] = {"config_groups": {"h32": scheme}}
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"experts\.0\.\w+ is quantized .* no linear layer"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    experts = [
+        m for n, m in loaded.named_modules() if ".experts." in n and isinstance(m, QuantLinear)
+    ]
+    assert experts and all(m.rotation.size == 32 for m in experts)
+    assert torch.equal(logits(loaded, token_ids), logits(load(tmp_path / "out"), token_ids))
