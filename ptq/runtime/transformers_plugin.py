@@ -302,10 +302,11 @@ class RotatedQuantizer(CompressedTensorsHfQuantizer, StoredLayers):  # pyright: 
     def get_load_operations(self):
         return {} if self.ours else super().get_load_operations()
 
-    def update_weight_conversions(self, weight_conversions, model=None):
+    def update_weight_conversions(self, weight_conversions, *model, **named):
+        """transformers up to 5.20 gives no ``model``."""
         if self.ours:
             return self.without_merging(weight_conversions)
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model, **named)
 
     def _dequantize(self, model, dtype=None):
         if not self.ours:

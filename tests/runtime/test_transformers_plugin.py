@@ -267,6 +267,8 @@ def test_weight_only_compressed_tensors_are_the_dequantized_model(
     )
     error = (logits(dequantized, token_ids) - expected).float().norm()
     assert error <= (0.02 * expected.float().norm() if ours else 0)
+    if not ours:
+        return  # what transformers decompresses is its own affair
     dequantized.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "LOADED" in without_plugin(tmp_path / "dense")
