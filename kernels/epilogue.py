@@ -56,6 +56,7 @@ def finish(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -65,7 +66,8 @@ def finish(
     The workspace holds ROWS · COLUMNS · SPLIT fp32 per tile, the tickets an int32 per tile, 0
     before and after. Of a narrow tile, columns that are masked are neither written nor read (of one
     token in a tile of 16, that is most), and it lies there column by column, each in one piece.
-    In wider tiles masks take registers: 32 × 128 spilled 40 bytes on sm_90.
+    FLIGHT parts of it are read at a time, in their order. In wider tiles masks take registers: 32 ×
+    128 spilled 40 bytes on sm_90.
     """
     if SPLIT == 1:
         store_output(acc, out_ptr, bias_ptr, m, n, m_mask, n_mask, factor, N, HAS_BIAS, INTERPRETED)
@@ -86,9 +88,6 @@ def finish(
         tl.debug_barrier()
         if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            # as many parts in flight as registers hold, in their order
-            MANY: tl.constexpr = ROWS * COLUMNS * SPLIT > 8192 and SPLIT % 4 == 0
-            FLIGHT: tl.constexpr = 4 if MANY else SPLIT
             if NARROW:
                 for first in range(0, SPLIT, FLIGHT):
                     for other in tl.static_range(FLIGHT):

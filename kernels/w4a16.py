@@ -259,6 +259,9 @@ def w4a16_kernel(
         row = fragment_rows(row, BLOCK_N)
     n = tile_n * BLOCK_N + row
     n_mask = n < N
+    # as many parts in flight as registers hold: of 8, all but two made sm_120 spill (Triton 3.6)
+    FEW: tl.constexpr = ORDER == "fragments" or SPLIT * BLOCK_M * BLOCK_N <= 8192 or SPLIT % 2 != 0
+    FLIGHT: tl.constexpr = SPLIT if FEW else 2
     factor = tl.load(global_scale_ptr)
     if not INTERPRETED:
         factor = factor * operand_factor(ELEMENT, x_ptr.dtype.element_ty, ORDER == "natural")
@@ -279,6 +282,7 @@ def w4a16_kernel(
         BLOCK_N,
         BLOCK_M,
         SPLIT,
+        FLIGHT,
         HAS_BIAS,
         INTERPRETED,
     )

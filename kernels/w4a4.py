@@ -186,6 +186,7 @@ def w4a4_kernel(
         factor = factor * tl.load(x_global_ptr + m, mask=m < M, other=0.0)
     elif INPUT_SCALE == "tensor":
         factor = factor * tl.load(x_global_ptr)
+    FLIGHT: tl.constexpr = 4 if SPLIT * ROWS * COLUMNS > 8192 and SPLIT % 4 == 0 else SPLIT
     finish(
         acc,
         out_ptr,
@@ -203,6 +204,7 @@ def w4a4_kernel(
         ROWS,
         COLUMNS,
         SPLIT,
+        FLIGHT,
         HAS_BIAS,
         INTERPRETED,
     )
