@@ -101,23 +101,36 @@ def table(rows: list[Row], title: str) -> Table:
     return shown
 
 
-def draw(rows: list[Row], path: Path, title: str) -> None:
-    """A picture of the output error of every layer, one line for each method."""
+def draw(rows: list[Row], order: list[str], path: Path, title: str) -> None:
+    """A picture of the output error of every layer, in the ``order`` of the model, one line for
+    each method; the worst layers of the last are named."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [layer.layer.removeprefix("model.layers.") for layer in rows[0].report.layers]
+    errors = [{layer.layer: layer.error or float("nan") for layer in r.report.layers} for r in rows]
+    names = [name for name in order if name in errors[0]]
+    places = range(len(names))
     figure, axes = pyplot.subplots(figsize=(max(8.0, 0.28 * len(names)), 5), layout="constrained")
-    for row, marker in zip(rows, "osD", strict=False):
-        errors = [layer.error or float("nan") for layer in row.report.layers]
-        axes.semilogy(errors, marker=marker, markersize=4, linewidth=1, label=row.name)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axes.set_ylabel("‖(W - Ŵ)X‖² / ‖WX‖²")
+    for row, of, marker in zip(rows, errors, "osD", strict=False):
+        axes.semilogy([of[n] for n in names], marker, linestyle="-", linewidth=0.6, label=row.name)
+    last = [errors[-1][name] for name in names]
+    worst = sorted(places, key=last.__getitem__)[-3:][::-1]
+    named = ", ".join(".".join(names[place].split(".")[-3:]) for place in worst)
+    axes.plot(worst, [last[place] for place in worst], "o", markersize=12, fillstyle="none",
+              color="black", label=f"worst of {rows[-1].name}: {named}")  # fmt: skip
+    axes.set_xticks(places, [n.rpartition(".")[2] for n in names], rotation=90, fontsize=7)
+    for place, name in enumerate(names):
+        block = name.split(".")[2]
+        if place == 0 or names[place - 1].split(".")[2] != block:
+            axes.axvline(place - 0.5, color="0.8", linewidth=0.8)
+            axes.text(place - 0.4, 0.99, f"block {block}", va="top", fontsize=7, color="0.4",
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_ylabel("‖(W - Ŵ)X‖² / ‖WX‖², lower is better")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -142,7 +155,8 @@ def main() -> None:
     title = f"{options.format} {options.scheme} of the bundled model"
     display.out.print(table(rows, f"{title}, {rows[0].evaluation.tokens} held-out predictions"))
     picture = options.out / "layer-error.png"
-    draw(rows, picture, f"output error by layer, {title}")
+    order = [name for name, _ in original.module.named_modules()]
+    draw(rows, order, picture, f"output error by layer, {title}")
     print(f"checkpoints and {picture} are in {options.out}/")
 
 

@@ -101,7 +101,7 @@ def _figure(value: float) -> str:
 def check_plot(path: Path, backends: Iterable[str]) -> None:
     """Raise ValueError where :func:`plot` would: before hours of measuring, not after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+        raise ValueError("--plot needs matplotlib: pip install 'ptq-llm[plot]'")
     if path.suffix not in PLOTS:
         raise ValueError(f"--plot {path}: give a name that ends in {', '.join(PLOTS)}")
     names = set(backends)
