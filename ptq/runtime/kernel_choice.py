@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import Tensor, nn
 
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.kernels import coverage, gpu
@@ -21,6 +22,23 @@ class Visits:
 
     device: torch.device
     largest_scale: Tensor
+
+
+def visits(layer: nn.Module) -> Visits | None:
+    """Where hooks bring the tensors of a quantized layer, or None if those stay where they are."""
+    hook = getattr(layer, "_hf_hook", None)
+    for each in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(each, AlignDevicesHook) and each.offload:
+            assert each.weights_map is not None and each.execution_device is not None
+            device = torch.device(each.execution_device)  # pyright: ignore[reportArgumentType]
+            bits = each.weights_map["weight_scale"].view(torch.uint8)
+            return Visits(device, bits.max())
+    return None
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether accelerate has a part in what ``model`` does."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def kernel_obstacle(
@@ -43,12 +61,14 @@ def kernel_obstacle(
         return f"Triton kernels do not run on {device.type}"
     if info.quantize_inputs and not (gpu.multiplies_fp4(device) and fmt.element.name == "e2m1"):
         return f"{fmt.name} inputs are emulated: this device has no matrix product for them"
+    # larger ones than the kernels have are the library's, unless inputs are quantized with them
+    beyond = info.rotation not in coverage.ROTATIONS and not info.quantize_inputs
     return coverage.obstacle(
         fmt.element.name,
         fmt.scale_name,
         fmt.group_size,
         in_features,
-        rotation=info.rotation,
+        rotation=1 if beyond else info.rotation,
         dtype=dtype,
         scale_bits=scale_bits,
     )

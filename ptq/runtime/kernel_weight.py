@@ -12,8 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ptq.kernels import gpu
+from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import NO_PROLOGUE, Encoding, PackedWeight, Prologue, QuantizedInputs
+from ptq.numerics.rotation import Rotation
+from ptq.runtime.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,11 @@ class KernelWeight:
         the first of them."""
         from ptq.kernels import op_inputs  # imports Triton
 
-        if self.rotation > 1:
-            op_inputs.hadamard(self.rotation, dtype, self.weight.packed.device)
+        device = self.weight.packed.device
+        if self.rotation not in coverage.ROTATIONS:
+            rotated(torch.empty(1, self.rotation, dtype=dtype, device=device), self.rotation)
+        elif self.rotation > 1:
+            op_inputs.hadamard(self.rotation, dtype, device)
 
     def inputs(
         self, x: Tensor, prologue: Prologue = NO_PROLOGUE
@@ -65,9 +70,7 @@ class KernelWeight:
         from ptq.kernels import op_inputs, op_matmul  # imports Triton
 
         if self.encoding is None:
-            if prologue.keep:
-                return op_inputs.rotate_and_keep(x, self.rotation, prologue)
-            return op_inputs.rotate(x, self.rotation, prologue), x
+            return rotated(x, self.rotation, prologue)
         rows = x.reshape(-1, x.shape[-1])
         inputs, kept = op_inputs.quantize_and_keep(
             rows,
@@ -90,6 +93,20 @@ class KernelWeight:
         weight = self.blocked if inputs.scale_bits.ndim == 5 else self.weight
         y = op_matmul.w4a4_matmul(inputs, weight, self.bias, dtype)
         return y.reshape(*shape, weight.out_features)
+
+
+def rotated(x: Tensor, size: int, prologue: Prologue = NO_PROLOGUE) -> tuple[Tensor, Tensor]:
+    """16-bit inputs (*s, in) rotated in blocks of ``size``, and what the prologue made of them, if
+    it is to keep it; rounded once. Blocks that the kernels do not have are the library's."""
+    from ptq.kernels import op_inputs  # imports Triton
+
+    if size in coverage.ROTATIONS:
+        if prologue.keep:
+            return op_inputs.rotate_and_keep(x, size, prologue)
+        return op_inputs.rotate(x, size, prologue), x
+    y = op_inputs.rotate(x, 1, prologue)
+    with full_precision(x.device):
+        return Rotation(size).rotate(y), y
 
 
 @torch.no_grad()

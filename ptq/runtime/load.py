@@ -16,7 +16,7 @@ from ptq.kernels import gpu
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
 from ptq.runtime.fusion import fuse
-from ptq.runtime.kernel_choice import Visits
+from ptq.runtime.kernel_choice import visits
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -42,8 +42,8 @@ def load(
     evaluation mode.
 
     Experts are modules of linear layers, as in calibration; on a GPU they run together
-    (:mod:`ptq.runtime.packed_experts`) unless there is a ``device_map``. Without one tensors go to
-    ``device`` one by one.
+    (:mod:`ptq.runtime.packed_experts`) unless a ``device_map`` spreads them. Without one tensors go
+    to ``device`` one by one.
 
     Args:
         dtype: of everything that is not quantized, and of the results of quantized layers; None is
@@ -99,11 +99,10 @@ def load(
         len(replaced),
         checkpoint.path,
     )
-    settle_inputs(model, inputs)
     if device_map:
-        distribute(model, source.compute_dtype, device_map, max_memory, offload_folder)
-    else:
-        prepare_kernels(model, source.compute_dtype)
+        distribute(model, device_map, max_memory, offload_folder)
+    settle_inputs(model, inputs)
+    prepare_kernels(model, source.compute_dtype)
     slow = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel_dtype is None]
     if slow:
         logger.info(
@@ -121,8 +120,8 @@ def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:
     """Let quantized layers and experts use the Triton kernels where those can run, and say once
     what runs how.
 
-    Not for models that accelerate's hooks move: they put the weights of experts in places of their
-    own.
+    Layers that accelerate's hooks bring to a GPU use its kernels as well, one by one: what hooks
+    move cannot be stacked.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if tell(Counter(layer.prepare(dtype) for layer in layers)):
@@ -138,7 +137,7 @@ def tell(reasons: Counter[str | None]) -> int:
         total = served + reasons.total()
         logger.info("%d of %d quantized layers run in Triton kernels", served, total)
     for reason, count in reasons.items() if served or torch.cuda.is_available() else ():
-        logger.info("%d quantized layers run in the reference path: %s", count, reason)
+        logger.warning("%d quantized layers run in the reference path: %s", count, reason)
     return served
 
 
@@ -158,7 +157,7 @@ def settle_inputs(model: nn.Module, inputs: str) -> None:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.quantize_inputs]
     if not layers or inputs == "quantized":
         return
-    native = inputs == "auto" and all(gpu.multiplies_fp4(m.weight_packed.device) for m in layers)
+    native = inputs == "auto" and all(gpu.multiplies_fp4(_runs_on(m)) for m in layers)
     if inputs == "auto":
         logger.info(
             "inputs of quantized layers %s",
@@ -170,17 +169,18 @@ def settle_inputs(model: nn.Module, inputs: str) -> None:
         layer.quantize_inputs = native
 
 
+def _runs_on(layer: QuantLinear) -> torch.device:
+    brought = visits(layer)
+    return layer.weight_packed.device if brought is None else brought.device
+
+
 def distribute(
     model: PreTrainedModel,
-    dtype: torch.dtype,
     device_map: str | Mapping[str, int | str | torch.device],
     max_memory: dict[int | str, int | str] | None,
     offload_folder: Path | str | None,
 ) -> None:
-    """Spread a model in host memory over devices, with accelerate's hooks; see :func:`load`.
-    Layers run in kernels where those can, one by one: what hooks move cannot be stacked."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    largest = {n: m.weight_scale.view(torch.uint8).max() for n, m in layers.items()}
+    """Spread a model in host memory over devices, with accelerate's hooks; see :func:`load`."""
     if isinstance(device_map, str):
         whole = list(model._no_split_modules or [])
         device_map = infer_auto_device_map(
@@ -191,12 +191,3 @@ def distribute(
     dispatch_model(
         model, device_map=dict(device_map), offload_dir=offload_folder, offload_buffers=True
     )
-    reasons = Counter[str | None]()
-    for name, layer in layers.items():
-        visits = None
-        if layer.weight_packed.is_meta:
-            place = getattr(layer, "_hf_hook").execution_device  # noqa: B009 - accelerate's
-            place = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-            visits = Visits(place, largest[name])
-        reasons[layer.prepare(dtype, visits)] += 1
-    tell(reasons)

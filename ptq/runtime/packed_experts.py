@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ptq.kernels.operands import PackedWeight
 from ptq.model.experts import Expert, Experts
 from ptq.runtime.gradients import learns
-from ptq.runtime.kernel_weight import stacked
+from ptq.runtime.kernel_choice import hooked
+from ptq.runtime.kernel_weight import rotated, stacked
 from ptq.runtime.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Stack:
 
         like, size = self.like, self.like.rotation.size
         if not like.quantize_inputs:
-            x = op_inputs.rotate(x, size)
+            x = rotated(x, size)[0]
             return op_grouped.grouped_w4a16(x, offsets, self.weight, self.bias, rows)
         t = None
         if self.input_scale is not None:
@@ -207,6 +208,8 @@ def obstacle(experts: Experts) -> str | None:
     every = [*gate, *up, *down]
     if any(layer.kernel_dtype is None for layer in every):
         return "their layers do not run in Triton kernels"
+    if hooked(experts):
+        return "accelerate's hooks say where each of their layers runs"
     if len({layer.info for layer in (*gate, *up)}) > 1 or len({layer.info for layer in down}) > 1:
         return "their projections differ in format, rotation, inputs or bias"
     if len({(layer.kernel_dtype, layer.weight_packed.device) for layer in every}) > 1:

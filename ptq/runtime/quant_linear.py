@@ -8,7 +8,6 @@ The product and the bias are float32; the result is rounded once, to the dtype o
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +23,9 @@ from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
 from ptq.runtime.gradients import Product, learns
-from ptq.runtime.kernel_choice import Visits, kernel_obstacle, tell_once
+from ptq.runtime.kernel_choice import Visits, kernel_obstacle, tell_once, visits
 from ptq.runtime.kernel_weight import KernelWeight, stacked
+from ptq.runtime.precision import full_precision
 from ptq.runtime.shared_inputs import Inputs, Readers, same
 
 # So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a
@@ -243,30 +243,26 @@ class QuantLinear(nn.Module):
         assert isinstance(inputs, Tensor)
         return self._reference(inputs, x)
 
-    def prepare(self, dtype: torch.dtype, visits: Visits | None = None) -> str | None:
+    def prepare(self, dtype: torch.dtype) -> str | None:
         """Use the Triton kernels for inputs of ``dtype`` from now on, where they can run; after the
         layer was moved or cast, for its new device and dtype.
 
         Looks at the device and at the scales once, so that nothing has to be asked in ``forward``.
 
-        Args:
-            visits: where the tensors will be in ``forward``, if hooks bring them and take them away
-                each time.
-
         Returns:
             Why the reference path stays in use, or None.
         """
         self.kernel_dtype = self._kernel_weight = self.readers = None
-        self.wanted_dtype, self.visits = dtype, visits
+        self.wanted_dtype, self.visits = dtype, (brought := visits(self))
         if self.packed_weight.tiled:
             self._lay(self.in_rows())
         weight = self.packed_weight
-        device = weight.packed.device if visits is None else visits.device
-        bits = weight.scale_bits if visits is None else visits.largest_scale
+        device = weight.packed.device if brought is None else brought.device
+        bits = weight.scale_bits if brought is None else brought.largest_scale
         reason = kernel_obstacle(self.info, self.in_features, device, dtype=dtype, scale_bits=bits)
         if reason is None:
             self.kernel_dtype = dtype
-            if visits is not None:
+            if brought is not None:
                 return None
             if not self.quantize_inputs and gpu.reads_units(device) and tileable(weight):
                 self._lay(tiled(weight))
@@ -317,14 +313,14 @@ class QuantLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
         if self.rotation.size == 1 and not self.quantize_inputs:
             return rows.float()
-        with _full_precision(x.device):
+        with full_precision(x.device):
             if not self.quantize_inputs:
                 return self.rotation.rotate(rows).float()
             rule = None if self.input_rule == "default" else self.input_rule
             return round_inputs(rows, self.format, self.rotation, self.input_scale, rule)
 
     def _reference(self, wide: Tensor, x: Tensor) -> Tensor:
-        with _full_precision(x.device):
+        with full_precision(x.device):
             parts = [wide @ columns for columns in self._chunks(len(wide))]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.bias is not None:
@@ -340,7 +336,7 @@ class QuantLinear(nn.Module):
 
             flat = rows @ dequantize(self.packed_weight, gradient.dtype)
         else:
-            with _full_precision(rows.device):
+            with full_precision(rows.device):
                 flat, start = rows.new_zeros(len(rows), self.in_features, dtype=torch.float32), 0
                 for columns in self._chunks(len(rows)):
                     part = rows[:, start : start + columns.shape[1]].float()
@@ -446,24 +442,6 @@ def _alone(tensor: Tensor | None) -> Tensor | None:
         return tensor
     copy = tensor.detach().clone()
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products with float32 operands: neither TF32 (GPU), nor bf16 (oneDNN), nor
-    autocast."""
-    onednn = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - pyright does not know it
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else onednn
-    before = backend.fp32_precision
-    backend.fp32_precision = "ieee"
-    try:
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        else:  # entering it costs a tenth of a small layer
-            yield
-    finally:
-        backend.fp32_precision = before
 
 
 def stored_layer(

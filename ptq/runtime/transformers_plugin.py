@@ -153,9 +153,7 @@ class StoredLayers(HfQuantizer):
         if dequantize:
             return self._dequantize(model)
         settle_inputs(model, inputs)
-        spread_over_devices = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if not spread_over_devices:
-            prepare_kernels(model, model.dtype)
+        prepare_kernels(model, model.dtype)
         return model
 
     def _dequantize(

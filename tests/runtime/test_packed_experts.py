@@ -375,8 +375,8 @@ def test_loaded_experts_run_grouped(
     assert len(experts) == 2 and all(isinstance(m, PackedExperts) and is_packed(m) for m in experts)
     assert distance(logits(model, token_ids), logits(reference, token_ids)) < 2e-2
     assert model.state_dict().keys() == reference.state_dict().keys()
-    spread = load(path, device_map={"": DEVICE})
-    assert not any(isinstance(m, PackedExperts) for m in spread.modules())
+    whole = load(path, device_map={"": DEVICE})  # on one device there is nothing to be moved
+    assert sum(isinstance(m, PackedExperts) and is_packed(m) for m in whole.modules()) == 2
 
 
 def test_transformers_loads_grouped_experts_and_saves_them(

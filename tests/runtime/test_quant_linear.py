@@ -327,10 +327,11 @@ def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -
     fmt = FORMATS["nvfp4"]
     quantized = round_to(w, Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax").scales(w))
     layer = QuantLinear.from_quantized(
-        quantized, Rotation(256), None, quantize_inputs=False, input_global_scale=None
+        quantized, Rotation(256), None, quantize_inputs=True, input_global_scale=None
     )
     if not torch.cuda.is_available():
         assert "do not run on cpu" in str(layer.prepare(torch.bfloat16))
     monkeypatch.setattr(gpu, "available", lambda device: True)
+    monkeypatch.setattr(gpu, "multiplies_fp4", lambda device: True)
     assert "rotation of 256" in str(layer.prepare(torch.bfloat16))
     assert layer.kernel_dtype is None
