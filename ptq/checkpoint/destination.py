@@ -47,7 +47,7 @@ def check_destination(
         raise FileExistsError(f"{shown} exists and is not a directory: choose another --out")
     _check_surroundings(place, shown)
     holds = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
-    again = bool(holds) and recipe is not None and _recipe(place) == recipe()
+    again = bool(holds) and recipe is not None and recipe() in _recipes(place)
     if holds and not (overwrite or again):
         raise FileExistsError(
             f"{shown} exists and is not empty: choose another directory, or --overwrite"
@@ -93,9 +93,20 @@ def is_ours(directory: Path) -> bool:
     return _our_part(directory) is not None
 
 
-def _recipe(directory: Path) -> object:
-    """What a checkpoint of ours was made by; None if it is none."""
-    return (_our_part(directory) or {}).get("recipe")
+def chosen_by(directory: Path, asked: Mapping[str, object]) -> Mapping[str, object] | None:
+    """The recipe of a checkpoint of ours that a run chose when it was asked for ``asked``, which
+    left something to choose; None if there is no such checkpoint."""
+    recipes = _recipes(directory)
+    return recipes[0] if recipes[1:] == [asked] else None
+
+
+def _recipes(directory: Path) -> list[Mapping[str, object]]:
+    """What a checkpoint of ours was made by, and what was asked for if that is another; none if it
+    is not ours."""
+    ours = _our_part(directory) or {}
+    provenance = ours.get("provenance")
+    asked = provenance.get("asked") if isinstance(provenance, dict) else None
+    return [recipe for recipe in (ours.get("recipe"), asked) if isinstance(recipe, dict)]
 
 
 def _our_part(directory: Path) -> dict[str, object] | None:

@@ -23,7 +23,7 @@ from ptq import __version__
 from ptq.calib.hidden_states import check_storage
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint.companions import companion_files
-from ptq.checkpoint.destination import check_destination
+from ptq.checkpoint.destination import check_destination, chosen_by
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.writer import CheckpointWriter, config_dtype
@@ -255,19 +255,22 @@ def quantize_model(
     )
     settled = cache(lambda: settle(recipe=recipe))
 
+    def asked() -> dict[str, object]:
+        return json.loads(json.dumps(settled().recipe.to_dict()))
+
     companions: list[Path] = []
+    chosen = None
     if out is not None:
-        out = check_destination(
-            out,
-            source.path,
-            overwrite=overwrite,
-            recipe=lambda: json.loads(json.dumps(settled().recipe.to_dict())),
-        )
+        out = check_destination(out, source.path, overwrite=overwrite, recipe=asked)
         companions = _companions(source)
+        chosen = None if overwrite else chosen_by(out, asked())
     plan = settled()
     room(plan)
     data = _calibration(plan, tokenizer)
-    if plan.allocates:
+    extra: dict[str, object] = {"asked": asked()} if plan.allocates else {}
+    if chosen is not None:  # what this run chose when it finished; the writer looks at the rest
+        plan = settle(recipe=Recipe.from_dict(dict(chosen)))
+    elif plan.allocates:
         found = allocate(source, plan, data.batches, device=device, activations=activations)
         plan = replace(settle(recipe=found.applied_to(recipe, plan)), about_budget=str(found))
     if on_plan is not None:
@@ -297,7 +300,7 @@ def quantize_model(
         out,
         source_config=_config(source),
         recipe=plan.recipe.to_dict(),
-        provenance=_provenance(source, data),
+        provenance=_provenance(source, data) | extra,
         fingerprint=source.fingerprint,
         weights=source.digests(None),
         overwrite=overwrite,

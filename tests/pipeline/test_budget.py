@@ -1,6 +1,8 @@
 """Eight bits where they gain most: the knapsack, what decides together, and a run."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
+from ptq.pipeline import run
 from ptq.pipeline.budget import Allocation, allocate, knapsack, room
 from ptq.pipeline.forecast import forecast
 from ptq.pipeline.plan import Plan
@@ -103,6 +106,23 @@ def test_a_run_writes_what_it_chose_and_loses_less(
     assert stored["eight_bit"] == 0 and stored["rules"]
     assert all(change == "mxfp8" for _, change in stored["rules"])
     assert Recipe.from_dict(stored).rules
+
+
+def test_a_finished_run_is_seen_to_be_finished(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without choosing again; its own result looked like somebody else's."""
+    recipe = Recipe.default(
+        "nvfp4", algorithm="rtn", eight_bit=0.3, calibration=str(tiny_text), samples=4, seq_len=32
+    )
+    made = partial(quantize_model, tiny_llama, tmp_path / "out", device="cpu")
+    made(recipe=recipe)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(run, "allocate", lambda *_, **__: pytest.fail("it chooses again"))
+    assert "had finished it" in made(recipe=recipe).reason
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        made(recipe=replace(recipe, eight_bit=0.2))
 
 
 def load_original(path: Path) -> torch.nn.Module:
