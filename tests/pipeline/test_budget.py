@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq.checkpoint.dialect_choice import Choice
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.pipeline import run
@@ -119,7 +120,8 @@ def test_a_finished_run_is_seen_to_be_finished(
     made(recipe=recipe)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(run, "allocate", lambda *_, **__: pytest.fail("it chooses again"))
-    assert "had finished it" in made(recipe=recipe).reason
+    again = made(recipe=recipe)
+    assert isinstance(again, Choice) and "had finished it" in again.reason
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     with pytest.raises(FileExistsError, match="--overwrite"):
         made(recipe=replace(recipe, eight_bit=0.2))
