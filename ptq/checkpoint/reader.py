@@ -146,6 +146,11 @@ class Checkpoint:
     def layer(self, name: str) -> dict[str, Tensor]:
         """The tensors of one quantized layer in memory form, keyed like the buffers of
         QuantLinear."""
+        return layer_from_disk(self.stored_layer(name), self.layers[name], name)
+
+    def stored_layer(self, name: str) -> dict[str, Tensor]:
+        """The same as the ``ptq`` dialect stores them, whatever the dialect; not looked at further
+        than a conversion has to."""
         info = self.layers[name]
         conversion = self._dialect.conversion(info)
         leaves = {"weight_packed", "weight_scale", *GLOBALS, "bias"}
@@ -162,7 +167,7 @@ class Checkpoint:
                 tensors = conversion.read(tensors)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        return layer_from_disk(tensors, info, name)
+        return tensors
 
     def other_names(self) -> list[str]:
         """Tensors that belong to no quantized layer, sorted, without those that a dialect adds for

@@ -15,6 +15,7 @@ import typer
 from ptq.cli.analyze import analyze
 from ptq.cli.bench import bench
 from ptq.cli.chat import chat, generate
+from ptq.cli.convert import convert
 from ptq.cli.errors import fail, guarded
 from ptq.cli.formats import formats
 from ptq.cli.options import (
@@ -526,6 +527,7 @@ def verify(
         sys.exit(2)
 
 
+app.command()(convert)
 app.command(cls=ModelFirst)(analyze)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(chat)

@@ -1,0 +1,27 @@
+"""``ptq convert``: a checkpoint in another dialect, or one line that says why not."""
+
+from pathlib import Path
+
+from command_line import Run
+
+
+def test_it_says_what_it_wrote(ptq: Run, make_run, tmp_path: Path) -> None:
+    make_run("llama", "nvfp4")(tmp_path / "in", dialect="ptq")
+    done = ptq("convert", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert done.code == 0
+    assert "compressed-tensors (transformers computes it exactly, and vLLM reads it)" in " ".join(
+        done.out.split()
+    )
+    assert ptq("verify", str(tmp_path / "out")).code == 0
+    again = ptq("convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "ptq")
+    assert again.code == 2 and "--overwrite" in again.err
+    quiet = ptq("convert", str(tmp_path / "in"), str(tmp_path / "out"), "--overwrite", "-q")
+    assert quiet.code == 0 and not quiet.out
+
+
+def test_what_cannot_be_said_is_refused(ptq: Run, make_run, tmp_path: Path) -> None:
+    make_run("llama", "nvfp4", rotation=16)(tmp_path / "in", dialect="ptq")
+    done = ptq("convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "compressed-tensors")
+    assert done.code == 2 and "cannot write compressed-tensors" in done.err
+    assert not (tmp_path / "out").exists()
+    assert ptq("convert", str(tmp_path), str(tmp_path / "out"), "--to", "x").code == 2
