@@ -7,6 +7,7 @@ turns, so that they share thermal drift (K4). On a CPU calls are timed one by on
 """
 
 import importlib.util
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from torch.nn.functional import linear
 from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
 from ptq.kernels.tiles import Tile
+
+log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------- what is timed
 
@@ -326,7 +329,8 @@ def time_tiles(
     tiles: Sequence[Tile],
     device: torch.device,
 ) -> list[tuple[float, Tile]]:
-    """(median seconds, tile) of the candidates of ``tune.py``, those that do not launch left out.
+    """(median seconds, tile) of the candidates of ``tune.py``, those that do not fit or that the
+    compiler cannot build left out.
 
     Args:
         operation: ``w4a16`` or ``w4a4``.
@@ -336,7 +340,7 @@ def time_tiles(
     Raises:
         RuntimeError: no candidate ran.
     """
-    import triton
+    from triton.errors import TritonError
 
     element, scale = next(parts for parts, name in coverage.FORMATS.items() if name == fmt)
     problem = Problem(
@@ -354,7 +358,10 @@ def time_tiles(
     for tile in tiles:
         try:
             seconds = time_calls({"": prepare(tile)}, device, 20)[""]
-        except triton.runtime.errors.OutOfResources:
+        except (TritonError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PassManager" not in str(error):
+                raise  # of the device, not of the compiler
+            log.info("left out %s: %s", tile, str(error).partition("\n")[0])
             continue
         timed.append((statistics.median(seconds), tile))
     if not timed:

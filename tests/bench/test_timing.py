@@ -1,5 +1,7 @@
 """What is timed for which GPU, and that it runs; timing itself on tiny shapes on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -60,6 +62,34 @@ def test_tiles_are_timed_on_weights_as_they_are_served(monkeypatch: pytest.Monke
         monkeypatch.setattr(gpu, "reads_units", lambda device, units=units: units)
         calls = timing._tile_calls("w4a16", problem)(Tile(kernel="w4a16"))
         assert [call.args[1].tiled for call in calls] == [units, units]
+
+
+def test_what_the_compiler_cannot_build_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of tuning ended at the first tile that it failed at; an error of the device still ends
+    them."""
+    pytest.importorskip("triton")
+    from triton.runtime.errors import PTXASError
+
+    fails: dict[int, Exception] = {
+        64: PTXASError("out of registers"),
+        128: RuntimeError("PassManager::run failed"),
+        16: RuntimeError("an illegal memory access was encountered"),
+    }
+
+    def timed(groups, device, repeats):
+        if (error := fails.get(groups[""][0].block_n)) is not None:
+            raise error
+        return {"": [1.0, 3.0, 2.0]}
+
+    monkeypatch.setattr(timing, "time_calls", timed)
+    monkeypatch.setattr(timing, "_tile_calls", lambda operation, problem: lambda tile: [tile])
+    tiles = [Tile(kernel="w4a16", block_n=width) for width in (64, 128, 256, 16)]
+    time = partial(timing.time_tiles, "w4a16", "nvfp4", 1, 64, 128, device=torch.device("cpu"))
+    assert time(tiles=tiles[:3]) == [(2.0, tiles[2])]
+    with pytest.raises(RuntimeError, match="no tile for w4a16 nvfp4 1 tokens 64×128"):
+        time(tiles=tiles[:2])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        time(tiles=tiles)
 
 
 def test_groups_of_calls_take_turns() -> None:
