@@ -184,10 +184,13 @@ class QuantLinear(nn.Module):
         return untiled(weight) if weight.tiled else weight
 
     def _lay(self, weight: PackedWeight) -> None:
-        """Let the buffers be those of ``weight``, the same numbers in rows or in units."""
-        self._kernel_weight = self.readers = None
-        self.weight_packed.data = weight.packed
-        self.weight_scale.data = weight.scale_bits.view(self.weight_scale.dtype)
+        """Let the buffers be those of ``weight``, the same numbers in rows or in units. The tensors
+        that they were stay as they are: a state_dict of somebody else's may hold them."""
+        self._kernel_weight = self._dequantized = self.readers = None
+        bits = weight.scale_bits.view(self.weight_scale.dtype)
+        for name, tensor in (("weight_packed", weight.packed), ("weight_scale", bits)):
+            parameter = name in self._parameters
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
 
     @property
     def input_encoding(self) -> Encoding:
@@ -395,12 +398,11 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         # the buffers may be written in place
         self._dequantized = self._kernel_weight = self.readers = None
-        units = self.packed_weight.tiled
-        if units:
+        if self.packed_weight.tiled:
             self._lay(self.in_rows())
         super()._load_from_state_dict(*args, **kwargs)
-        if units:
-            self._lay(tiled(self.packed_weight))
+        if self.wanted_dtype is not None:
+            self.prepare(self.wanted_dtype)  # the scales may be out of the range of kernels
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -422,8 +424,8 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.kernel_dtype is not None:
-            self.prepare(self.kernel_dtype)  # the device may be another one
+        if self.wanted_dtype is not None:
+            self.prepare(self.wanted_dtype)  # the device may be another one
 
     def extra_repr(self) -> str:
         inputs = f", inputs={self.format.name}" if self.quantize_inputs else ""

@@ -335,3 +335,154 @@ def test_the_reference_path_says_why_it_stays(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gpu, "multiplies_fp4", lambda device: True)
     assert "rotation of 256" in str(layer.prepare(torch.bfloat16))
     assert layer.kernel_dtype is None
+
+
+# ---------------------------------------------------------------- weights in units
+
+
+def in_units(layer: QuantLinear) -> bool:
+    """Whether the weight of 64 × 256 lies as Hopper's kernels stream it."""
+    return layer.weight_packed.shape == (1, 2, 64, 64)
+
+
+def kept_as(layer: QuantLinear, keep) -> QuantLinear:
+    """The ``layer``, or what transformers keeps of it, in kernels."""
+    layer = keep(layer).to("cuda" if torch.cuda.is_available() else "cpu")
+    assert layer.prepare(torch.bfloat16) is None
+    if not gpu.reads_units(layer.weight_packed.device):
+        pytest.skip("this device reads rows")
+    assert in_units(layer)
+    return layer
+
+
+@pytest.fixture(params=[lambda layer: layer, stored], ids=["memory", "stored"])
+def keep(request: pytest.FixtureRequest):
+    """What a layer is: QuantLinear, or transformers' StoredLinear."""
+    return request.param
+
+
+@pytest.fixture
+def rows() -> QuantLinear:
+    """A layer of whole units that no kernel was prepared for."""
+    fmt, w = FORMATS["nvfp4"], torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax")
+    return QuantLinear.from_quantized(
+        round_to(w, grid.scales(w)),
+        Rotation(16),
+        torch.ones(64),
+        quantize_inputs=False,
+        input_global_scale=None,
+    )
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    assert one.keys() == other.keys()
+    return all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k].cpu(), other[k].cpu()) for k in one
+    )
+
+
+def test_the_state_of_units_is_rows(kernels, rows, keep) -> None:
+    plain, layer = keep(rows), kept_as(copy.deepcopy(rows), keep)
+    assert same_state(layer, plain)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert shapes["weight_packed"] == (64, 128) and shapes["weight_scale"] == (64, 16)
+    assert torch.equal(layer.weight.cpu(), plain.weight)
+    assert torch.equal(layer.scales.bits.cpu(), rows.weight_scale), "in rows for whoever asks"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_rows_are_loaded_into_units(kernels, rows, keep, assign: bool) -> None:
+    layer, other = kept_as(copy.deepcopy(rows), keep), keep(copy.deepcopy(rows))
+    for name in ("weight_packed", "weight_scale"):  # other numbers
+        tensor = other.get_parameter(name) if name in other._parameters else other.get_buffer(name)
+        tensor.data = tensor.data.flip(0)
+    tensors = {k: t.to(layer.weight_packed.device) for k, t in other.state_dict().items()}
+    before = {k: t.clone() for k, t in tensors.items()}
+    layer.load_state_dict(tensors, assign=assign)
+    assert in_units(layer) and same_state(layer, other)
+    assert all(torch.equal(tensors[k], before[k]) for k in before), "what was given is untouched"
+    x = torch.randn(3, 256).bfloat16().to(layer.weight_packed.device)
+    found, expected = layer(x).float().cpu(), other(x.cpu()).float()
+    assert float((found - expected).norm() / expected.norm()) < 4e-3
+
+
+def test_scales_that_kernels_cannot_read_take_a_loaded_layer_out_of_units(kernels) -> None:
+    fmt, w = FORMATS["mxfp4"], torch.randn(64, 256)
+    grid = Grid(fmt, fmt.global_scale(w.abs().amax()), "absmax")
+    layer = kept_as(
+        QuantLinear.from_quantized(
+            round_to(w, grid.scales(w)),
+            Rotation(1),
+            None,
+            quantize_inputs=False,
+            input_global_scale=None,
+        ),
+        lambda layer: layer,
+    )
+    tensors = layer.state_dict()
+    tensors["weight_scale"][3, 1] = 200
+    layer.load_state_dict(tensors)
+    assert layer.kernel_dtype is None and layer.weight_packed.shape == (64, 128)
+    assert torch.equal(layer.weight_scale, tensors["weight_scale"])
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to("cpu").to("cuda" if torch.cuda.is_available() else "cpu"),
+        lambda m: m.float(),
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+    ],
+    ids=["moved", "float", "half", "bfloat16", "deepcopy", "pickle"],
+)
+def test_units_go_wherever_a_layer_goes(kernels, rows, keep, move, request) -> None:
+    layer = kept_as(copy.deepcopy(rows), keep)
+    if "stored-pickle" in request.node.name:
+        pytest.skip("torch does not pickle float8, the dtype of its scales")
+    x = torch.randn(3, 256).bfloat16().to(layer.weight_packed.device)
+    expected, moved = layer(x), move(layer)
+    assert in_units(moved)
+    state, before = moved.state_dict(), keep(rows).state_dict()
+    for name in ("weight_packed", "weight_scale"):
+        assert torch.equal(state[name].cpu(), before[name]), name
+    y = moved(x.to(moved.kernel_dtype))
+    assert float((y.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
+
+
+def test_a_layer_leaves_its_units_where_kernels_do_not_run(
+    kernels, rows, keep, monkeypatch
+) -> None:
+    plain, layer = keep(copy.deepcopy(rows)), kept_as(copy.deepcopy(rows), keep)
+    pickled = pickle.dumps(kept_as(copy.deepcopy(rows), lambda layer: layer))
+    monkeypatch.setattr(gpu, "available", lambda device: False)
+    for other in (layer, pickle.loads(pickled)):
+        other.cpu()
+        assert other.weight_packed.shape == (64, 128) and other.kernel_dtype is None
+        if other is not layer:
+            plain = rows
+        assert same_state(other, plain)
+        x = torch.randn(3, 256).bfloat16()
+        assert torch.equal(other(x), plain(x))
+
+
+def test_the_tensors_that_a_layer_was_made_of_stay_rows(kernels, rows) -> None:
+    tensors = {k: t.clone() for k, t in rows.state_dict().items()}
+    before = {k: t.clone() for k, t in tensors.items()}
+    layer = stored_layer(nn.Linear(256, 64), rows.info, tensors, "x")
+    layer.prepare(torch.bfloat16)
+    assert all(torch.equal(tensors[k], before[k]) for k in before)
+
+
+def test_a_cached_weight_is_dropped_with_the_rows_it_was_made_of(kernels, rows) -> None:
+    rows.cache = True
+    x = torch.randn(3, 256)
+    expected = rows(x)  # float32: the reference path
+    kept_as(rows, lambda layer: layer)
+    assert rows._dequantized is None and torch.equal(
+        rows(x.to(rows.weight_packed.device)).cpu(), expected
+    )
