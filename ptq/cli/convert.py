@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ptq.checkpoint.dialect_choice import CHOICES
 from ptq.cli.errors import guarded
-from ptq.cli.options import Debug, Quiet, values
+from ptq.cli.options import DIALECTS, Debug, Quiet, values
 
 
 @guarded
@@ -17,7 +16,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Directory of the result.", metavar="OUT")],
     to: Annotated[
-        str, typer.Option(**values(CHOICES, "How the result lies on disk, and so who opens it."))
+        str, typer.Option(**values(DIALECTS, "How the result lies on disk, and so who opens it."))
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")
