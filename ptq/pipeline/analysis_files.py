@@ -1,8 +1,9 @@
 """Where an analysis lies: blocks as they are finished, and at the end analysis.json and .csv.
 
-A folder holds ``analysis.partial.jsonl`` while it is made: a line that says of which run, then one
-for every finished block. A line that was cut off is not counted. The results appear complete or
-not at all, and replace only files of these names.
+What was asked for beside it is part of analysis.json and has tables of its own: direct-cast.csv,
+pareto.csv and the recipe that was advised. A folder holds ``analysis.partial.jsonl`` while it is
+made: a line that says of which run, then one for every finished block. A line that was cut off is
+not counted. The results appear complete or not at all, and replace only files of these names.
 """
 
 import csv
@@ -15,7 +16,10 @@ from pathlib import Path
 
 from ptq.checkpoint.safetensors_files import sync_folder, write_file
 from ptq.numerics.formats import FORMATS
+from ptq.pipeline import advice, cast_results
+from ptq.pipeline.advice import Advice
 from ptq.pipeline.analysis import BlockAnalysis
+from ptq.pipeline.cast_results import DirectCast
 from ptq.reading.schema import JsonObject, check, plain, read_json
 
 PARTIAL, RESULT, TABLE, PAGE = (
@@ -24,6 +28,8 @@ PARTIAL, RESULT, TABLE, PAGE = (
     "analysis.csv",
     "analysis.html",
 )
+CAST_TABLE, FRONT_TABLE, RECIPE = "direct-cast.csv", "pareto.csv", "recipe.toml"
+CAST_STATES = "direct-cast.partial"  # folder of an unfinished direct cast
 VERSION = 1
 
 
@@ -36,6 +42,7 @@ class Analysis:
         model: as it was given.
         identity: what decides the numbers: fingerprint of the model, options, versions.
         seconds: that it took, those of interrupted runs not counted.
+        direct_cast, advice: of those who asked for them.
     """
 
     version: int
@@ -43,6 +50,8 @@ class Analysis:
     identity: JsonObject
     seconds: float
     blocks: tuple[BlockAnalysis, ...]
+    direct_cast: DirectCast | None = None
+    advice: Advice | None = None
 
 
 def read_analysis(folder: Path) -> Analysis:
@@ -76,7 +85,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} exists and is not a directory: choose another --out")
     holds = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    ours = {PARTIAL, RESULT, TABLE, PAGE}
+    ours = {PARTIAL, RESULT, TABLE, PAGE, CAST_TABLE, FRONT_TABLE, RECIPE, CAST_STATES}
     if strangers := [name for name in holds if name not in ours]:
         raise FileExistsError(
             f"{folder} holds {', '.join(strangers[:3])}, which no analysis wrote: choose another "
@@ -145,9 +154,13 @@ class Partial:
 
 
 def write_results(folder: Path, analysis: Analysis, page: str | None = None) -> None:
-    """Write analysis.csv, the page if there is one, and analysis.json, that one last; then remove
+    """Write the tables, the page if there is one, and analysis.json, that one last; then remove
     the partial file."""
     write_file(folder / TABLE, [table(analysis.blocks).encode()])
+    if analysis.direct_cast is not None:
+        write_file(folder / CAST_TABLE, [cast_results.table(analysis.direct_cast).encode()])
+    if analysis.advice is not None:
+        write_file(folder / FRONT_TABLE, [advice.table(analysis.advice).encode()])
     if page is not None:
         write_file(folder / PAGE, [page.encode()])
     compact = json.dumps(plain(analysis), ensure_ascii=False, separators=(",", ":"))
