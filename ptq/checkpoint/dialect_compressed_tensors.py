@@ -206,6 +206,7 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
         "quantize_activations": inputs,
         "static_activations": inputs and fmt.format.has_global_scale,
         "input_rule": ours.input_rule,
+        "nested": 0,
     }
     return Quantization(
         values=values,

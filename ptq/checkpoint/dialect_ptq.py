@@ -9,7 +9,9 @@ Its ``quantization_config`` has exactly these keys; loaders refuse unknown keys 
     static_activations      whether there is a calibrated ``input_global_scale``; without one it is
                             that of each token, or the format has none
     input_rule              scale rule of the inputs; "default" is the format's own
-    <one of these five>_overrides    {pattern: value} for layers that differ; the first that matches
+    nested                  bits of the narrower format that the codes hold within them; 0, or not
+                            there, is none (:mod:`ptq.numerics.nested`)
+    <one of these six>_overrides    {pattern: value} for layers that differ; the first that matches
     ignore                  patterns of linear layers that are not quantized
     recipe, provenance      how the checkpoint was made; never needed to load it
 
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ptq.checkpoint.dialect import Dialect, Export, Layers
 from ptq.checkpoint.quantization_config import (
+    LEFT_OUT,
     PER_LAYER,
     VERSION,
     JsonDict,
@@ -51,6 +54,8 @@ def ptq_config(
     """The ``quantization_config``; it says what ``quantization`` does and needs nothing else."""
     config: JsonDict = {"quant_method": PTQ.name, "version": VERSION}
     for key, value in quantization.values.items():
+        if key in LEFT_OUT and value == PER_LAYER[key] and key not in quantization.overrides:
+            continue
         config[key] = value
         if key in quantization.overrides:
             config[f"{key}_overrides"] = dict(quantization.overrides[key])

@@ -29,6 +29,8 @@ class LayerReport:
         tokens: that reached the layer; 0 where no text was read.
         topped_up: whether its statistics have tokens of other experts as well.
         balance: strength of the balancing of its inputs, 0 where it does not fold.
+        wide_error: of a layer with nested codes on the calibration tokens, at the width that is
+            stored; all other errors are then at the narrow one. None for any other layer.
         of_outputs: whether errors are those of outputs; if not, those of the weights.
         seconds: of solving it, wall time.
     """
@@ -50,13 +52,17 @@ class LayerReport:
     seconds: float
     balance: float = 0.0
     of_outputs: bool = True
+    wide_error: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values, under the keys of ``ptq_report.json``; ``of_outputs`` only where it is
-        false, so that reports of the usual kind have the bytes that they always had."""
+        false and ``wide_error`` where there is one, so that reports of the usual kind have the
+        bytes that they always had."""
         data = plain(self)
         if self.of_outputs:
             del data["of_outputs"]
+        if self.wide_error is None:
+            del data["wide_error"]
         return data
 
     @classmethod

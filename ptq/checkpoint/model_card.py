@@ -46,6 +46,7 @@ def model_card(
             if recipe.get("balance")
             else "none",
         ),
+        *((("nested", _nested(layers)),) if any(i.nested for i in layers.values()) else ()),
         ("dialect", f"{choice.dialect} ({choice.reason})"),
         ("size", f"{total_bytes / 1e9:.3g} GB, {len(layers)} quantized layers, {bits}"),
     ]
@@ -86,6 +87,14 @@ def model_card(
     ]
     lines += ["Errors of every layer are in `ptq_report.json`.", ""]
     return "\n".join(lines)
+
+
+def _nested(layers: Mapping[str, LayerInfo]) -> str:
+    widths = sorted({info.nested for info in layers.values() if info.nested})
+    return "; ".join(
+        f"the upper {bits} bits of a code are one of {bits} bits: `ptq.load(path, bits={bits})`"
+        for bits in widths
+    )
 
 
 def _code(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 
 from ptq.numerics.formats import FORMATS
 from ptq.reading.name_patterns import check_pattern, matches_name
@@ -42,6 +42,8 @@ class LayerInfo:
             token, or none.
         input_rule: scale rule of the inputs, ``"default"`` is the format's own.
         bias: whether it has one.
+        nested: bits of the narrower format that its codes hold within them
+            (:mod:`ptq.numerics.nested`); 0 for none.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -52,6 +54,7 @@ class LayerInfo:
     static_inputs: bool = False
     input_rule: str = "default"
     bias: bool = False
+    nested: Annotated[int, Field(ge=0, le=16)] = 0
 
     def to_dict(self) -> JsonDict:
         """The JSON form."""
@@ -134,7 +137,10 @@ PER_LAYER: dict[str, object] = {
     "quantize_activations": False,
     "static_activations": False,
     "input_rule": "default",
+    "nested": 0,
 }
+# Those that a configuration leaves out where all layers have the value above: they came later.
+LEFT_OUT = ("nested",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +180,7 @@ class Quantization:
             static_inputs=facts["static_activations"],
             input_rule=facts["input_rule"],
             bias=bias,
+            nested=facts["nested"],
         )
 
     def ignores(self, name: str) -> bool:
@@ -197,6 +204,11 @@ def _check(key: str, value: object) -> None:
         ):
             raise ValueError(
                 f"hadamard is {value!r} in quantization_config; it must be 0 or a power of two"
+            )
+    elif key == "nested":
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 16:
+            raise ValueError(
+                f"nested is {value!r} in quantization_config; it must be 0 or the bits of a format"
             )
     elif not isinstance(value, type(PER_LAYER[key])):
         raise ValueError(

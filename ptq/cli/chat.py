@@ -11,6 +11,7 @@ import typer
 from ptq.cli.errors import guarded
 from ptq.cli.options import (
     MODEL_HELP,
+    Bits,
     Debug,
     Device,
     Dtype,
@@ -44,6 +45,7 @@ def generate(
         float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    bits: Bits = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -63,7 +65,7 @@ def generate(
     from ptq.runtime.generate import record, stream_text
     from ptq.runtime.loaded_model import load_model
 
-    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
+    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype), bits=bits)
     answers = subject.chats and not raw and bool(prompt)
     if answers:
         encoded = subject.encode_chat([{"role": "user", "content": prompt}])
@@ -142,6 +144,7 @@ def chat(
         float, typer.Option(help="0 takes the most likely token, 1 samples from the model.")
     ] = 0.7,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    bits: Bits = None,
     device: Device = None,
     dtype: Dtype = None,
     quiet: Quiet = False,
@@ -157,7 +160,7 @@ def chat(
     from ptq.runtime.conversation import Conversation
     from ptq.runtime.loaded_model import load_model
 
-    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype))
+    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype), bits=bits)
     conversation = Conversation(subject, system)
     tell = (lambda text: None) if quiet else display.note
     tell(f"{model}, {subject.positions or 'any number of'} positions; {HELP}")

@@ -32,6 +32,7 @@ from ptq.cli.options import (
     RUN,
     SCALES,
     SCHEMES,
+    Bits,
     Debug,
     Device,
     Dtype,
@@ -171,6 +172,15 @@ def quantize(
             metavar="BITS",
             show_default="the format's",
             help="The same by bits per weight, on average: 4.75.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    nested: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            show_default="0: none",
+            help="Narrower format that mxint8 or mxint6 codes hold, run with --bits: 4.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -342,6 +352,7 @@ def quantize(
         "balance": balance,
         "eight_bit": None if eight_bit is None else parse_share("--eight-bit", eight_bit),
         "budget": budget,
+        "nested": nested,
         "scales": scales,
         "input_rule": input_rule,
         "calibration": calibration,
@@ -442,6 +453,7 @@ def evaluate(
             min=2, show_default="2048, or the model's positions", help="Tokens in a window."
         ),
     ] = None,
+    bits: Bits = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -459,7 +471,7 @@ def evaluate(
     from ptq.runtime.loaded_model import load_model, tokenize
 
     place, kind = parse_device(device), parse_dtype(dtype)
-    subject = load_model(model, device=place, dtype=kind)
+    subject = load_model(model, device=place, dtype=kind, bits=bits)
     against = None if reference is None else load_model(reference, device=place, dtype=kind)
     tokens = tokenize(subject, text, against, field)
     with display.evaluating(quiet=quiet) as on_window:
@@ -473,7 +485,13 @@ def evaluate(
         )
     if json:
         display.print_json(
-            {"model": model, "reference": reference, "text": text, **result.to_dict()}
+            {
+                "model": model,
+                **({} if bits is None else {"bits": bits}),
+                "reference": reference,
+                "text": text,
+                **result.to_dict(),
+            }
         )
     else:
         display.print_evaluation(model, reference, text, result)

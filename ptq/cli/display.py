@@ -231,6 +231,13 @@ def print_report(report: Report, *, layers: bool) -> None:
             "recipe: " + ", ".join(f"{key}={value}" for key, value in choices.items()),
             style="dim",
         )
+    if nested := sorted({row.nested for row in report.layers if row.nested}):
+        bits = " or ".join(map(str, nested))
+        wide = number(mean(row.wide_error for row in report.layers), 3)
+        out.print(
+            f"codes hold those of {bits} bits (--bits {nested[0]}), which errors are of; as they "
+            f"are stored the mean is {wide}"
+        )
     out.print(_kinds(report))
     if layers and any(row.error is not None for row in report.layers):
         out.print(_errors(report))

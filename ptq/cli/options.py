@@ -65,6 +65,14 @@ Dtype = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        show_default="as stored",
+        help="Width of the weights, of a checkpoint made with --nested.",
+        rich_help_panel=RUN,
+    ),
+]
 Field = Annotated[
     str | None,
     typer.Option(

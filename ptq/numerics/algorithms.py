@@ -14,11 +14,14 @@ from torch import Tensor
 from ptq.numerics.descent import coordinate_descent
 from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
 from ptq.numerics.gptq import gptq
+from ptq.numerics.nested import narrower, widen
 from ptq.numerics.rtn import rtn
 from ptq.numerics.scales import Grid
 from ptq.numerics.tensor import QuantizedTensor
 
 MAX_DAMPING = 1.0
+# Of descent on the wide codes of nested ones, however the narrow ones were made.
+WIDE_SWEEPS = 4
 # Algorithms that need not know what a layer reads.
 BLIND = frozenset({"rtn"})
 
@@ -37,6 +40,8 @@ class Problem:
         order, in_loop, weighted, damping: see :func:`ptq.numerics.gptq.gptq`; an algorithm that has
             no use for one does not look at it.
         descent: sweeps of coordinate descent on the codes afterwards.
+        nested: bits of the format that the codes are to hold within them
+            (:mod:`ptq.numerics.nested`), for which they are then chosen; 0 for none.
     """
 
     hessian: Float[Tensor, "in in"] | None
@@ -46,6 +51,7 @@ class Problem:
     weighted: bool = False
     damping: float = 0.01
     descent: int = 0
+    nested: int = 0
 
     @property
     def known(self) -> Float[Tensor, "in in"]:
@@ -125,10 +131,12 @@ def prepare(name: str, problem: Problem) -> Prepared:
     """The algorithm of that name, with the refinement that the problem asks for.
 
     Raises:
-        ValueError: an unknown name, or what the algorithm raises.
+        ValueError: an unknown name, a format that does not nest, or what the algorithm raises.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}; choose from {', '.join(ALGORITHMS)}")
+    if problem.nested:
+        return _nested(name, problem)
     prepared = ALGORITHMS[name](problem)
     return _refined(prepared, problem) if problem.descent else prepared
 
@@ -149,3 +157,20 @@ def _refined(prepared: Prepared, problem: Problem) -> Prepared:
     # GPTQ keeps its name, as in reports written before; nothing else may pass for what it is not
     name = prepared.name if prepared.name == "gptq" else f"{prepared.name}+descent"
     return replace(prepared, name=name, solve=solve, damping=damping)
+
+
+def _nested(name: str, problem: Problem) -> Prepared:
+    """The algorithm on the narrow format, its codes then widened: wide codes have no say in narrow
+    ones, and both lose less than if wide codes were chosen first and rounded again."""
+    wide = problem.grid.format
+    grid = replace(problem.grid, format=narrower(wide, problem.nested))
+    prepared = prepare(name, replace(problem, grid=grid, nested=0))
+    hessian, sweeps = None, 0
+    if prepared.damping:  # round to nearest is that at both widths
+        hessian, sweeps = damped(problem.known, prepared.damping).float(), WIDE_SWEEPS
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        narrow = prepared.solve(rows)
+        return widen(rows, narrow, wide, damped_hessian=hessian, sweeps=sweeps)
+
+    return replace(prepared, solve=solve)

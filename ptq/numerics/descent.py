@@ -1,7 +1,7 @@
 """Coordinate descent on codes: a refinement after any algorithm, with the scales fixed."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ptq.numerics.factor import damped
@@ -17,6 +17,7 @@ def coordinate_descent(
     damping: float = 0.01,
     block_size: int = 128,
     damped_hessian: Float[Tensor, "in in"] | None = None,
+    within: tuple[Float32[Tensor, "out in"], Float32[Tensor, "out in"]] | None = None,
 ) -> QuantizedTensor:
     """Move one code after the other to the exact minimiser of ``tr(Δ H̃ Δᵀ)`` given all others,
     until nothing changes.
@@ -24,7 +25,8 @@ def coordinate_descent(
     The loss under the damped Hessian never rises. A code moves only if its own minimiser lies on
     another grid point. Blocks of columns keep their gradient up to date among themselves; the rest
     is updated by one product per block. ``damped_hessian`` hands in what was made before of the
-    Hessian and the damping.
+    Hessian and the damping. ``within``, the smallest and the largest value of the element that
+    each code may stand for, bounds the moves.
 
     Raises:
         ValueError: see :func:`ptq.numerics.factor.damped`.
@@ -35,6 +37,7 @@ def coordinate_descent(
     values = fmt.element.decode(quantized.codes).T.contiguous()
     gradient = h @ (weight.float().T - values * steps)  # H̃ Δᵀ with Δ = W - Ŵ
     diagonal = h.diagonal().tolist()
+    bounds = None if within is None else [bound.T.contiguous() for bound in within]
     for _ in range(sweeps):
         changed = False
         for start in range(0, len(h), block_size):
@@ -45,6 +48,8 @@ def coordinate_descent(
                 best = fmt.element.round(
                     (values[j] * steps[j] + gradient[j] / diagonal[j]) / steps[j]
                 )
+                if bounds is not None:
+                    best = best.clamp(bounds[0][j], bounds[1][j])
                 move = (best - values[j]) * steps[j]
                 values[j] = best
                 moves[j - start] = move

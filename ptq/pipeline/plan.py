@@ -75,6 +75,7 @@ class LayerPlan:
             static_inputs=recipe.static_inputs,
             input_rule=recipe.stored_input_rule(rotation),
             bias=self.bias,
+            nested=recipe.nested,
         )
 
 

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
 from ptq.numerics.algorithms import ALGORITHMS, BLIND
 from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.nested import narrower
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import RULES, Grid
 from ptq.pipeline.quality import QUALITIES
@@ -42,6 +43,7 @@ PER_MODULE = (
     "input_scale",
     "input_rule",
     "balance",
+    "nested",
 )
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 # What a rule says of a module: fields to replace, "skip", or the name of a format.
@@ -89,6 +91,8 @@ class Recipe:
             format and a layer's rotation.
         balance: strength of diagonal balancing, 0 (none) … 1 (all inputs of a layer equally large),
             where it folds into what produces the inputs (:mod:`ptq.calib.balance`).
+        nested: bits of the narrower format that the codes are to hold within them, and which they
+            are chosen for (:mod:`ptq.numerics.nested`); 0 for none.
         eight_bit: share of the weights that may be quantized to 8 bits, where that gains most by
             measured loss (:mod:`ptq.pipeline.budget`); in a checkpoint it has become rules.
         budget: the same as bits per weight, on average.
@@ -118,6 +122,7 @@ class Recipe:
     input_scale: str = "static"
     input_rule: str | None = None
     balance: Share = 0.0
+    nested: Annotated[int, Field(ge=0, le=16)] = 0
     eight_bit: Share = 0.0
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
     ignore: tuple[Pattern, ...] = ()
@@ -160,8 +165,22 @@ class Recipe:
                 "natural, not act"
             )
         _try_rules(self.format, None if self.scales in IN_LOOP else self.scales, self.input_rule)
+        if self.nested:
+            self._check_nested()
         for pattern, change in self.rules:
             self._apply(pattern, change)
+
+    def _check_nested(self) -> None:
+        narrower(self.fmt, self.nested)
+        if self.quantize_inputs:
+            raise ValueError(
+                "nested codes are of weights, and inputs quantized to one width are wrong for the "
+                "other; use --scheme w4a16"
+            )
+        if self.eight_bit or self.budget is not None:
+            raise ValueError(
+                f"nested {self.format} has 8 bits everywhere: leave out --eight-bit and --budget"
+            )
 
     @property
     def fmt(self) -> Format:
@@ -184,6 +203,8 @@ class Recipe:
         parts.append(f"scales by {self.scales}")
         if self.descent:
             parts.append(f"{self.descent} sweeps of descent")
+        if self.nested:
+            parts.append(f"{narrower(self.fmt, self.nested).name} nested in it")
         if self.balance:
             parts.append(f"balance {self.balance:g}")
         if self.rotation != 1:
@@ -262,7 +283,7 @@ class Recipe:
     def in_format(self, format: str) -> "Recipe":
         """The best known recipe of another format for single modules, with the run's own data."""
         best = {k: v for k, v in _defaults(format, self.scheme).items() if k in PER_MODULE}
-        return replace(self, ignore=(), rules=(), **best, input_rule=None)
+        return replace(self, ignore=(), rules=(), **best, input_rule=None, nested=0)
 
     @classmethod
     def default(cls, format: str, **given: Any) -> "Recipe":
@@ -274,7 +295,11 @@ class Recipe:
         _choice("scheme", scheme, SCHEMES)
         quality = given.get("quality", "default")
         _choice("quality", quality, QUALITIES)
-        choices = {**_defaults(format, scheme), **QUALITIES[quality].choices, **given}
+        solved = format
+        if nested := given.get("nested"):  # codes are chosen for the narrower format
+            solved = narrower(FORMATS[format], nested).name
+        best = {**_defaults(solved, scheme), "format": format}
+        choices = {**best, **QUALITIES[quality].choices, **given}
         if (
             choices["algorithm"] == "rtn"
         ):  # what belongs to the sweep has no meaning for round to nearest

@@ -157,6 +157,7 @@ def install(
             quantize_inputs=recipe.quantize_inputs,
             input_global_scale=result.input_scale,
             input_rule=recipe.stored_input_rule(result.rotation.size),
+            nested=recipe.nested,
         )
         layer.cache = True  # the block runs over all batches once more
         block.module.set_submodule(inner, layer)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import fused_groups
 from ptq.numerics.activations import quantize_inputs
-from ptq.numerics.algorithms import Prepared, Problem, prepare, prepare_rtn
+from ptq.numerics.algorithms import Prepared, Problem, prepare
 from ptq.numerics.errors import quadratic_form, relative
+from ptq.numerics.nested import drop
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import Grid, alternate
 from ptq.numerics.tensor import QuantizedTensor, Scales
@@ -183,6 +184,7 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
             topped_up=job.topped_up,
             seconds=seconds,
             of_outputs=job.hessian is not None,
+            wide_error=layer.wide_error,
         )
         solved.append(Solved(name, layer.weight, rotation, input_scale, report))
     return sum(layer.errors[-1] for layer in layers) / len(layers) + (input_error or 0.0), solved
@@ -220,10 +222,12 @@ def _parts(layer: Tensor, rotation: Rotation) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class _Solvers:
-    """The algorithm of a recipe, and round to nearest, which it has to beat."""
+    """The algorithm of a recipe, and round to nearest, which it has to beat; with nested codes at
+    the narrow width of so many bits."""
 
     chosen: Prepared
     nearest: Prepared
+    nested: int
 
     @classmethod
     def of(cls, recipe: Recipe, grid: Grid, hessian: Tensor | None) -> "_Solvers":
@@ -235,8 +239,14 @@ class _Solvers:
             weighted=recipe.weighted,
             damping=recipe.damping,
             descent=recipe.descent,
+            nested=recipe.nested,
         )
-        return cls(prepare(recipe.algorithm, problem), prepare_rtn(problem))
+        nearest = prepare("rtn", replace(problem, descent=0))
+        return cls(prepare(recipe.algorithm, problem), nearest, recipe.nested)
+
+    def judged(self, result: QuantizedTensor) -> Tensor:
+        """The weights that errors are reported of, and results chosen by."""
+        return (drop(result, self.nested) if self.nested else result).dequantize()
 
     @property
     def alike(self) -> bool:
@@ -247,12 +257,14 @@ class _Solvers:
 @dataclass(frozen=True)
 class _Layer:
     """A solved layer; ``errors``: on the calibration tokens and, where there are any, on those kept
-    aside; of the weights where nothing was measured."""
+    aside; of the weights where nothing was measured. ``wide_error``: of nested codes as they are
+    stored, where ``errors`` are at the narrow width."""
 
     weight: QuantizedTensor
     algorithm: str
     errors: list[float]
     rtn_error: float
+    wide_error: float | None = None
 
 
 def _layer(
@@ -266,19 +278,24 @@ def _layer(
         nearest.append(solvers.nearest.solve(part))
         solved.append(nearest[-1] if solvers.alike else solvers.chosen.solve(part))
         signal += _forms(part, hessians)
-        result += _forms(part - solved[-1].dequantize(), hessians)
+        result += _forms(part - solvers.judged(solved[-1]), hessians)
         if solvers.alike:
             rounded = result
         else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
-            rounded[0] += _forms(part - nearest[-1].dequantize(), hessians[:1])[0]
+            rounded[0] += _forms(part - solvers.judged(nearest[-1]), hessians[:1])[0]
     keep = bool(result[0] < rounded[0])
     if not keep and not solvers.alike:
         parts = zip(_parts(layer, rotation), nearest, strict=True)
-        rounded[1:] = sum(_forms(part - q.dequantize(), hessians[1:]) for part, q in parts)
+        rounded[1:] = sum(_forms(part - solvers.judged(q), hessians[1:]) for part, q in parts)
     errors = relative(result if keep else rounded, signal).tolist()
     rtn_error = relative(rounded, signal).tolist()[0]
-    kept = solvers.chosen if keep else solvers.nearest
-    return _Layer(_joined(solved if keep else nearest), kept.name, errors, rtn_error)
+    name = (solvers.chosen if keep else solvers.nearest).name
+    results, wide = solved if keep else nearest, None
+    if solvers.nested:
+        parts = zip(_parts(layer, rotation), results, strict=True)
+        forms = [_forms(part - q.dequantize(), hessians[:1])[0] for part, q in parts]
+        wide = float(relative(torch.stack(forms).sum(), signal[0]))
+    return _Layer(_joined(results), name, errors, rtn_error, wide)
 
 
 def _forms(delta: Tensor, hessians: list[Tensor | None]) -> Tensor:

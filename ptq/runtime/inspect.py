@@ -24,6 +24,9 @@ class LayerRow:
 
     Attributes:
         bits_per_weight: of codes, scales and global scales; the bias is not counted.
+        nested: bits of the narrower format that its codes hold, which the errors are then of; 0
+            for none.
+        wide_error: of such codes on the calibration text, as they are stored.
         error, held_out_error: on the calibration text, and on the part of it that was kept aside.
         rtn_error: what rounding to nearest would have cost on the calibration text.
         balance: strength of the balancing of its inputs, 0 where it does not fold.
@@ -32,6 +35,7 @@ class LayerRow:
     layer: str
     shape: tuple[int, int]
     format: str
+    nested: int
     rotation: int
     scheme: str
     bytes: int
@@ -43,6 +47,7 @@ class LayerRow:
     damping: float | None
     balance: float | None
     of_outputs: bool
+    wide_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +181,7 @@ def _layer_row(
         layer=name,
         shape=shape,
         format=info.format,
+        nested=info.nested,
         rotation=info.rotation,
         scheme="w4a4" if info.quantize_inputs else "w4a16",
         bytes=size,
@@ -187,6 +193,7 @@ def _layer_row(
         damping=report.damping if report else None,
         balance=report.balance if report else None,
         of_outputs=report.of_outputs if report else True,
+        wide_error=report.wide_error if report else None,
     )
 
 

@@ -17,6 +17,7 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
 from ptq.runtime.fusion import fuse
 from ptq.runtime.kernel_choice import visits
+from ptq.runtime.nested_width import at_width, converted
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
@@ -34,6 +35,7 @@ def load(
     dtype: torch.dtype | None = None,
     inputs: Inputs = "auto",
     cache: bool | None = None,
+    bits: int | None = None,
     device_map: str | Mapping[str, int | str | torch.device] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: Path | str | None = None,
@@ -54,6 +56,8 @@ def load(
         cache: keep dequantized weights where no kernel runs (QuantLinear.cache): the same bits in
             less time, for 4 bytes a weight. None does so for checkpoints that take at most
             ``CACHE_BYTES`` that way, and says so, unless there is a ``device_map``.
+        bits: of the weights, where the checkpoint has nested codes: at which of its two widths to
+            run (:mod:`ptq.runtime.nested_width`); None is the wide one.
         device_map: of accelerate, e.g. ``"auto"``; layers may lie on ``"cpu"`` or ``"disk"`` while
             they do not run. The packed model must fit into host memory while it is loaded.
         max_memory: bytes by device, for ``device_map="auto"``.
@@ -67,6 +71,7 @@ def load(
     if inputs not in INPUTS:
         raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
     checkpoint = Checkpoint(path)
+    infos = at_width(checkpoint.layers, bits, checkpoint.path)
     named = config_dtype(checkpoint.config)
     source = CheckpointSource(path, dtype=dtype or (getattr(torch, named) if named else None))
     source.config.__dict__.pop("quantization_config", None)  # ours to interpret, not transformers'
@@ -88,7 +93,8 @@ def load(
     source.fill(model, "", place)
     model.tie_weights()
     for name, target in replaced.items():
-        layer = stored_layer(modules[target], checkpoint.layers[name], checkpoint.layer(name), name)
+        tensors = converted(checkpoint.layer(name), checkpoint.layers[name], infos[name], name)
+        layer = stored_layer(modules[target], infos[name], tensors, name)
         layer.cache = cache
         model.set_submodule(target, layer.to(place, source.compute_dtype))
     if (settings := read_generation_config(checkpoint.path)) is not None:

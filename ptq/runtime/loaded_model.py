@@ -121,13 +121,18 @@ class Loaded:
 
 
 def load_model(
-    name: str | Path, *, device: torch.device, dtype: torch.dtype | None = None
+    name: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> Loaded:
     """Load a model for evaluation: layers of our checkpoints compute what their recipe says,
     quantized inputs included.
 
     Args:
         dtype: of the computation; None is float32 on the CPU, and the checkpoint's own elsewhere.
+        bits: of the weights, of a checkpoint with nested codes; see :func:`ptq.runtime.load.load`.
 
     Raises:
         FileNotFoundError, ValueError: no such model, or a directory that holds none that can be
@@ -139,7 +144,9 @@ def load_model(
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(method, str) and method in DIALECTS:
-        module = load(path, device, dtype=dtype, inputs="quantized")
+        module = load(path, device, dtype=dtype, inputs="quantized", bits=bits)
+    elif bits is not None:
+        raise ValueError(f"{name} is not quantized by ptq: it has no two widths to choose from")
     else:
         module = _load_original(path, device, dtype)
     return Loaded(str(name), module.eval(), load_tokenizer(path))

@@ -50,6 +50,7 @@ class QuantLinear(nn.Module):
             takes one per token.
         bias: (out,) or None; the only buffer that follows the dtype of the model.
         input_rule: scale rule of quantized inputs; ``"default"`` is the format's own.
+        nested: bits of the narrower format that the codes hold; changes nothing here.
         cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in
             less time. Replace the buffers of a caching layer (or use load_state_dict), never write
             into them.
@@ -78,6 +79,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.format, self.rotation = FORMATS[info.format], Rotation(info.rotation)
         self.quantize_inputs, self.input_rule = info.quantize_inputs, info.input_rule
+        self.nested = info.nested
         self.cache = False
         # inputs of this dtype go through the Triton kernels
         self.kernel_dtype: torch.dtype | None = None
@@ -118,6 +120,7 @@ class QuantLinear(nn.Module):
         quantize_inputs: bool,
         input_global_scale: Tensor | None,
         input_rule: str | None = None,
+        nested: int = 0,
     ) -> "QuantLinear":
         """The layer of a ``weight`` (out, in) that was quantized after ``rotation``; takes the
         tensors as they are."""
@@ -129,6 +132,7 @@ class QuantLinear(nn.Module):
             static_inputs=input_global_scale is not None,
             input_rule=input_rule or "default",
             bias=bias is not None,
+            nested=nested,
         )
         layer = cls(in_features, out_features, info)
         layer.weight_packed, layer.weight_scale = pack(weight.codes, fmt), weight.scales.bits
@@ -149,6 +153,7 @@ class QuantLinear(nn.Module):
             static_inputs=self.input_global_scale is not None,
             input_rule=self.input_rule,
             bias=self.bias is not None,
+            nested=self.nested,
         )
 
     @property

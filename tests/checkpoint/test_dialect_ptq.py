@@ -32,6 +32,7 @@ infos = st.builds(
     static_inputs=st.booleans(),
     input_rule=st.sampled_from(["default", "absmax"]),
     bias=st.booleans(),
+    nested=st.sampled_from([0, 4]),
 )
 
 

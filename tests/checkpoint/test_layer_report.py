@@ -45,10 +45,17 @@ STORED = {
 }
 # what came later, and what it was before
 DEFAULTS = {"balance": 0.0, "of_outputs": True}
+NESTED = {"wide_error": 0.000125}
 
 
 def test_the_keys_on_disk_are_these_in_this_order():
     assert list(REPORT.to_dict().items()) == list(STORED.items())
+
+
+def test_the_error_of_the_wide_codes_is_there_where_codes_are_nested():
+    nested = replace(REPORT, **NESTED)
+    assert nested.to_dict() == STORED | NESTED
+    assert LayerReport.from_dict(STORED | NESTED) == nested
 
 
 def test_what_is_read_is_what_was_written():

@@ -180,6 +180,26 @@ def test_the_model_is_the_first_argument_and_model_an_alias(
     assert ptq("inspect", "--model", checkpoint).out == ptq("inspect", checkpoint).out
 
 
+def test_a_nested_checkpoint_is_run_at_either_width(
+    ptq: Run, tiny_llama: Path, checkpoint: Path, small: list[object], tmp_path: Path
+):
+    options = ["--format", "mxint8", "--nested", 4, "--out", tmp_path / "q", *small]
+    assert "--bits 4" in ptq("quantize", tiny_llama, *options).out
+    figures = []
+    for bits in (["--bits", 4], ["--bits", 8], []):
+        done = ptq(
+            *("eval", tmp_path / "q", "--reference", tiny_llama, "--seq-len", 64),
+            *("--max-tokens", 256, "--json", *bits),
+        )
+        figures.append(json.loads(done.out))
+    assert figures[1]["kl"] == figures[2]["kl"] < figures[0]["kl"] / 4
+    assert [figure.get("bits") for figure in figures] == [4, 8, None]
+    generated = ptq("generate", tmp_path / "q", "--prompt", "a", "--bits", 4, "--json")
+    assert json.loads(generated.out)["tokens"] > 0
+    assert "does not have two widths" in ptq("generate", checkpoint, "-p", "a", "--bits", 4).error
+    assert "no two widths" in ptq("generate", tiny_llama, "-p", "a", "--bits", 4).error
+
+
 def test_what_quantize_cannot_do_without(ptq: Run, tiny_llama: Path):
     assert "ptq quantize MODEL" in ptq("quantize", "--format", "nvfp4").error
     assert "--out DIR" in ptq("quantize", tiny_llama, "--format", "nvfp4").error

@@ -51,3 +51,17 @@ def test_block_size_of_the_descent_does_not_matter(problem) -> None:
     start = rtn(w, h, grid(w, NVFP4))
     one, other = (coordinate_descent(w, h, start, sweeps=2, block_size=size) for size in (16, 128))
     assert (one.codes != other.codes).any(1).float().mean() < 0.1
+
+
+def test_codes_stay_within_their_bounds_and_take_the_best_that_is_there(problem) -> None:
+    w, _, h = problem
+    start = rtn(w, h, grid(w, MXINT4))
+    values = MXINT4.element.decode(start.codes)
+    one = (values - 1).clamp(-7, 7), (values + 1).clamp(-7, 7)
+    bounded = coordinate_descent(w, h, start, sweeps=8, within=one)
+    moved = MXINT4.element.decode(bounded.codes) - values
+    assert bool((moved.abs() <= 1).all()) and bool(moved.any())
+    fixed = coordinate_descent(w, h, start, sweeps=8, within=(values, values))
+    assert torch.equal(fixed.codes, start.codes)
+    free = coordinate_descent(w, h, start, sweeps=8)
+    assert loss(w, free, h) <= loss(w, bounded, h) < loss(w, start, h)

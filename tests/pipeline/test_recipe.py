@@ -47,11 +47,23 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
         ({"input_rule": "mse"}, "unknown input_rule 'mse'; choose from absmax, four_six"),
         ({"format": "mxfp4", "input_rule": "four_six"}, "choose from theta, absmax"),
         ({"colour": "red"}, "unknown recipe keys colour"),
+        ({"nested": 4}, "nvfp4 holds no format of 4 bits within it"),
+        ({"format": "mxint8", "nested": 5}, "choose from 4, 6"),
+        ({"format": "mxint8", "nested": 4, "scheme": "w4a4"}, "use --scheme w4a16"),
+        ({"format": "mxint8", "nested": 4, "budget": 8.3}, "leave out --eight-bit and --budget"),
     ],
 )
 def test_contradictions_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict({"format": "nvfp4", **change})
+
+
+def test_nested_codes_are_chosen_as_those_of_the_narrow_format_are() -> None:
+    nested, narrow = Recipe.default("mxint8", nested=4), Recipe.default("mxint4")
+    assert nested.format == "mxint8" and "mxint4 nested in it" in nested.levers
+    for field in ("scales", "order", "descent", "damping", "rotation", "balance"):
+        assert getattr(nested, field) == getattr(narrow, field)
+    assert nested.in_format("mxfp8").nested == 0
 
 
 def test_patterns() -> None:

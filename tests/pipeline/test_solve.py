@@ -14,6 +14,7 @@ from ptq.numerics.algorithms import (
     prepare_rtn,
 )
 from ptq.numerics.errors import output_error
+from ptq.numerics.nested import drop
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Job, solve
@@ -204,3 +205,23 @@ def test_layers_that_engines_fuse_share_a_global_scale_whatever_their_size() -> 
     )
     gate, up = solve(fused)
     assert torch.equal(gate.weight.scales.global_scale, up.weight.scales.global_scale)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_errors_of_nested_codes_are_those_of_both_widths(algorithm: str) -> None:
+    given = job(Recipe.default("mxint8", nested=4, algorithm=algorithm))
+    alone = solve(replace(given, recipe=Recipe.default("mxint4", algorithm=algorithm)))
+    for index, (result, narrow) in enumerate(zip(solve(given), alone, strict=True)):
+        report = result.report
+        assert torch.equal(drop(result.weight, 4).codes, narrow.weight.codes)
+        assert (report.error, report.held_out_error, report.rtn_error, report.algorithm) == (
+            narrow.report.error,
+            narrow.report.held_out_error,
+            narrow.report.rtn_error,
+            narrow.report.algorithm,
+        )
+        wide = result.rotation.rotate(result.weight.dequantize())
+        assert report.wide_error == pytest.approx(
+            error_of(given, index, wide, given.hessian), rel=1e-4
+        )
+        assert report.wide_error < report.error / 4 and narrow.report.wide_error is None
