@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 import ptq
-from ptq.cli import display
+from ptq.cli import display, progress
 from ptq.cli.options import parse_device
 from ptq.runtime import inspect as report
 from ptq.runtime import loaded_model as models
@@ -56,7 +56,7 @@ def quantize(name: str, options: argparse.Namespace) -> tuple[Path, float]:
     recipe = ptq.Recipe.default(options.format, **given)
     out = options.out / f"{options.format}-{options.scheme}-{name.lower()}"
     start = time.perf_counter()
-    with display.quantizing(quiet=options.quiet) as on_block:
+    with progress.quantizing(quiet=options.quiet) as on_block:
         ptq.quantize(models.demo_path(), out, recipe=recipe, overwrite=True, on_block=on_block)
     return out, time.perf_counter() - start
 
@@ -65,7 +65,7 @@ def measure(path: Path, original: models.Loaded, options: argparse.Namespace) ->
     """Perplexity, and divergence from the original, on held-out text."""
     model = models.load_model(path, device=parse_device(None))
     tokens = models.tokenize(model, "builtin", original)
-    with display.evaluating(quiet=options.quiet) as on_window:
+    with progress.evaluating(quiet=options.quiet) as on_window:
         return evaluate(
             model.module,
             tokens,

@@ -110,7 +110,7 @@ def analyze(
     The model is not changed. Run again after an interruption, the same command with --out goes on
     where it stopped. Laws and crossovers: docs/int-vs-fp.md.
     """
-    from ptq.cli import display
+    from ptq.cli import display, progress
     from ptq.pipeline.analysis_files import check_folder, write_results
     from ptq.pipeline.analyze import Options
     from ptq.pipeline.analyze import analyze as measure
@@ -131,10 +131,15 @@ def analyze(
     if out is not None:
         check_folder(out, overwrite=overwrite)
     source = resolve_model(model)
-    with display.bar(quiet, "analyzing") as step:
+    with progress.bar(quiet, "analyzing") as step:
 
         def on_block(block: "BlockAnalysis", count: int, resumed: bool) -> None:
-            step(block.index + 1, count, block.name + (" measured before" if resumed else ""))
+            step(
+                block.index + 1,
+                count,
+                block.name + (" measured before" if resumed else ""),
+                known=resumed,
+            )
 
         found = measure(
             source,

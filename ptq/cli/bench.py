@@ -191,20 +191,15 @@ def measurements(
     """What is measured on a device, with progress on stderr, or predicted."""
     from ptq.bench.layers import predict, run
     from ptq.bench.measurement import Limits
-    from ptq.cli import display
+    from ptq.cli import progress
 
     if isinstance(place, Limits):
         for plan in plans:
             yield from predict(plan, place)
         return
-    with display.bar(quiet, "timing") as step:
-
-        def on_step(done: int, total: int, what: str) -> None:
-            if display.err.is_terminal or done == total or done % -(-total // 10) == 0:
-                step(done, total, what)
-
+    with progress.bar(quiet, "timing") as step:
         for plan in plans:
-            yield from run(plan, place, limits, repeats=REPEATS[place.type], on_step=on_step)
+            yield from run(plan, place, limits, repeats=REPEATS[place.type], on_step=step)
 
 
 def print_tables(measurements: Sequence["Measurement"], limits: "Limits") -> None:
@@ -348,7 +343,7 @@ def tune_tables(
     from ptq.bench import tune
     from ptq.bench.layers import Plan
     from ptq.bench.measurement import Limits
-    from ptq.cli import display
+    from ptq.cli import display, progress
     from ptq.kernels import gpu, tiles
 
     place = find_place(None, device)
@@ -371,7 +366,7 @@ def tune_tables(
     table, file = tune.current(arch), tune.path(arch)
     require_writable(file)
     name = torch.cuda.get_device_name(place)
-    with display.bar(quiet, "tuning") as step:
+    with progress.bar(quiet, "tuning") as step:
         for done, row in enumerate(tune.tune(arch, work, place), 1):
             table = tune.updated(table, row, name)
             tune.write(table)

@@ -336,7 +336,7 @@ def quantize(
     share the work: torchrun --nproc-per-node N -m ptq quantize …
     """
     from ptq.checkpoint.dialect_choice import Choice
-    from ptq.cli import display
+    from ptq.cli import display, progress
     from ptq.pipeline.forecast import forecast
     from ptq.pipeline.ranks import launched
     from ptq.pipeline.recipe_file import to_toml
@@ -401,7 +401,7 @@ def quantize(
     def begins(plan: "Plan") -> None:
         display.print_plan(plan, predict().seconds)
 
-    with display.quantizing(quiet=quiet or not lead) as on_block, launched(place) as place:
+    with progress.quantizing(quiet=quiet or not lead) as on_block, launched(place) as place:
         choice = quantize_model(
             source,
             out,
@@ -466,7 +466,7 @@ def evaluate(
     nats per token, over the full vocabulary; 'KL top 25' is over the reference's 25 most likely
     tokens, both sides renormalised over them.
     """
-    from ptq.cli import display
+    from ptq.cli import display, progress
     from ptq.runtime.evaluate import evaluate as measure
     from ptq.runtime.loaded_model import load_model, tokenize
 
@@ -474,7 +474,7 @@ def evaluate(
     subject = load_model(model, device=place, dtype=kind, bits=bits)
     against = None if reference is None else load_model(reference, device=place, dtype=kind)
     tokens = tokenize(subject, text, against, field)
-    with display.evaluating(quiet=quiet) as on_window:
+    with progress.evaluating(quiet=quiet) as on_window:
         result = measure(
             subject.module,
             tokens,

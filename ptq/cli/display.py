@@ -1,21 +1,18 @@
-"""What the command line shows: tables and JSON on stdout; progress and messages on stderr."""
+"""What the command line shows: tables and JSON on stdout, messages on stderr."""
 
 import json
 import logging
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box, progress
-from rich.console import Console
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ptq.cli.terminal import printable
+from ptq.cli.figures import duration, number, percent, size
+from ptq.cli.terminal import err, note, out, printable
 from ptq.runtime.evaluate import TOP, Evaluation
 from ptq.runtime.inspect import Report, block, kind, mean, natural
 from ptq.runtime.verify import Verdict
@@ -23,23 +20,6 @@ from ptq.runtime.verify import Verdict
 if TYPE_CHECKING:  # ptq inspect must not wait for transformers
     from ptq.pipeline.forecast import Forecast
     from ptq.pipeline.plan import Plan
-    from ptq.pipeline.run import Progress
-
-
-class PlainConsole(Console):
-    """A console to which every string is text: no markup, no emoji codes, no escape sequences.
-    Styles are given as ``style=`` or as :class:`rich.text.Text`."""
-
-    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
-
-    def render_str(self, text: str, **options) -> Text:
-        return super().render_str(printable(text), **options)
-
-
-WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-out = PlainConsole(width=WIDTH)
-err = PlainConsole(stderr=True)
 
 
 class Messages(logging.Handler):
@@ -66,11 +46,6 @@ def _finite(data: object) -> object:
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-def note(text: str) -> None:
-    """A remark on stderr."""
-    err.print(text, style="dim", soft_wrap=True)
-
-
 def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
     """A line for each problem, or one that there is none; what was not looked at as a remark."""
     for line in verdict.problems:
@@ -82,44 +57,6 @@ def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
         note(f"not checked: {'; '.join(verdict.unchecked)}")
 
 
-# ---------------------------------------------------------------- progress
-
-
-@contextmanager
-def bar(quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with elapsed and remaining time on a terminal, a line for every step elsewhere, nothing
-    if ``quiet``.
-
-    Yields ``step(done, total, text)``.
-    """
-    if quiet:
-        yield lambda done, total, text: None
-    elif err.is_terminal:
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(elapsed_when_finished=False),
-            progress.TextColumn("{task.fields[text]}", markup=False),
-        )
-        with progress.Progress(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(what, total=None, text="")
-            yield lambda done, total, text: bars.update(
-                task, completed=done, total=total, text=printable(text)
-            )
-    else:
-        start = time.monotonic()
-
-        def line(done: int, total: int, text: str) -> None:
-            elapsed = time.monotonic() - start
-            remaining = elapsed / max(done, 1) * (total - done)
-            note(f"{what} {done}/{total}  {text}  {elapsed:.1f} s, about {remaining:.0f} s left")
-
-        yield line
-
-
 def print_plan(plan: "Plan", seconds: float | None) -> None:
     """What a run is about to do, with how much text, and how long that takes."""
     time = "" if seconds is None else f"; about {duration(seconds)} here"
@@ -128,39 +65,6 @@ def print_plan(plan: "Plan", seconds: float | None) -> None:
         note(plan.about_budget)
     if plan.about_inputs:
         note(plan.about_inputs)
-
-
-@contextmanager
-def quantizing(quiet: bool) -> Iterator[Callable[["Progress"], None]]:
-    """Progress of a quantization, for ``on_block``: the block, the mean error of its layers, the
-    seconds it took."""
-    with bar(quiet, "quantizing") as step:
-        last = time.monotonic()
-
-        def on_block(done: "Progress") -> None:
-            nonlocal last
-            seconds, last = time.monotonic() - last, time.monotonic()
-            errors = [report.error for report in done.reports]
-            told = (
-                "finished before"
-                if done.resumed
-                else f"error {number(mean(errors), 3)}  {seconds:.1f} s"
-            )
-            step(done.index + 1, done.count, f"{done.block}  {told}")
-
-        yield on_block
-
-
-@contextmanager
-def evaluating(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Progress of an evaluation, for ``on_window``; without a terminal only every tenth is told."""
-    with bar(quiet, "evaluating") as step:
-
-        def on_window(done: int, total: int) -> None:
-            if err.is_terminal or done == total or done % max(1, total // 10) == 0:
-                step(done, total, "windows")
-
-        yield on_window
 
 
 # ---------------------------------------------------------------- tables
@@ -346,36 +250,3 @@ def print_forecast(model: str, forecast: "Forecast") -> None:
         f"{verdict} in the {size(forecast.machine_bytes)} that this machine has "
         f"({forecast.device}){time}"
     )
-
-
-def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """So many significant digits; a dash for an unknown figure."""
-    return (
-        "–"
-        if value is None
-        else f"{value:.{digits}g}"
-        if abs(value) < 10**digits
-        else f"{value:.0f}"
-    )
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage."""
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
