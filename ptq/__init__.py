@@ -1,8 +1,19 @@
 """Post-training 4-bit quantization of language models.
 
     import ptq
-    ptq.quantize("path/to/model", "out", recipe=ptq.Recipe.default("nvfp4"))
-    model = ptq.load("out")
+
+    ptq.forecast("path/to/model", format="nvfp4")             # memory, time, size: before anything
+    ptq.quantize("path/to/model", "out", format="nvfp4")      # a checkpoint, and its report
+    ptq.evaluate("out", "path/to/model")                      # perplexity, KL to the original
+    model, tokenizer = ptq.load("out", tokenizer=True)        # a transformers model
+
+    ptq.inspect("out")                                        # sizes, the error of every layer
+    ptq.verify("out")                                         # files and tensors are as written
+    ptq.convert("out", "other", to="ptq")                     # another dialect, the same numbers
+
+What is left out is the best known choice; ``help(ptq.quantize)`` lists all. Results print as
+tables, in notebooks too. After ``import ptq``, ``AutoModelForCausalLM.from_pretrained("out")``
+opens what ptq writes.
 
 Nothing heavy is imported until one of these names is used: ``ptq --help`` must not wait for torch.
 """
@@ -10,28 +21,60 @@ Nothing heavy is imported until one of these names is used: ``ptq --help`` must 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ptq.pipeline.recipe import Recipe
-    from ptq.pipeline.run import quantize_model as quantize
-    from ptq.runtime.load import load
+from ptq.runtime import transformers_hook
 
-__all__ = ["Recipe", "__version__", "load", "quantize"]
+if TYPE_CHECKING:
+    from ptq.api.checkpoints import Written, convert, evaluate, inspect, load, verify
+    from ptq.api.runs import forecast, quantize
+    from ptq.pipeline.forecast import Forecast
+    from ptq.pipeline.recipe import Recipe
+    from ptq.runtime.evaluate import Evaluation
+    from ptq.runtime.inspect import Report
+    from ptq.runtime.verify import Verdict
+
+__all__ = [
+    "Evaluation",
+    "Forecast",
+    "Recipe",
+    "Report",
+    "Verdict",
+    "Written",
+    "__version__",
+    "convert",
+    "evaluate",
+    "forecast",
+    "inspect",
+    "load",
+    "quantize",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Recipe": ("ptq.pipeline.recipe", "Recipe"),
-    "load": ("ptq.runtime.load", "load"),
-    "quantize": ("ptq.pipeline.run", "quantize_model"),
+    "Evaluation": "ptq.runtime.evaluate",
+    "Forecast": "ptq.pipeline.forecast",
+    "Recipe": "ptq.pipeline.recipe",
+    "Report": "ptq.runtime.inspect",
+    "Verdict": "ptq.runtime.verify",
+    "Written": "ptq.api.checkpoints",
+    "convert": "ptq.api.checkpoints",
+    "evaluate": "ptq.api.checkpoints",
+    "forecast": "ptq.api.runs",
+    "inspect": "ptq.api.checkpoints",
+    "load": "ptq.api.checkpoints",
+    "quantize": "ptq.api.runs",
+    "verify": "ptq.api.checkpoints",
 }
+
+transformers_hook.install()
 
 
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'ptq' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return __all__

@@ -16,6 +16,7 @@ from rich.table import Table
 import ptq
 from ptq.cli import display, progress
 from ptq.cli.options import parse_device
+from ptq.runtime import figures
 from ptq.runtime import inspect as report
 from ptq.runtime import loaded_model as models
 from ptq.runtime.evaluate import Evaluation, evaluate
@@ -56,8 +57,7 @@ def quantize(name: str, options: argparse.Namespace) -> tuple[Path, float]:
     recipe = ptq.Recipe.default(options.format, **given)
     out = options.out / f"{options.format}-{options.scheme}-{name.lower()}"
     start = time.perf_counter()
-    with progress.quantizing(quiet=options.quiet) as on_block:
-        ptq.quantize(models.demo_path(), out, recipe=recipe, overwrite=True, on_block=on_block)
+    ptq.quantize("demo", out, recipe=recipe, overwrite=True, progress=not options.quiet)
     return out, time.perf_counter() - start
 
 
@@ -83,19 +83,19 @@ def table(rows: list[Row], title: str) -> Table:
     for column in ("ppl", "KL", "KL top 25", "top-1", "bits", "size", "time"):
         shown.add_column(column, justify="right", no_wrap=True)
     first = rows[0]
-    original = display.number(first.evaluation.reference_perplexity)
+    original = figures.number(first.evaluation.reference_perplexity)
     shown.add_row(
-        "original", original, "0", "0", "100 %", "16", display.size(first.report.source_bytes), "–"
+        "original", original, "0", "0", "100 %", "16", figures.size(first.report.source_bytes), "–"
     )
     for row in rows:
         shown.add_row(
             row.name,
-            display.number(row.evaluation.perplexity),
-            display.number(row.evaluation.kl),
-            display.number(row.evaluation.kl_top25),
-            display.percent(row.evaluation.top1_agreement),
+            figures.number(row.evaluation.perplexity),
+            figures.number(row.evaluation.kl),
+            figures.number(row.evaluation.kl_top25),
+            figures.percent(row.evaluation.top1_agreement),
             f"{row.report.bits_per_weight:.2f}",
-            display.size(row.report.bytes),
+            figures.size(row.report.bytes),
             f"{row.seconds:.1f} s",
         )
     return shown

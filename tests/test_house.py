@@ -21,14 +21,16 @@ WINGS = {
     "bench": "ptq/bench",
     "kernels": "kernels",
     "cli": "ptq/cli",
+    "api": "ptq/api",
 }
 # (contract, module that breaks it, what it imports)
 VIOLATIONS = [
-    ("six layers", "ptq/runtime/load.py", "ptq.pipeline.recipe"),
-    ("six layers", "ptq/pipeline/plan.py", "ptq.bench.shapes"),
-    ("six layers", "ptq/checkpoint/writer.py", "ptq.calib.hessian"),
-    ("six layers", "ptq/model/structure.py", "ptq.text.builtin"),
-    ("six layers", "ptq/reading/schema.py", "ptq.model.source"),
+    ("seven layers", "ptq/cli/commands.py", "ptq.api.runs"),
+    ("seven layers", "ptq/runtime/load.py", "ptq.pipeline.recipe"),
+    ("seven layers", "ptq/pipeline/plan.py", "ptq.bench.shapes"),
+    ("seven layers", "ptq/checkpoint/writer.py", "ptq.calib.hessian"),
+    ("seven layers", "ptq/model/structure.py", "ptq.text.builtin"),
+    ("seven layers", "ptq/reading/schema.py", "ptq.model.source"),
     ("a checkpoint runs without what made it", "ptq/runtime/evaluate.py", "ptq.calib.hessian"),
     ("calibration knows models, and nothing else of ptq", "calib/fold.py", "ptq.numerics.scales"),
     ("numerics is pure", "ptq/numerics/gptq.py", "json"),
@@ -100,7 +102,7 @@ def broken(folder: Path) -> list[str]:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert any(" KEPT" in line or " BROKEN" in line for line in lines), done.stdout + done.stderr
-    return [line.removesuffix(" BROKEN") for line in lines if line.endswith(" BROKEN")]
+    return [line.partition(" BROKEN")[0] for line in lines if " BROKEN" in line]
 
 
 def test_all_contracts_hold(copy: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_module_of_no_layer_breaks_the_layers(copy: Path, file: str) -> None:
     attic.parent.mkdir(exist_ok=True)
     try:
         attic.write_text("", "utf-8")
-        assert broken(copy) == ["six layers"]
+        assert broken(copy) == ["seven layers"]
     finally:
         attic.unlink()
         if attic.parent.name == "attic":

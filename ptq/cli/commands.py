@@ -467,34 +467,25 @@ def evaluate(
     tokens, both sides renormalised over them.
     """
     from ptq.cli import display, progress
-    from ptq.runtime.evaluate import evaluate as measure
-    from ptq.runtime.loaded_model import load_model, tokenize
+    from ptq.runtime.compare import compare
 
-    place, kind = parse_device(device), parse_dtype(dtype)
-    subject = load_model(model, device=place, dtype=kind, bits=bits)
-    against = None if reference is None else load_model(reference, device=place, dtype=kind)
-    tokens = tokenize(subject, text, against, field)
     with progress.evaluating(quiet=quiet) as on_window:
-        result = measure(
-            subject.module,
-            tokens,
-            reference=None if against is None else against.module,
-            seq_len=subject.window(seq_len),
+        result = compare(
+            model,
+            reference,
+            text=text,
+            field=field,
+            seq_len=seq_len,
             max_tokens=max_tokens,
+            bits=bits,
+            device=parse_device(device),
+            dtype=parse_dtype(dtype),
             on_window=on_window,
         )
     if json:
-        display.print_json(
-            {
-                "model": model,
-                **({} if bits is None else {"bits": bits}),
-                "reference": reference,
-                "text": text,
-                **result.to_dict(),
-            }
-        )
+        display.print_json(({} if bits is None else {"bits": bits}) | result.to_dict())
     else:
-        display.print_evaluation(model, reference, text, result)
+        display.show(*result.tables())
 
 
 @app.command(cls=ModelFirst)

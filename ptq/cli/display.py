@@ -11,10 +11,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ptq.cli.figures import duration, number, percent, size
 from ptq.cli.terminal import err, note, out, printable
-from ptq.runtime.evaluate import TOP, Evaluation
-from ptq.runtime.inspect import Report, block, kind, mean, natural
+from ptq.runtime.figures import duration, number
+from ptq.runtime.inspect import Report, errors, kinds, mean
+from ptq.runtime.tables import Table as Tabled
 from ptq.runtime.verify import Verdict
 
 if TYPE_CHECKING:  # ptq inspect must not wait for transformers
@@ -70,44 +70,19 @@ def print_plan(plan: "Plan", seconds: float | None) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def print_evaluation(model: str, reference: str | None, text: str, result: Evaluation) -> None:
-    """One table: the reference first, if there is one, then the model."""
-    table = Table(
-        title=f"{text}: {result.tokens} predictions in {result.windows} windows of "
-        f"{result.seq_len} tokens",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("model", overflow="fold")
-    for name in ("perplexity", "nll", "KL", f"KL top {TOP}", "top-1", "tokens/s"):
-        table.add_column(name, justify="right")
-    if reference is not None:
-        table.add_row(
-            reference,
-            number(result.reference_perplexity),
-            number(result.reference_nll),
-            "0",
-            "0",
-            "100 %",
-            "–",
-            style="dim",
-        )
-    table.add_row(
-        model,
-        number(result.perplexity),
-        number(result.nll),
-        number(result.kl),
-        number(result.kl_top25),
-        percent(result.top1_agreement),
-        f"{result.tokens_per_second:.0f}",
-    )
-    out.print(table)
-    if reference is not None:
-        out.print(
-            "nats per token; KL(reference ‖ model) over the full vocabulary; "
-            f"KL top {TOP}: over the reference's {TOP} most likely tokens, both renormalised "
-            f"(as the INT-vs-FP paper prints it, × 10⁶ / {TOP}: {number(result.kl_top25_printed)})",
-            style="dim",
-        )
+def show(table: Tabled) -> None:
+    """A table of a result on stdout; its notes below, dim."""
+    shown = Table(title=table.title, box=box.SIMPLE_HEAD)
+    for index, name in enumerate(table.columns):
+        if index:
+            shown.add_column(name, justify="right")
+        else:
+            shown.add_column(name, overflow="fold")
+    for index, row in enumerate(table.rows):
+        shown.add_row(*row, style="dim" if index in table.dim else None)
+    out.print(shown)
+    for line in table.notes:
+        out.print(line, style="dim")
 
 
 def print_report(report: Report, *, layers: bool) -> None:
@@ -118,12 +93,7 @@ def print_report(report: Report, *, layers: bool) -> None:
         Text(printable(str(Path(report.path))), "bold"),
         f" {' + '.join(report.formats)} {schemes}, dialect {report.dialect}",
     )
-    out.print(
-        f"{size(report.bytes)} of tensors ({size(report.file_bytes)} on disk), "
-        f"{report.bytes / report.source_bytes:.0%} of {size(report.source_bytes)} at 16 bits; "
-        f"{report.bits_per_weight:.2f} bits per quantized weight, "
-        f"{report.bits_per_parameter:.2f} per parameter"
-    )
+    out.print(report.sizes)
     out.print(
         "run here by " + "; ".join(f"{how} ({count} layers)" for how, count in report.runs.items())
     )
@@ -142,74 +112,9 @@ def print_report(report: Report, *, layers: bool) -> None:
             f"codes hold those of {bits} bits (--bits {nested[0]}), which errors are of; as they "
             f"are stored the mean is {wide}"
         )
-    out.print(_kinds(report))
+    show(kinds(report))
     if layers and any(row.error is not None for row in report.layers):
-        out.print(_errors(report))
-
-
-def _kinds(report: Report) -> Table:
-    table = Table(title="by kind of module", box=box.SIMPLE_HEAD)
-    table.add_column("module")
-    for name in ("count", "format", "rot.", "bal.", "bits", "size", "error", "held out", "RTN"):
-        table.add_column(name, justify="right")
-    groups: dict[tuple[str, str, int, float], list] = {}
-    for row in report.layers:
-        groups.setdefault(
-            (kind(row.layer), row.format, row.rotation, row.balance or 0.0), []
-        ).append(row)
-    for (name, fmt, rotation, balance), rows in groups.items():
-        weights = sum(math.prod(row.shape) for row in rows)
-        table.add_row(
-            name,
-            str(len(rows)),
-            fmt,
-            str(rotation) if rotation > 1 else "none",
-            f"{balance:g}" if balance else "none",
-            f"{8 * sum(row.bytes for row in rows) / weights:.2f}",
-            size(sum(row.bytes for row in rows)),
-            number(mean(row.error for row in rows), 3),
-            number(mean(row.held_out_error for row in rows), 3),
-            number(mean(row.rtn_error for row in rows), 3),
-        )
-    unquantized: dict[tuple[str, str], list] = {}
-    for tensor in report.kept:
-        parts = tensor.name.split(".")
-        unquantized.setdefault(
-            (".".join(parts[-2:]) if len(parts) > 1 else tensor.name, tensor.dtype), []
-        ).append(tensor)
-    for (name, dtype), tensors in unquantized.items():
-        table.add_row(
-            name,
-            str(len(tensors)),
-            dtype.lower(),
-            "none",
-            "none",
-            f"{8 * sum(t.bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors):.2f}",
-            size(sum(t.bytes for t in tensors)),
-            *("–", "–", "–"),
-            style="dim",
-        )
-    return table
-
-
-def _errors(report: Report) -> Table:
-    """Blocks down, kinds across; a cell is the mean error of its layers."""
-    kinds = list(dict.fromkeys(kind(row.layer) for row in report.layers))
-    table = Table(
-        title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text"
-        if all(row.of_outputs for row in report.layers)
-        else "error of the weights ‖W - Ŵ‖² / ‖W‖² where no inputs were measured",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("block")
-    for name in kinds:
-        table.add_column(name, justify="right")
-    cells: dict[str, dict[str, list[float | None]]] = {}
-    for row in report.layers:
-        cells.setdefault(block(row.layer), {}).setdefault(kind(row.layer), []).append(row.error)
-    for name in sorted(cells, key=natural):
-        table.add_row(name, *(number(mean(cells[name].get(k, [])), 3) for k in kinds))
-    return table
+        show(errors(report))
 
 
 # ---------------------------------------------------------------- figures
@@ -223,30 +128,5 @@ def print_forecast(model: str, forecast: "Forecast") -> None:
         f"{forecast.layers} layers with {forecast.quantized / forecast.parameters:.1%} of them "
         "would be quantized",
     )
-    out.print(
-        f"result {size(forecast.output_bytes)}, "
-        f"{forecast.output_bytes / forecast.source_bytes:.0%} of "
-        f"{size(forecast.source_bytes)}; {forecast.bits_per_quantized_weight:.2f} bits per "
-        "quantized weight, "
-        f"{forecast.bits_per_parameter:.2f} per parameter"
-    )
-    out.print(f"levers: {forecast.levers}")
-    table = Table(title="memory at the peak", box=box.SIMPLE_HEAD)
-    table.add_column("part")
-    table.add_column("size", justify="right")
-    for part in ("program", "activations", "block", "hessians", "solver"):
-        table.add_row(part, size(getattr(forecast, part)))
-    table.add_row("peak", size(forecast.peak_bytes), style="bold")
-    out.print(table)
-    if forecast.rounds > 1:
-        out.print(
-            f"Hessians of experts in {forecast.rounds} rounds (all at once would be "
-            f"{size(forecast.hessians_at_once)}; --hessian-memory): the same result, for one more "
-            "pass over the experts"
-        )
-    verdict = "fits" if forecast.peak_bytes < 0.9 * forecast.machine_bytes else "does NOT fit"
-    time = "" if forecast.seconds is None else f"; about {duration(forecast.seconds)} here"
-    out.print(
-        f"{verdict} in the {size(forecast.machine_bytes)} that this machine has "
-        f"({forecast.device}){time}"
-    )
+    for table in forecast.tables():
+        show(table)

@@ -58,13 +58,23 @@ ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, revision: str | None = None) -> Path:
     """The directory of a checkpoint: ``path`` itself, or where the hub model of that name is cached
     or downloaded to.
 
-    Raises FileNotFoundError when there is neither, and says why the hub did not help.
+    Args:
+        revision: branch, tag or commit of a model of the hub; None is its main branch.
+
+    Raises:
+        FileNotFoundError: there is neither; says why the hub did not help.
+        ValueError: a revision of a directory.
     """
     directory = Path(path).expanduser()
+    if directory.is_dir() and revision is not None:
+        raise ValueError(
+            f"{path} is a directory, and a revision ({revision}) is one of a model of the hub: "
+            "leave it out"
+        )
     if directory.is_dir():
         _refuse_devices(directory)
         return directory
@@ -81,7 +91,12 @@ def resolve(path: str | Path) -> Path:
     for offline in (True, False):
         try:
             return Path(
-                snapshot_download(str(path), allow_patterns=list(WANTED), local_files_only=offline)
+                snapshot_download(
+                    str(path),
+                    revision=revision,
+                    allow_patterns=list(WANTED),
+                    local_files_only=offline,
+                )
             )
         except (
             HfHubHTTPError,
@@ -92,8 +107,9 @@ def resolve(path: str | Path) -> Path:
         ) as error:
             if not offline:
                 reason = _first_line(error)
+                at = f" at revision {revision}" if revision else ""
                 raise FileNotFoundError(
-                    f"no directory {path}, and no such model could be fetched from the Hugging "
+                    f"no directory {path}, and no such model{at} could be fetched from the Hugging "
                     f"Face hub ({reason})"
                 ) from error
     raise AssertionError

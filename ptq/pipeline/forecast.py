@@ -39,6 +39,8 @@ from ptq.pipeline.memory import machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
+from ptq.runtime.figures import duration, size
+from ptq.runtime.tables import Table, Tabular
 
 PROGRAM = (
     0.75e9  # measured: torch, transformers and the compiled parts of a CPU run, before any model
@@ -54,8 +56,8 @@ EFFICIENCY = 0.35
 NEAREST = 800
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(Tabular):
     """All sizes in bytes, ``seconds`` on this machine (None when the device is not here).
 
     Statistics of experts are taken in ``rounds``; in one they would be ``hessians_at_once``. With
@@ -86,6 +88,37 @@ class Forecast:
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values."""
         return asdict(self)
+
+    @property
+    def fits(self) -> bool:
+        """Whether this machine has the memory, a tenth of it left for others."""
+        return self.peak_bytes < 0.9 * self.machine_bytes
+
+    def tables(self) -> tuple[Table, ...]:
+        """One: memory part by part; notes say what comes out, and how long it takes."""
+        parts = ("program", "activations", "block", "hessians", "solver")
+        rows = [(part, size(getattr(self, part))) for part in parts]
+        time = "" if self.seconds is None else f"; about {duration(self.seconds)} here"
+        rounds = (
+            f"Hessians of experts in {self.rounds} rounds (all at once would be "
+            f"{size(self.hessians_at_once)}; --hessian-memory): the same result, for one more "
+            "pass over the experts"
+        )
+        table = Table(
+            title="memory at the peak",
+            columns=("part", "size"),
+            rows=(*rows, ("peak", size(self.peak_bytes))),
+            notes=(
+                *([rounds] if self.rounds > 1 else []),
+                f"result {size(self.output_bytes)}, {self.output_bytes / self.source_bytes:.0%} of "
+                f"{size(self.source_bytes)}; {self.bits_per_quantized_weight:.2f} bits per "
+                f"quantized weight, {self.bits_per_parameter:.2f} per parameter",
+                f"levers: {self.levers}",
+                f"{'fits' if self.fits else 'does NOT fit'} in the {size(self.machine_bytes)} that "
+                f"this machine has ({self.device}){time}",
+            ),
+        )
+        return (table,)
 
 
 def forecast(

@@ -27,6 +27,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
+from ptq.runtime.figures import number, percent
+from ptq.runtime.tables import Table, Tabular
+
 TOP = 25
 # Positions compared at a time: 64 x a vocabulary of 128k x float64 = 66 MB for each of a handful of
 # copies.
@@ -67,9 +70,12 @@ def same_top1(
     return reference.argmax(-1) == logits.argmax(-1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Means over ``tokens`` predictions; what compares with a reference is None without one."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation(Tabular):
+    """Means over ``tokens`` predictions; what compares with a reference is None without one.
+
+    ``model``, ``reference`` and ``text`` are what they were called by; empty where nobody said.
+    """
 
     perplexity: float  # exp(nll)
     nll: float  # nats per token
@@ -82,6 +88,9 @@ class Evaluation:
     windows: int
     seq_len: int
     seconds: float  # of the model's forward passes, without the reference's
+    model: str = ""
+    reference: str | None = None
+    text: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -92,13 +101,46 @@ class Evaluation:
         """``kl_top25`` in the unit of the paper's tables: 10⁻⁶, divided by 25 more."""
         return None if self.kl_top25 is None else self.kl_top25 * 1e6 / TOP
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """All fields and derived figures, for JSON."""
         derived = {
             "kl_top25_printed": self.kl_top25_printed,
             "tokens_per_second": self.tokens_per_second,
         }
         return {**asdict(self), **derived}
+
+    def tables(self) -> tuple[Table, ...]:
+        """One: the reference first, if there is one, then the model."""
+        compared = self.kl is not None
+        reference = (
+            self.reference or "reference",
+            number(self.reference_perplexity),
+            number(self.reference_nll),
+            *("0", "0", "100 %", "–"),
+        )
+        model = (
+            self.model or "model",
+            number(self.perplexity),
+            number(self.nll),
+            number(self.kl),
+            number(self.kl_top25),
+            percent(self.top1_agreement),
+            f"{self.tokens_per_second:.0f}",
+        )
+        note = (
+            "nats per token; KL(reference ‖ model) over the full vocabulary; "
+            f"KL top {TOP}: over the reference's {TOP} most likely tokens, both renormalised "
+            f"(as the INT-vs-FP paper prints it, × 10⁶ / {TOP}: {number(self.kl_top25_printed)})"
+        )
+        table = Table(
+            title=f"{self.text or 'text'}: {self.tokens} predictions in {self.windows} windows of "
+            f"{self.seq_len} tokens",
+            columns=("model", "perplexity", "nll", "KL", f"KL top {TOP}", "top-1", "tokens/s"),
+            rows=(reference, model) if compared else (model,),
+            dim=frozenset({0} if compared else ()),
+            notes=(note,) if compared else (),
+        )
+        return (table,)
 
 
 def windows(

@@ -14,7 +14,9 @@ from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
 from ptq.reading.safetensors_layout import Entry
+from ptq.runtime.figures import number, size
 from ptq.runtime.kernel_choice import kernel_obstacle
+from ptq.runtime.tables import Table, Tabular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class Kept:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Tabular):
     """A checkpoint in figures.
 
     Attributes:
@@ -98,6 +100,28 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """For JSON: all fields, and ``mean_error``."""
         return {**asdict(self), "mean_error": self.mean_error}
+
+    @property
+    def summary(self) -> str:
+        """Format, size and bits in one line."""
+        schemes = " + ".join(sorted({row.scheme for row in self.layers}))
+        return f"{' + '.join(self.formats)} {schemes}, dialect {self.dialect}: {self.sizes}"
+
+    @property
+    def sizes(self) -> str:
+        """How large it is, beside 16 bits for every number."""
+        return (
+            f"{size(self.bytes)} of tensors ({size(self.file_bytes)} on disk), "
+            f"{self.bytes / self.source_bytes:.0%} of {size(self.source_bytes)} at 16 bits; "
+            f"{self.bits_per_weight:.2f} bits per quantized weight, "
+            f"{self.bits_per_parameter:.2f} per parameter"
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        """What it is; by kind of module; and the error of every block and kind, if it is known."""
+        heading = Table(title=f"{self.path}: {self.summary}", columns=(), rows=())
+        known = any(row.error is not None for row in self.layers)
+        return (heading, kinds(self), *((errors(self),) if known else ()))
 
 
 def inspect(path: Path) -> Report:
@@ -194,6 +218,70 @@ def _layer_row(
         balance=report.balance if report else None,
         of_outputs=report.of_outputs if report else True,
         wide_error=report.wide_error if report else None,
+    )
+
+
+def kinds(report: Report) -> Table:
+    """Count, format, size and mean error by kind of module; then what was not quantized."""
+    rows: list[tuple[str, ...]] = []
+    groups: dict[tuple[str, str, int, float], list[LayerRow]] = {}
+    for row in report.layers:
+        key = (kind(row.layer), row.format, row.rotation, row.balance or 0.0)
+        groups.setdefault(key, []).append(row)
+    for (name, fmt, rotation, balance), layers in groups.items():
+        weights = sum(math.prod(row.shape) for row in layers)
+        packed = sum(row.bytes for row in layers)
+        rows.append(
+            (
+                name,
+                str(len(layers)),
+                fmt,
+                str(rotation) if rotation > 1 else "none",
+                f"{balance:g}" if balance else "none",
+                f"{8 * packed / weights:.2f}",
+                size(packed),
+                number(mean(row.error for row in layers), 3),
+                number(mean(row.held_out_error for row in layers), 3),
+                number(mean(row.rtn_error for row in layers), 3),
+            )
+        )
+    quantized = len(rows)
+    unquantized: dict[tuple[str, str], list[Kept]] = {}
+    for tensor in report.kept:
+        unquantized.setdefault((".".join(tensor.name.split(".")[-2:]), tensor.dtype), []).append(
+            tensor
+        )
+    for (name, dtype), tensors in unquantized.items():
+        stored = sum(t.bytes for t in tensors)
+        bits = 8 * stored / sum(math.prod(t.shape) for t in tensors)
+        cells = (name, str(len(tensors)), dtype.lower(), "none", "none", f"{bits:.2f}")
+        rows.append((*cells, size(stored), "–", "–", "–"))
+    return Table(
+        title="by kind of module",
+        columns=(
+            *("module", "count", "format", "rot.", "bal.", "bits", "size"),
+            *("error", "held out", "RTN"),
+        ),
+        rows=tuple(rows),
+        dim=frozenset(range(quantized, len(rows))),
+    )
+
+
+def errors(report: Report) -> Table:
+    """Blocks down, kinds across; a cell is the mean error of its layers."""
+    names = list(dict.fromkeys(kind(row.layer) for row in report.layers))
+    cells: dict[str, dict[str, list[float | None]]] = {}
+    for row in report.layers:
+        cells.setdefault(block(row.layer), {}).setdefault(kind(row.layer), []).append(row.error)
+    return Table(
+        title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text"
+        if all(row.of_outputs for row in report.layers)
+        else "error of the weights ‖W - Ŵ‖² / ‖W‖² where no inputs were measured",
+        columns=("block", *names),
+        rows=tuple(
+            (name, *(number(mean(cells[name].get(k, [])), 3) for k in names))
+            for name in sorted(cells, key=natural)
+        ),
     )
 
 

@@ -34,14 +34,18 @@ def demo_path() -> Path:
     return path
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     """The directory of a model: the bundled one for ``demo``, a directory itself, else a model of
     the hub or its cache.
 
+    Args:
+        revision: branch, tag or commit of a model of the hub.
+
     Raises:
         FileNotFoundError: none of the three exists.
+        ValueError: a revision of what does not come from the hub.
     """
-    return demo_path() if str(name) == DEMO else resolve(name)
+    return resolve(demo_path() if str(name) == DEMO else name, revision)
 
 
 @dataclass(frozen=True)

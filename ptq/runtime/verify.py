@@ -10,6 +10,7 @@ from pathlib import Path
 from ptq.checkpoint.checksums import SUMS, differences
 from ptq.checkpoint.layer_checks import FLOATS, check_numbers
 from ptq.checkpoint.reader import Checkpoint
+from ptq.runtime.tables import Table, Tabular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Check:
     problems: Callable[[Path], Iterator[str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verdict(Tabular):
     """What was found.
 
     Attributes:
@@ -47,6 +48,12 @@ class Verdict:
     def to_dict(self) -> dict[str, object]:
         """For JSON: all fields, and ``ok``."""
         return {**asdict(self), "ok": self.ok}
+
+    def tables(self) -> tuple[Table, ...]:
+        """A line for each problem, or one that there is none; what was not looked at."""
+        found = self.problems or (f"{self.path}: ok ({', '.join(self.checked)})",)
+        notes = (*found, f"not checked: {'; '.join(self.unchecked)}")
+        return (Table(title="", columns=(), rows=(), notes=notes),)
 
 
 def verify(path: Path | str) -> Verdict:

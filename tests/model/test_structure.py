@@ -143,13 +143,18 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(
 ):
     asked = []
 
-    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
-        asked.append((name, local_files_only))
+    def snapshot(
+        name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        asked.append((name, revision, local_files_only))
         return str(tiny_checkpoint("llama"))
 
     monkeypatch.setattr("ptq.model.structure.snapshot_download", snapshot)
     assert resolve("owner/model") == tiny_checkpoint("llama")
-    assert asked == [("owner/model", True)]
+    assert resolve("owner/model", "v2") == tiny_checkpoint("llama")
+    assert asked == [("owner/model", None, True), ("owner/model", "v2", True)]
+    with pytest.raises(ValueError, match="is a directory, and a revision"):
+        resolve(tiny_checkpoint("llama"), "v2")
 
 
 def built(path: Path) -> object:

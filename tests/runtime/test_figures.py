@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ptq.cli import figures
+from ptq.runtime import figures
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,184 @@
+"""Calls that take a model: quantize, and forecast what that needs."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Unpack, overload
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ptq.api.arguments import (
+    Name,
+    QuantizeOptions,
+    follower,
+    placed,
+    shown,
+    split,
+)
+from ptq.api.checkpoints import Written, written
+from ptq.checkpoint.dialect_choice import Choice
+from ptq.cli import progress as bars
+from ptq.pipeline.forecast import Forecast
+from ptq.pipeline.forecast import forecast as forecast_run
+from ptq.pipeline.ranks import launched
+from ptq.pipeline.recipe import Recipe
+from ptq.pipeline.run import Progress, quantize_model
+from ptq.runtime.loaded_model import resolve_model
+
+
+@overload
+def quantize(
+    model: Name,
+    out: Name,
+    *,
+    format: str | None = None,
+    scheme: str | None = None,
+    recipe: Recipe | Name | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    progress: bool | Callable[[Progress], None] = True,
+    **options: Unpack[QuantizeOptions],
+) -> Written: ...
+@overload
+def quantize(
+    model: nn.Module,
+    out: Name,
+    *,
+    format: str | None = None,
+    scheme: str | None = None,
+    recipe: Recipe | Name | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool | Callable[[Progress], None] = True,
+    **options: Unpack[QuantizeOptions],
+) -> Written: ...
+@overload
+def quantize(
+    model: nn.Module,
+    out: None = None,
+    *,
+    format: str | None = None,
+    scheme: str | None = None,
+    recipe: Recipe | Name | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool | Callable[[Progress], None] = True,
+    **options: Unpack[QuantizeOptions],
+) -> nn.Module: ...
+def quantize(
+    model: Name | nn.Module,
+    out: Name | None = None,
+    *,
+    format: str | None = None,
+    scheme: str | None = None,
+    recipe: Recipe | Name | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    progress: bool | Callable[[Progress], None] = True,
+    **options: Unpack[QuantizeOptions],
+) -> Written | nn.Module:
+    """Quantize a causal language model and write the checkpoint; ``ptq quantize`` in Python.
+
+        ptq.quantize("path/to/model", "out", format="nvfp4", scheme="w4a4")
+        ptq.quantize("org/model", "out", format="mxfp4", eight_bit="10%", samples=64)
+
+    Called again with the same arguments after an interruption, it continues where it stopped.
+
+    Args:
+        model: a directory, the id of a model on the hub, ``"demo"`` for the bundled one; or a model
+            in memory, whose layers are then replaced in place.
+        out: directory of the checkpoint, new or empty; None only for a model in memory.
+        format: of the weights: mxfp4, nvfp4, nvint4, mxint4, mxint6, mxfp6, mxint8 or mxfp8.
+        scheme: ``"w4a16"`` quantizes weights only (the default), ``"w4a4"`` inputs of layers too.
+        recipe: all choices at once: a :class:`ptq.Recipe`, which takes no other choice beside it,
+            or a JSON or TOML file of choices, which arguments override.
+        tokenizer: of a model in memory; otherwise the one beside the weights.
+        revision: branch, tag or commit of a model on the hub.
+        progress: a bar on stderr, which is the default, or nothing; or what to call after every
+            block.
+        quality: ``"fast"`` rounds to nearest, ``"default"`` reads as much text as takes minutes,
+            ``"best"`` four times as much.
+        algorithm: ``"gptq"`` or ``"rtn"``, round to nearest.
+        rotation: size of Hadamard blocks, 1 or ``"none"`` for none, ``"auto"`` by measured loss.
+        balance: 0 … 1, how far the range of large inputs moves into the weights.
+        eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.
+        budget: the same as bits per weight on average, 4.75.
+        nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.
+        scales: how scales of weights are chosen: trial, mse, absmax, …
+        weighted: a static search of scales weights columns by the size of their inputs.
+        order: of columns in GPTQ: natural, act or group.
+        damping: share of the mean diagonal that is added to the Hessian.
+        descent: sweeps of coordinate descent on the codes after GPTQ.
+        global_scale: absmax, or alternating.
+        input_scale: global scale of quantized inputs: static (calibrated) or token.
+        input_rule: how quantized inputs are scaled; the best that readers apply.
+        ignore: names or patterns of layers that stay as they are.
+        rules: ``{pattern: change}`` for single layers; a change is a format, ``"skip"``, or
+            ``{choice: value}``.
+        lm_head: quantize the output head too.
+        route_all_experts: calibrate every expert on every token.
+        calibration: the text: a file, a data set of the hub, or ``"builtin"``; ``field``: its
+            column.
+        samples, seq_len: how many sequences are read, and how long they are; by quality, model
+            and device unless given.
+        batch_size: sequences that run at the same time.
+        seed: of the choice of text.
+        device: ``"cpu"``, ``"cuda"``, …; the first GPU if there is one.
+        dtype: of the computation; float32 on a CPU, else the model's own.
+        dialect: auto, compressed-tensors or ptq: how the result lies on disk, and so who opens it.
+        activations: where they wait between blocks: ram, device or disk.
+        hessian_memory: bytes for the statistics of a block's experts at a time; half of what is
+            free. The result does not depend on it.
+        overwrite: replace a checkpoint of ours in ``out``.
+
+    Returns:
+        What was written, with the error of every layer; the model itself where ``out`` is None.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: in one line: what, where, what to do.
+    """
+    run, settled = split(options, format, scheme, recipe)
+    device, dtype = placed(run)
+    source = model if isinstance(model, nn.Module) else resolve_model(model, revision)
+    bar = partial(bars.quantizing, quiet=not progress or follower())
+    with shown(progress, bar) as on_block, launched(device) as place:
+        done = quantize_model(
+            source,
+            out,
+            recipe=settled,
+            device=place,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            on_block=on_block,
+            **run,
+        )
+    if not isinstance(done, Choice):
+        return done
+    assert out is not None  # nothing else is written
+    return written(Path(out), done)
+
+
+def forecast(
+    model: Name,
+    *,
+    format: str | None = None,
+    scheme: str | None = None,
+    recipe: Recipe | Name | None = None,
+    revision: str | None = None,
+    ranks: int = 1,
+    **options: Unpack[QuantizeOptions],
+) -> Forecast:
+    """Memory, time and size that a run will need, from config.json alone: ``--dry-run`` in Python.
+
+    Args:
+        model: a directory (config.json is enough), hub id or ``"demo"``.
+        format, scheme, recipe, revision, **options: those of the run, see :func:`quantize`.
+        ranks: processes that will share the work.
+
+    Raises:
+        ValueError, FileNotFoundError: what the run itself would refuse before reading weights.
+    """
+    run, settled = split(options, format, scheme, recipe)
+    run.pop("overwrite", None)  # of no account before anything is written
+    device, dtype = placed(run)
+    source = resolve_model(model, revision)
+    return forecast_run(source, settled, device=device, dtype=dtype, ranks=ranks, **run)
