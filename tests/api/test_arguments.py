@@ -53,7 +53,7 @@ def test_arguments_override_a_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "format", "message"),
     [
-        ({"sceme": "w4a4"}, "nvfp4", "unknown arguments sceme"),
+        ({"colour": "w4a4"}, "nvfp4", "unknown arguments colour"),
         ({}, None, "say which format"),
         ({}, "nvfp5", "unknown format 'nvfp5'"),
         ({"rotation": "many"}, "nvfp4", "unknown rotation 'many'"),
