@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq.calib.expert_rounds import ExpertRounds, expert_of, split
+from ptq.calib.key_value_ranges import Range
 from ptq.calib.observer import InputGroup
 from ptq.calib.rare_experts import Pool, pool_key, top_up
 
@@ -18,7 +19,8 @@ class CalibratedBlock:
     """A block filled with its weights, and the groups of Linears in it (none when it was skipped).
 
     ``prefix`` makes a name within ``module`` a full name: ``name`` and a dot, but for the output
-    head. ``later``: the rounds in which experts are looked at, if not all at once.
+    head. ``key_values``: ranges of its attention layers, by name within ``module``, if the walk
+    watches them. ``later``: the rounds in which experts are looked at, if not all at once.
     """
 
     name: str
@@ -27,6 +29,7 @@ class CalibratedBlock:
     groups: list[InputGroup]
     index: int
     count: int
+    key_values: dict[str, Range] = field(default_factory=dict)
     later: ExpertRounds | None = field(default=None, repr=False, compare=False)
     _pools: dict[str, Pool] = field(default_factory=dict, repr=False, compare=False)
 
@@ -99,7 +102,7 @@ class CalibratedBlock:
     def forget(self) -> None:
         """Drop statistics and layers, so that nobody holds them while the next block is observed:
         memory must not hold those of two blocks."""
-        self.groups, self._pools = [], {}
+        self.groups, self.key_values, self._pools = [], {}, {}
         if self.later is not None:
             self.later.close()
             self.later = None

@@ -19,6 +19,7 @@ from ptq.calib.calibrated_block import CalibratedBlock
 from ptq.calib.expert_rounds import ExpertRounds, expert_of, expert_sizes, split
 from ptq.calib.hessian import distributed
 from ptq.calib.hidden_states import HiddenStates
+from ptq.calib.key_value_ranges import ranges_of
 from ptq.calib.observer import InputGroup, Observer, Probe
 from ptq.model.experts import routed_everywhere
 from ptq.model.source import Source
@@ -47,6 +48,7 @@ class Watch:
         head: the output head follows as a last block of one layer, which reads what the model makes
             of the last hidden states (final norm and whatever else).
         squares: of Hessians the diagonals are enough, and no samples are wanted.
+        key_values: the largest keys and values are wanted too.
     """
 
     layers: Collection[str] | None = None
@@ -56,6 +58,7 @@ class Watch:
     moments: bool = True
     head: bool = False
     squares: bool = False
+    key_values: bool = False
 
     def watches(self, layer: str) -> bool:
         """Whether there are to be statistics of the Linear of that full name."""
@@ -64,7 +67,7 @@ class Watch:
     def first_look(self) -> "Watch":
         """The same layers without probes and without a feed, and only mean squares: all that
         preparing a block needs."""
-        return replace(self, probes={}, feed=None, squares=True)
+        return replace(self, probes={}, feed=None, squares=True, key_values=False)
 
 
 Prepare = Callable[[CalibratedBlock, Callable[[], Tensor] | None], None]
@@ -210,6 +213,9 @@ class Steps:
             stack.enter_context(observer.installed())
             stack.enter_context(routed_everywhere(block.module, watch.route_all))
             begins = stack.enter_context(rounds.recording()) if rounds else lambda: None
+            if watch.key_values:
+                ranges = ranges_of(block.module, self.device)
+                block.key_values = stack.enter_context(ranges)
             for index, batch in enumerate(self.batches[:count]):
                 begins()
                 observer.expect((batch.shape[0], batch.shape[1]), self.held[index])

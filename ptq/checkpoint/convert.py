@@ -49,6 +49,7 @@ def convert(
         fingerprint=_fingerprint(found),
         overwrite=overwrite,
         dialect=dialect,
+        kv_cache=parsed.kv_cache,
     )
     reports = {report.name: report for report in found.reports}
     # reports are in the order of the model

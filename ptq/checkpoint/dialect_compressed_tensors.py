@@ -33,6 +33,16 @@ from ptq.reading.schema import JsonObject, check
 # Loaders that read config_groups strictly stop at an unknown key and show its text; transformers is
 # among them, which would not rotate inputs, and drop the global scales of experts.
 GUARDS = ("rotated_weights", "expert_global_scales")
+# Keys and values in E4M3 with a calibrated scale a tensor, by the names of quantization_config.
+KV_CACHES: dict[str, JsonDict] = {
+    "fp8": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "symmetric": True,
+        "dynamic": False,
+    }
+}
 GUARD_TEXT = "`import ptq.hf` before from_pretrained"
 
 
@@ -64,7 +74,7 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
         "format": fmt.name,
         "config_groups": {"group_0": group},
         "ignore": list(quantization.ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": KV_CACHES[quantization.kv_cache] if quantization.kv_cache else None,
     }
     if transforms:
         config["transform_config"] = {"config_groups": transforms}
@@ -182,11 +192,8 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
         ValueError: it says something that ptq does not write, and therefore might read wrongly.
     """
     said = check(config, _Config, "quantization_config", "ptq writes it otherwise")
-    if len(said.config_groups) != 1 or said.kv_cache_scheme:
-        raise ValueError(
-            "ptq reads compressed-tensors checkpoints with one config group and no quantized KV "
-            "cache"
-        )
+    if len(said.config_groups) != 1:
+        raise ValueError("ptq reads compressed-tensors checkpoints with one config group")
     (group,) = said.config_groups.values()
     formats = {record.name: record for record in CT_FORMATS.values()}
     name = group.format or said.format
@@ -212,8 +219,23 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
         values=values,
         overrides={"hadamard": overrides} if overrides else {},
         ignore=tuple(said.ignore or ()),
+        kv_cache=_parse_kv_cache(said.kv_cache_scheme),
         recipe=dict(ours.recipe),
         provenance=dict(ours.provenance),
+    )
+
+
+def _parse_kv_cache(scheme: JsonDict | None) -> str | None:
+    """The name of a scheme for keys and values; other programs write fields that say nothing more
+    as well."""
+    if not scheme:
+        return None
+    for name, wanted in KV_CACHES.items():
+        if all(scheme.get(key) == value for key, value in wanted.items()):
+            return name
+    raise ValueError(
+        f"ptq does not read this kv_cache_scheme: {scheme}; it knows E4M3 with one calibrated "
+        "scale a tensor"
     )
 
 

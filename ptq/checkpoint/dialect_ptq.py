@@ -13,6 +13,8 @@ Its ``quantization_config`` has exactly these keys; loaders refuse unknown keys 
                             there, is none (:mod:`ptq.numerics.nested`)
     <one of these six>_overrides    {pattern: value} for layers that differ; the first that matches
     ignore                  patterns of linear layers that are not quantized
+    kv_cache                "fp8" where attention layers have a k_scale and a v_scale (float32,
+                            [1]): keys and values are read as s · E4M3(x / s)
     recipe, provenance      how the checkpoint was made; never needed to load it
 
 Loaders that do not know the dialect would skip the packed tensors and leave the layers random. Two
@@ -60,6 +62,8 @@ def ptq_config(
         if key in quantization.overrides:
             config[f"{key}_overrides"] = dict(quantization.overrides[key])
     config["ignore"] = list(quantization.ignore)
+    if quantization.kv_cache is not None:
+        config["kv_cache"] = quantization.kv_cache
     return config | {"recipe": quantization.recipe, "provenance": quantization.provenance}
 
 
@@ -75,7 +79,8 @@ def parse_ptq(config: Mapping[str, object]) -> Quantization:
             "update ptq"
         )
     overridden = {f"{key}_overrides": key for key in PER_LAYER}
-    known = {"quant_method", "version", "ignore", "recipe", "provenance", *PER_LAYER, *overridden}
+    known = {"quant_method", "version", "ignore", "kv_cache", "recipe", "provenance"}
+    known |= {*PER_LAYER, *overridden}
     if unknown := sorted(config.keys() - known):
         raise ValueError(
             f"quantization_config has keys that this ptq does not know: {', '.join(unknown)}; "
@@ -92,9 +97,15 @@ def parse_ptq(config: Mapping[str, object]) -> Quantization:
             if name in config
         },
         ignore=tuple(check(config["ignore"], list[str], f"ignore {HERE}", DAMAGED)),
+        kv_cache=_kv_cache(config),
         recipe=check(config.get("recipe", {}), JsonObject, f"recipe {HERE}", DAMAGED),
         provenance=check(config.get("provenance", {}), JsonObject, f"provenance {HERE}", DAMAGED),
     )
+
+
+def _kv_cache(config: Mapping[str, object]) -> str | None:
+    value = config.get("kv_cache")
+    return None if value is None else check(value, str, f"kv_cache {HERE}", DAMAGED)
 
 
 def guard_tensors(layers: Iterable[str]) -> dict[str, Tensor]:

@@ -9,6 +9,12 @@ from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.numerics.activations import default_rule
 from ptq.numerics.formats import FORMATS
 
+_KEY_VALUES = {
+    None: "16 bit",
+    "fp8": "calibrated scales for E4M3: `ptq` computes with them, and vLLM with "
+    "`--kv-cache-dtype fp8`; transformers alone leaves keys and values in 16 bit, and says so",
+}
+
 
 def model_card(
     choice: Choice,
@@ -47,6 +53,7 @@ def model_card(
             else "none",
         ),
         *((("nested", _nested(layers)),) if any(i.nested for i in layers.values()) else ()),
+        ("keys and values", _KEY_VALUES[recipe.get("kv_cache")]),
         ("dialect", f"{choice.dialect} ({choice.reason})"),
         ("size", f"{total_bytes / 1e9:.3g} GB, {len(layers)} quantized layers, {bits}"),
     ]

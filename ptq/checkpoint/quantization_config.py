@@ -18,6 +18,7 @@ from ptq.reading.schema import Count, check, plain
 
 VERSION = 1  # of what ptq writes into a configuration, in any dialect
 JsonDict = dict[str, Any]
+KEY_VALUES = ("fp8",)  # how keys and values may be kept: E4M3 with a scale a tensor
 
 
 def _known_format(name: str) -> str:
@@ -151,16 +152,23 @@ class Quantization:
         values: of every key of ``PER_LAYER``, what holds for layers without an override.
         overrides: {key of ``PER_LAYER``: {pattern: value}}.
         ignore: patterns of linear layers that are not quantized.
+        kv_cache: ``"fp8"`` if there are scales for keys and values in E4M3, or None.
         recipe, provenance: how the checkpoint was made, for information.
     """
 
     values: Mapping[str, object]
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
+    kv_cache: str | None = None
     recipe: JsonDict = field(default_factory=dict)
     provenance: JsonDict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.kv_cache not in (None, *KEY_VALUES):
+            raise ValueError(
+                f"unknown kv_cache {self.kv_cache!r} in quantization_config; this ptq knows "
+                f"{', '.join(KEY_VALUES)}"
+            )
         for key in PER_LAYER:
             for value in (self.values[key], *self.overrides.get(key, {}).values()):
                 _check(key, value)
@@ -223,6 +231,7 @@ def summarize(
     *,
     recipe: JsonDict,
     provenance: JsonDict,
+    kv_cache: str | None = None,
 ) -> Quantization:
     """The configuration of a model whose quantized layers are ``layers`` and whose other linear
     layers are ``others``.
@@ -248,7 +257,12 @@ def summarize(
             }
     ignore = tuple(patterns(others, everything))
     return Quantization(
-        values=values, overrides=overrides, ignore=ignore, recipe=recipe, provenance=provenance
+        values=values,
+        overrides=overrides,
+        ignore=ignore,
+        kv_cache=kv_cache,
+        recipe=recipe,
+        provenance=provenance,
     )
 
 

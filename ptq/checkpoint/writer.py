@@ -71,6 +71,7 @@ class CheckpointWriter:
         dialect: str = "auto",
         shard_bytes: int = SHARD_BYTES,
         foreign: str | None = None,
+        kv_cache: str | None = None,
     ) -> None:
         """Check that the run can start or continue. Nothing is written yet.
 
@@ -82,6 +83,7 @@ class CheckpointWriter:
             weights: hashes of tensors outside of blocks, as far as the fingerprint does not tell
                 them apart.
             overwrite: replace a checkpoint at ``path``, once the new one is complete.
+            kv_cache: how keys and values are kept, if blocks have scales for them.
             dialect, foreign: see :func:`ptq.checkpoint.dialect_choice.choose`; they may differ
                 between the runs of one checkpoint.
 
@@ -89,7 +91,7 @@ class CheckpointWriter:
             FileExistsError: ``path`` exists and is not an empty directory.
             ValueError: ``<path>.partial`` is of a different run, or not of ptq.
         """
-        self.foreign = foreign
+        self.foreign, self.kv_cache = foreign, kv_cache
         self.path = Path(os.path.abspath(path))
         self.work = WorkFolder(self.path, overwrite=overwrite)
         self.partial = self.work.path
@@ -248,7 +250,13 @@ class CheckpointWriter:
         parts = [*self._block_parts(blocks, dialect), *self._parts_outside(outside)]
         entries, sums = write_shards(folder, parts, self.shard_bytes)
         others = _linear_layers(entries, layers, dialect)
-        summary = summarize(layers, others, recipe=self.recipe, provenance=self.provenance)
+        summary = summarize(
+            layers,
+            others,
+            recipe=self.recipe,
+            provenance=self.provenance,
+            kv_cache=self.kv_cache,
+        )
         config = dialect.config(summary, layers, others)
         for file in extra_files:
             sums[file.name] = write_file(folder / file.name, [file.read_bytes()])

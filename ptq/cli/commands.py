@@ -24,6 +24,7 @@ from ptq.cli.options import (
     DIALECTS,
     FORMATS,
     INPUT_RULES,
+    KEY_VALUES,
     MODEL_HELP,
     OUTPUT,
     QUALITIES,
@@ -200,6 +201,14 @@ def quantize(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            **values(KEY_VALUES, "Calibrate scales for keys and values in an engine's FP8 cache."),
+            show_default="none",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -355,6 +364,7 @@ def quantize(
         "nested": nested,
         "scales": scales,
         "input_rule": input_rule,
+        "kv_cache": kv_cache,
         "calibration": calibration,
         "field": field,
         "samples": samples,

@@ -21,6 +21,7 @@ SCALES = (
     *("trial", "in_loop_mse", "mse", "absmax", "ceil", "ocp", "theta", "round", "up", "four_six"),
 )
 INPUT_RULES = ("absmax", "four_six", "theta", "ceil", "ocp", "round")
+KEY_VALUES = ("fp8",)
 QUALITIES = ("fast", "default", "best")
 DIALECTS = ("auto", "compressed-tensors", "ptq")
 ACTIVATIONS = ("ram", "device", "disk")

@@ -11,8 +11,10 @@ from ptq.calib.walk import CalibratedBlock
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.reader import from_disk, to_disk
 from ptq.checkpoint.writer import CheckpointWriter
+from ptq.model.attention import cached_attentions, stored_stem
 from ptq.model.source import Source
 from ptq.pipeline.ranks import world
+from ptq.runtime.key_values import SCALES, is_scale, take_scales
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
 
@@ -39,6 +41,8 @@ class Blocks(Protocol):
         Args:
             layers, reports: of its quantized layers, by full name.
             changes: new values of parameters that are not quantized, by full name.
+
+        The block's attention layers may have scales for keys and values by now; they are kept too.
         """
         ...
 
@@ -93,6 +97,7 @@ class BlocksOnDisk:
         for parameter, value in changes.items():
             name = self.source.checkpoint_name(parameter)
             kept[name] = value.to("cpu", kept[name].dtype)  # exact: see ptq.calib.fold
+        kept |= self._key_value_scales(block)
         renamed = [replace(report, name=stored[report.name]) for report in reports]
         weights = self.source.digests(block.name)
         self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed, weights)
@@ -108,6 +113,9 @@ class BlocksOnDisk:
         infos = self.writer.layers(block.name)
         tensors = from_disk(self.writer.read(block.name), infos)
         self._restore(block, tensors)
+        names = {n: self.source.module_name(n) for n in tensors if is_scale(n)}
+        inner = {own.removeprefix(block.prefix): tensors[n] for n, own in names.items()}
+        take_scales(block.module, inner)
         linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
         for stored, info in infos.items():
             name = self.source.module_name(f"{stored}.weight_packed").rpartition(".")[0]
@@ -144,6 +152,15 @@ class BlocksOnDisk:
                     "over"
                 )
             parameter.data = tensors[stored].to(parameter)
+
+    def _key_value_scales(self, block: CalibratedBlock) -> dict[str, Tensor]:
+        name = self.source.checkpoint_name
+        return {
+            f"{stored_stem(attention, f'{block.prefix}{inner}', name)}.{leaf}": scale.to("cpu")
+            for inner, attention in cached_attentions(block.module).items()
+            for leaf in SCALES
+            if (scale := attention._buffers.get(leaf)) is not None
+        }
 
     def _stored_name(self, name: str) -> str:
         """What a checkpoint calls a layer of the model."""

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq.calib.walk import Watch
 from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.model.attention import check_key_values
 from ptq.model.parameter_names import dtype_plan
 from ptq.model.structure import is_router, positions
 from ptq.numerics.rotation import Rotation
@@ -113,10 +114,13 @@ class Plan:
 
         Raises:
             ValueError: a pattern that matches nothing, inputs that do not form groups or rotation
-                blocks (all such layers are named), a recipe that leaves nothing to quantize, or an
-                output head that cannot be quantized.
+                blocks (all such layers are named), a recipe that leaves nothing to quantize, an
+                output head that cannot be quantized, or no keys and values where their scales are
+                wanted.
         """
         blocks = source.blocks()
+        if recipe.kv_cache is not None:
+            check_key_values(blocks)
         head = source.head() if recipe.lm_head else None
         limit = positions(source.config)
         layers = _layers(source, blocks, head, recipe)
@@ -147,11 +151,12 @@ class Plan:
 
     @cached_property
     def reads_text(self) -> bool:
-        """Whether anything depends on the calibration text: moments, the ranges of inputs, or which
-        layers get more bits."""
+        """Whether anything depends on the calibration text: moments, the ranges of inputs or of
+        keys and values, or which layers get more bits."""
         return (
             self.measures
             or self.allocates
+            or self.recipe.kv_cache is not None
             or any(layer.recipe.static_inputs for layer in self.layers.values())
         )
 
@@ -194,6 +199,7 @@ class Plan:
             route_all=self.recipe.route_all_experts,
             moments=self.measures,
             head=self.head is not None,
+            key_values=self.recipe.kv_cache is not None,
         )
 
 

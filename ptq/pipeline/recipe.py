@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
+from ptq.checkpoint.quantization_config import KEY_VALUES
 from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
 from ptq.numerics.algorithms import ALGORITHMS, BLIND
 from ptq.numerics.formats import FORMATS, Format
@@ -96,6 +97,7 @@ class Recipe:
         eight_bit: share of the weights that may be quantized to 8 bits, where that gains most by
             measured loss (:mod:`ptq.pipeline.budget`); in a checkpoint it has become rules.
         budget: the same as bits per weight, on average.
+        kv_cache: ``fp8`` calibrates scales for a cache of keys and values in E4M3; None leaves it.
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers
             and gates of shared experts stay as they are unless a rule selects them and nothing
@@ -125,6 +127,7 @@ class Recipe:
     nested: Annotated[int, Field(ge=0, le=16)] = 0
     eight_bit: Share = 0.0
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
+    kv_cache: str | None = None
     ignore: tuple[Pattern, ...] = ()
     rules: tuple[tuple[Pattern, Change], ...] = ()
     lm_head: bool = False
@@ -146,6 +149,8 @@ class Recipe:
         _choice("order", self.order, ("natural", "act", "group"))
         _choice("global_scale", self.global_scale, ("absmax", "alternating"))
         _choice("input_scale", self.input_scale, ("static", "token"))
+        if self.kv_cache is not None:
+            _choice("kv_cache", self.kv_cache, KEY_VALUES)
         if self.input_rule is not None:
             _choice("input_rule", self.input_rule, input_rules(self.fmt))
         if self.rotation != "auto":
@@ -214,6 +219,8 @@ class Recipe:
             parts.append(f"8 bits for {self.eight_bit:g} of the weights, chosen by loss")
         if self.budget is not None:
             parts.append(f"{self.budget:g} bits per weight, more of them chosen by loss")
+        if self.kv_cache is not None:
+            parts.append(f"keys and values in {self.kv_cache}")
         return ", ".join(parts)
 
     @property

@@ -35,6 +35,7 @@ from ptq.model.tied_weights import says_untied
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
 from ptq.pipeline.budget import allocate, room
+from ptq.pipeline.key_values import install_key_values
 from ptq.pipeline.memory import statistics_limit
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, share, world
@@ -111,6 +112,7 @@ def quantize(
             solved = solve_block(block, plan)
             layers, reports = install(block, solved, plan, balancing)
             tell(block, reports, plan)
+            install_key_values(block)
             finished_blocks.add(block, layers, reports, balancing.changes_of(block))
             del solved, layers
         block.forget()
@@ -307,6 +309,7 @@ def quantize_model(
         overwrite=overwrite,
         dialect=dialect,
         foreign=plan.foreign,
+        kv_cache=plan.recipe.kv_cache,
     )
     (done,) = from_first([writer.done])
     if done is not None:

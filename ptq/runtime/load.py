@@ -17,6 +17,7 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
 from ptq.runtime.fusion import fuse
 from ptq.runtime.kernel_choice import visits
+from ptq.runtime.key_values import is_scale, take_scales
 from ptq.runtime.nested_width import at_width, converted
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
@@ -97,6 +98,8 @@ def load(
         layer = stored_layer(modules[target], infos[name], tensors, name)
         layer.cache = cache
         model.set_submodule(target, layer.to(place, source.compute_dtype))
+    if checkpoint.parsed.kv_cache is not None:
+        _round_key_values(model, checkpoint, source)
     if (settings := read_generation_config(checkpoint.path)) is not None:
         model.generation_config = settings
     logger.info(
@@ -120,6 +123,24 @@ def load(
             f"{wide / 1e9:.1f} GB, and is faster)",
         )
     return model.eval()
+
+
+def _round_key_values(
+    model: PreTrainedModel, checkpoint: Checkpoint, source: CheckpointSource
+) -> None:
+    """Give attention layers the scales of keys and values."""
+    tensors = {
+        source.module_name(n): checkpoint.tensor(n) for n in checkpoint.entries if is_scale(n)
+    }
+    if not take_scales(model, tensors):
+        raise ValueError(
+            f"{checkpoint.path} has no scales of keys and values, although its config.json says "
+            f"{checkpoint.parsed.kv_cache}: the checkpoint is damaged, copy it again"
+        )
+    logger.info(
+        "keys and values are rounded to %s as in an engine's cache; their memory is the same",
+        checkpoint.parsed.kv_cache,
+    )
 
 
 def prepare_kernels(model: nn.Module, dtype: torch.dtype) -> None:

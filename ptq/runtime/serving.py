@@ -47,7 +47,7 @@ def choose_server(path: Path, *, host: str, port: int, more: Sequence[str] = ())
     if refusal is None and program is None:
         refusal = "vLLM is not installed"
     if refusal is None and program is not None:
-        return Server([program, "serve", str(path), *place], None)
+        return Server([program, "serve", str(path), *place, *_cache(path, more)], None)
     if missing := missing_for_transformers(path):
         names = [name.replace("_", "-") for name in missing if name not in SERVING]
         packages = ["'transformers[serving]'"] * (len(names) < len(missing)) + names
@@ -56,6 +56,16 @@ def choose_server(path: Path, *, host: str, port: int, more: Sequence[str] = ())
             f"install {' '.join(packages)}"
         )
     return Server([sys.executable, "-c", TRANSFORMERS, "serve", str(path), *place], refusal)
+
+
+def _cache(path: Path, more: Sequence[str]) -> list[str]:
+    """That vLLM is to use the scales of keys and values that a checkpoint has, unless the user
+    chooses."""
+    option = "--kv-cache-dtype"
+    if dialect_in(path) is None or any(word.partition("=")[0] == option for word in more):
+        return []
+    kept = Checkpoint(path).parsed.kv_cache
+    return [] if kept is None else [option, kept]
 
 
 def without_vllm(path: Path) -> str | None:

@@ -6,7 +6,8 @@
 - ``compressed-tensors`` that transformers would compute wrong: with a rotation, as it does not read
   ``transform_config`` (its issue 42887), and with experts in NVFP4, whose global scale it drops
   (48371). Those become QuantLinear too, whose weight is rotated back when it is dequantized and
-  saved as it was loaded. All others are left to transformers.
+  saved as it was loaded. All others are left to transformers, but for scales of keys and values,
+  which it drops with a line in its report.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,10 +33,12 @@ from ptq.checkpoint.dialect_compressed_tensors import (
 from ptq.checkpoint.dialect_ptq import NOTE, PTQ
 from ptq.checkpoint.dialects import parse
 from ptq.checkpoint.quantization_config import Quantization, is_expert
+from ptq.model.attention import cached_attentions
 from ptq.model.experts import FUSED, unfuse
 from ptq.model.parameter_names import NameMap
 from ptq.model.structure import linearize
 from ptq.reading.safetensors_layout import Entry, read_header
+from ptq.runtime.key_values import SCALES, hook_rounding, is_scale
 from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
 from ptq.runtime.stored_linear import StoredLinear
 
@@ -122,6 +125,8 @@ class StoredLayers(HfQuantizer):
             if f"{name}.{NOTE}" in stored:
                 layer.expect_guard()
             model.set_submodule(target, layer)
+        if quantization.kv_cache is not None:
+            self._expect_key_values(model, names, stored)
         targets = {name: target for target, name in layers.items()}
         for name in filter(is_rotation_tensor, stored):
             # so that a matrix of a rotation is expected, and saved again
@@ -130,6 +135,22 @@ class StoredLayers(HfQuantizer):
             empty = torch.empty(stored[name].shape, dtype=torch.float32, device="meta")
             matrix.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
             model.get_submodule(targets.get(parent, parent)).add_module(leaf, matrix)
+
+    def _expect_key_values(
+        self, model: PreTrainedModel, names: NameMap, stored: Mapping[str, Entry]
+    ) -> None:
+        """Scales of keys and values for transformers to load, and to save again."""
+        attentions = cached_attentions(model)
+        for name in filter(is_scale, stored):
+            owners = [candidate.rpartition(".")[0] for candidate in names.candidates(name)]
+            owner = next((owner for owner in owners if owner in attentions), None)
+            if owner is None:
+                raise ValueError(f"{name} belongs to no attention layer of {type(model).__name__}")
+            attention, leaf = attentions[owner], name.rpartition(".")[2]
+            if not any(hasattr(attention, other) for other in SCALES):
+                hook_rounding(attention)
+            empty = torch.empty(1, dtype=torch.float32, device="meta")
+            attention.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
 
     def _makes_fused(self, converter: WeightConverter) -> bool:
         return any(
@@ -290,9 +311,13 @@ class RotatedQuantizer(CompressedTensorsHfQuantizer, StoredLayers):  # pyright: 
             config.online() or config.drops_scales(stored)
         )
         if not (self.ours and isinstance(config, RotatedConfig)):
-            return super()._process_model_before_weight_loading(
+            super()._process_model_before_weight_loading(
                 model, dtype=dtype, checkpoint_files=checkpoint_files, **rest
             )
+            if isinstance(config, RotatedConfig) and config.stored.get("kv_cache_scheme"):
+                # transformers drops the scales of keys and values, with a line in its report
+                self._expect_key_values(model, NameMap(model), stored)
+            return None
         parsed = COMPRESSED_TENSORS.parse(config.stored)
         self.place(model, COMPRESSED_TENSORS, parsed, stored, dtype)
         return None
