@@ -35,6 +35,7 @@ class Choices(TypedDict, total=False):
     eight_bit: float | str
     budget: float | None
     nested: int
+    kv_cache: str | None
     ignore: tuple[str, ...] | list[str]
     rules: Mapping[str, Any] | tuple[tuple[str, Any], ...] | list[tuple[str, Any]]
     lm_head: bool
