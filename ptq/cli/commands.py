@@ -18,6 +18,7 @@ from ptq.cli.chat import chat, generate
 from ptq.cli.convert import convert
 from ptq.cli.errors import fail, guarded
 from ptq.cli.formats import formats
+from ptq.cli.merge import merge
 from ptq.cli.options import (
     ACTIVATIONS,
     ALGORITHMS,
@@ -547,6 +548,7 @@ def verify(
 
 
 app.command()(convert)
+app.command()(merge)
 app.command(cls=ModelFirst)(analyze)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(chat)

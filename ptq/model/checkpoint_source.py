@@ -178,6 +178,10 @@ class CheckpointSource:
             )
         return value
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the checkpoint; no data is read."""
+        return self._shards.shape(name)
+
     def digests(self, block: str | None) -> dict[str, str]:
         """Hashes of the data of all tensors of ``block``, or of those outside of all blocks, by
         their names in the checkpoint.
