@@ -20,7 +20,7 @@ from ptq.cli.options import (
     parse_device,
     parse_dtype,
 )
-from ptq.cli.terminal import printable
+from ptq.reading.printable import printable
 
 if TYPE_CHECKING:
     from ptq.runtime.conversation import Conversation

@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ptq.cli.terminal import err, note, out, printable
+from ptq.cli.terminal import err, note, out
+from ptq.reading.printable import printable
 from ptq.runtime.figures import duration, number
 from ptq.runtime.inspect import Report, errors, kinds, mean
 from ptq.runtime.tables import Table as Tabled

@@ -17,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
-from ptq.cli.terminal import err, note, printable
+from ptq.cli.terminal import err, note
 from ptq.pipeline.pace import Pace
+from ptq.reading.printable import printable
 from ptq.runtime.figures import number, span
 from ptq.runtime.inspect import mean
 
