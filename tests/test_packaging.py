@@ -131,7 +131,9 @@ def test_the_wheel_of_the_sdist_holds_everything(root: Path, wheel: Path):
         f"ptq/{path.relative_to(root / 'ptq').as_posix()}"
         for folder, _, names in os.walk(root / "ptq", followlinks=True)
         for path in (Path(folder) / name for name in names)
-        if path.suffix == ".py" or path.parent == root / "ptq" / "demo" or path.suffix == ".json"
+        if path.suffix == ".py"
+        or path.parent == root / "ptq" / "demo"
+        or path.suffix in (".json", ".html")
     }
     assert wanted - inside == set()
     assert "ptq/py.typed" in inside

@@ -38,7 +38,8 @@ def analyze(
             "-o",
             metavar="DIR",
             show_default="none: the summary alone",
-            help="Where analysis.json, .csv and .html go; new, empty, or an unfinished analysis.",
+            help="Where report.html and analysis.json and .csv go; new, empty, or an unfinished "
+            "analysis.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -112,6 +113,7 @@ def analyze(
     """
     from ptq.cli import display, progress
     from ptq.pipeline.analysis_files import check_folder, write_results
+    from ptq.pipeline.analysis_page import analysis_page
     from ptq.pipeline.analyze import Options
     from ptq.pipeline.analyze import analyze as measure
     from ptq.runtime.loaded_model import resolve_model
@@ -151,13 +153,13 @@ def analyze(
             on_block=on_block,
         )
     if out is not None:
-        write_results(out, found)
+        write_results(out, found, analysis_page(found))
     if json:
         display.print_json(summary(found))
     elif not quiet:
         print_summary(found)
         if out is not None:
-            display.note(f"written to {out}: analysis.json, analysis.csv")
+            display.note(f"written to {out}: report.html to look at, analysis.json, analysis.csv")
 
 
 def summary(found: "Analysis") -> dict[str, object]:

@@ -26,7 +26,7 @@ PARTIAL, RESULT, TABLE, PAGE = (
     "analysis.partial.jsonl",
     "analysis.json",
     "analysis.csv",
-    "analysis.html",
+    "report.html",
 )
 CAST_TABLE, FRONT_TABLE, RECIPE = "direct-cast.csv", "pareto.csv", "recipe.toml"
 CAST_STATES = "direct-cast.partial"  # folder of an unfinished direct cast

@@ -233,8 +233,9 @@ def _worst(
         )
     if read is not None and read.channels.outliers:
         loud = read.channels
+        are = "channel is an outlier" if loud.outliers == 1 else "channels are outliers"
         advice.append(
-            f"{loud.outliers} input channels are outliers ({', '.join(map(str, loud.loudest))}); "
+            f"{loud.outliers} input {are} ({', '.join(map(str, loud.loudest))}); "
             f"one per cent holds {loud.top_share:.0%} of the energy"
         )
     if read is not None and read.first_tokens is not None and read.first_tokens.amax > 4:

@@ -20,7 +20,11 @@ def test_a_summary_and_files(ptq: Run, tiny_llama: Path, few: list[object], tmp_
     assert "nvint4/nvfp4" in result.out and "balanced + rotated" in result.out
     assert "the layers that will hurt" in result.out
     assert "analyzing 2/2  model.layers.1" in result.err
-    assert {"analysis.json", "analysis.csv"} <= {f.name for f in (tmp_path / "a").iterdir()}
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {
+        "analysis.json", "analysis.csv", "report.html",
+    }  # fmt: skip
+    page = (tmp_path / "a" / "report.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>") and "which format for which layer" in page
     assert {file.name: file.read_bytes() for file in tiny_llama.iterdir()} == before
     assert (
         "finished analysis: choose another"

@@ -75,7 +75,7 @@ def test_the_worst_layers_come_first_with_something_to_do() -> None:
     assert (first.format, first.balanced, first.rotated, first.error) == ("nvfp4", True, False, 0.1)
     told = " | ".join(first.advice)
     assert "balance it (--balance 0.5): 0.5000 -> 0.1000 in nvfp4" in told
-    assert "1 input channels are outliers (5)" in told
+    assert "1 input channel is an outlier (5)" in told
     assert "5.0 times the median layer: give it eight bits (mxfp8 0.00100)" in told
     assert found[2].advice == ("nvfp4 is its best format in four bits; nothing stands out",)
     assert worst([]) == []

@@ -1,0 +1,1 @@
+"""Numbers → pictures in SVG, and a page of HTML that needs nothing beside itself."""
