@@ -47,17 +47,13 @@ def merge(
     They have to be copies of BASE: the same tensors, shapes and vocabulary. Tokenizer and
     configuration of the result are those of BASE. Quantize it like any other model.
     """
-    from ptq.cli import display
+    from ptq.cli import display, progress
     from ptq.pipeline.merge import merge as merge_models
+    from ptq.runtime.figures import size
     from ptq.runtime.loaded_model import resolve_model
 
     place = parse_device(device)
-    with display.bar(quiet, "merging") as step:
-
-        def on_tensor(done: int, total: int, name: str) -> None:
-            if display.err.is_terminal or done == total or done % max(1, total // 10) == 0:
-                step(done, total, name)
-
+    with progress.bar(quiet, "merging") as step:
         merged = merge_models(
             resolve_model(base),
             [resolve_model(model) for model in models],
@@ -65,7 +61,7 @@ def merge(
             method=method,
             strength=strength,
             device=place,
-            on_tensor=on_tensor,
+            on_tensor=step,
         )
     if json:
         display.print_json(
@@ -74,8 +70,7 @@ def merge(
     elif not quiet:
         display.out.print(
             f"{out}: {merged.tensors} tensors, {merged.matrices} matrices merged by {method}, "
-            f"{display.size(merged.bytes)}",
-            markup=False,
+            f"{size(merged.bytes)}",
         )
 
 

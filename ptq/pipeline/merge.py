@@ -87,7 +87,7 @@ def merge(
     strength: float | None = None,
     device: torch.device | str = "cpu",
     shard_bytes: int = SHARD_BYTES,
-    on_tensor: Callable[[int, int, str], None] = lambda done, total, name: None,
+    on_tensor: Callable[[int, int, str], object] = lambda done, total, name: None,
 ) -> Merged:
     """Write ``base + strength · merged changes`` to the directory ``out``, every tensor rounded
     once, to the dtype that it has in ``base``.
