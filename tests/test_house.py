@@ -151,8 +151,9 @@ def test_every_wing_is_looked_at(root: Path) -> None:
 
 def test_every_module_says_what_it_is_for(root: Path, trees: dict[str, ast.Module]) -> None:
     scripts = {
-        f"scripts/{path.stem}": ast.parse(path.read_text("utf-8"))
-        for path in (root / "scripts").glob("*.py")
+        f"{folder}/{path.stem}": ast.parse(path.read_text("utf-8"))
+        for folder in ("scripts", "examples")
+        for path in (root / folder).glob("*.py")
     }
     assert [name for name, tree in (trees | scripts).items() if not ast.get_docstring(tree)] == []
 

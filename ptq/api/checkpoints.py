@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack, cast, overload
+from typing import TYPE_CHECKING, Literal, Unpack, cast, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.api.arguments import LoadOptions, Name, shown, to_device, to_dtype
@@ -24,6 +24,16 @@ from ptq.runtime.tables import Table, Tabular
 from ptq.runtime.verify import Verdict
 from ptq.runtime.verify import verify as verify_checkpoint
 from ptq.text.windows import load_tokenizer
+
+if TYPE_CHECKING:
+
+    class CausalLM(PreTrainedModel):
+        """What ``from_pretrained`` gives, with the method that transformers adds by a mixin."""
+
+        def generate(self, inputs: Tensor | None = None, **options: object) -> Tensor: ...
+
+else:
+    CausalLM = PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,7 +72,7 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     **options: Unpack[LoadOptions],
-) -> PreTrainedModel: ...
+) -> CausalLM: ...
 @overload
 def load(
     model: Name,
@@ -72,7 +82,7 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     **options: Unpack[LoadOptions],
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: ...
+) -> tuple[CausalLM, PreTrainedTokenizerBase]: ...
 def load(
     model: Name,
     device: torch.device | str | None = None,
@@ -81,7 +91,7 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     **options: Unpack[LoadOptions],
-) -> PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> CausalLM | tuple[CausalLM, PreTrainedTokenizerBase]:
     """The transformers model of a quantized checkpoint, as ``from_pretrained`` gives it, with
     layers that compute with packed weights.
 
@@ -111,7 +121,7 @@ def load(
     path = resolve_model(model, revision)
     kind = to_dtype(dtype)
     place = "cpu" if options.get("device_map") else to_device(device)
-    loaded = cast(PreTrainedModel, load_checkpoint(path, place, dtype=kind, **options))
+    loaded = cast(CausalLM, load_checkpoint(path, place, dtype=kind, **options))
     return (loaded, load_tokenizer(path)) if tokenizer else loaded
 
 
