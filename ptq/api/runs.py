@@ -103,6 +103,7 @@ def quantize(
         eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.
         budget: the same as bits per weight on average, 4.75.
         nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.
+        kv_cache: ``"fp8"`` calibrates scales for keys and values; None leaves them alone.
         scales: how scales of weights are chosen: trial, mse, absmax, …
         weighted: a static search of scales weights columns by the size of their inputs.
         order: of columns in GPTQ: natural, act or group.
@@ -171,7 +172,8 @@ def forecast(
 
     Args:
         model: a directory (config.json is enough), hub id or ``"demo"``.
-        format, scheme, recipe, revision, **options: those of the run, see :func:`quantize`.
+        format, scheme, recipe, revision: those of the run, as all other choices, see
+            :func:`quantize`.
         ranks: processes that will share the work.
 
     Raises:

@@ -115,6 +115,6 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "
         "unpacks them: the same numbers, slower.",
         "opens in: all is vLLM, ptq, and transformers with compressed-tensors; transformers opens "
-        "every checkpoint after import ptq.hf.",
+        "every checkpoint after import ptq.",
     ):
         display.out.print(line, style="dim", markup=False)
