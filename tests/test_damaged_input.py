@@ -34,6 +34,7 @@ from ptq.pipeline import forecast
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
+from ptq.pipeline.speed import Speed
 from ptq.runtime.inspect import inspect
 from ptq.runtime.load import load
 
@@ -362,11 +363,14 @@ def command_line(draw: random.Random, source: Path, folder: Path) -> list[str]:
     return [command, *fixed, *options]
 
 
+SPEED = Speed(flop=1e-9, element=0, attention=0, rounded=0, column=0, weight=0, factor=0)
+
+
 @pytest.mark.filterwarnings("default")
 def test_option_values(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(forecast, "_rate", lambda device: 1e9)
+    monkeypatch.setattr(forecast, "measure", lambda *_: SPEED)
     draw, failures = random.Random("options"), Counter[str]()
     for _ in range(CALLS):
         words = command_line(draw, source, tmp_path)

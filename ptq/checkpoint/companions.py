@@ -1,5 +1,6 @@
 """What is copied beside the weights as it is: tokenizer, generation settings, licence, code."""
 
+import json
 from pathlib import Path
 
 COMPANIONS = (
@@ -31,3 +32,11 @@ def companion_files(source: Path) -> list[Path]:
                 "result: put the file itself in its place, or delete the link"
             )
     return sorted(found)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer beside a checkpoint knows how a conversation is written."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in json.loads(settings.read_text("utf-8"))

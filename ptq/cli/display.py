@@ -5,7 +5,6 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -13,14 +12,10 @@ from rich.text import Text
 
 from ptq.cli.terminal import err, note, out
 from ptq.reading.printable import printable
-from ptq.runtime.figures import duration, number
+from ptq.runtime.figures import number
 from ptq.runtime.inspect import Report, errors, kinds, mean
 from ptq.runtime.tables import Table as Tabled
 from ptq.runtime.verify import Verdict
-
-if TYPE_CHECKING:  # ptq inspect must not wait for transformers
-    from ptq.pipeline.forecast import Forecast
-    from ptq.pipeline.plan import Plan
 
 
 class Messages(logging.Handler):
@@ -56,16 +51,6 @@ def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
         out.print(f"{verdict.path}: ok ({looked})", markup=False, soft_wrap=True)
     if not quiet:
         note(f"not checked: {'; '.join(verdict.unchecked)}")
-
-
-def print_plan(plan: "Plan", seconds: float | None) -> None:
-    """What a run is about to do, with how much text, and how long that takes."""
-    time = "" if seconds is None else f"; about {duration(seconds)} here"
-    note(f"{plan.levers}{time}")
-    if plan.about_budget:
-        note(plan.about_budget)
-    if plan.about_inputs:
-        note(plan.about_inputs)
 
 
 # ---------------------------------------------------------------- tables
@@ -106,28 +91,20 @@ def print_report(report: Report, *, layers: bool) -> None:
             "recipe: " + ", ".join(f"{key}={value}" for key, value in choices.items()),
             style="dim",
         )
-    if nested := sorted({row.nested for row in report.layers if row.nested}):
-        bits = " or ".join(map(str, nested))
-        wide = number(mean(row.wide_error for row in report.layers), 3)
-        out.print(
-            f"codes hold those of {bits} bits (--bits {nested[0]}), which errors are of; as they "
-            f"are stored the mean is {wide}"
-        )
+    if two := two_widths(report):
+        out.print(two)
     show(kinds(report))
     if layers and any(row.error is not None for row in report.layers):
         show(errors(report))
 
 
-# ---------------------------------------------------------------- figures
-
-
-def print_forecast(model: str, forecast: "Forecast") -> None:
-    """What a run will need, part by part, and whether this machine has it."""
-    out.print(
-        Text(printable(model), "bold"),
-        f" {forecast.parameters / 1e9:.2f} billion parameters, {forecast.blocks} blocks; "
-        f"{forecast.layers} layers with {forecast.quantized / forecast.parameters:.1%} of them "
-        "would be quantized",
+def two_widths(report: Report) -> str:
+    """What there is to say of codes that hold narrower ones; empty if none do."""
+    nested = sorted({row.nested for row in report.layers if row.nested})
+    if not nested:
+        return ""
+    wide = number(mean(row.wide_error for row in report.layers), 3)
+    return (
+        f"codes hold those of {' or '.join(map(str, nested))} bits (--bits {nested[0]}), which "
+        f"errors are of; as they are stored the mean is {wide}"
     )
-    for table in forecast.tables():
-        show(table)

@@ -52,16 +52,14 @@ class Bar:
         self.pace = Pace(costs, seconds=seconds)
         self._refresh()
 
-    def __call__(self, done: int, total: int, text: str, *, known: bool = False) -> float:
-        """``done`` of ``total`` steps are over; return the seconds of the last. ``known``: an
-        earlier run had finished it."""
+    def __call__(self, done: int, total: int, text: str, *, known: bool = False) -> None:
+        """``done`` of ``total`` steps are over. ``known``: an earlier run had finished them."""
         if self.pace is None or self.pace.count != total or done <= self.pace.done:
             since = self._start if self.pace is None else self.pace.since
             self.pace = Pace([1.0] * total, since=since)
         self.text = printable(text)
-        taken = self.pace.finish(done, known=known)
+        self.pace.finish(done, known=known)
         self._refresh()
-        return taken
 
     def _refresh(self) -> None:
         if self.shown is not None:

@@ -19,9 +19,9 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
-WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-out = PlainConsole(width=WIDTH)
-err = PlainConsole(stderr=True)
+WIDTH = 120  # of a pipe, which has none of its own
+out = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
+err = PlainConsole(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
 
 
 def note(text: str) -> None:

@@ -17,29 +17,31 @@
   its Hessian; codes of all that is solved in a block, a byte each.
 """
 
-import math
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ptq.calib.expert_rounds import expert_of, split
 from ptq.calib.hessian import entry_bytes
 from ptq.calib.hidden_states import check_storage
 from ptq.calib.observer import statistics_bytes
-from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.reader import config_dtype, read_config
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.weight_files import Shards, has_weights
 from ptq.pipeline.budget import more_bits
+from ptq.pipeline.duration import Group, Work, block_seconds, other_seconds
 from ptq.pipeline.memory import machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
+from ptq.pipeline.readers import plan_for, readers_in_words
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
-from ptq.runtime.figures import duration, size
+from ptq.pipeline.speed import measure
+from ptq.runtime.figures import count, size, span
 from ptq.runtime.tables import Table, Tabular
 
 PROGRAM = (
@@ -48,23 +50,30 @@ PROGRAM = (
 # Copies of the rows that are solved at a time (float32) and of the Hessian (float64) that are alive
 # together: solve.py.
 WEIGHT_COPIES, HESSIAN_COPIES = 11, 2
-# of the measured rate of a large product; the rest are passes over memory and the steps of the
-# sweep
-EFFICIENCY = 0.35
-# Of rounding a weight to nearest with searched scales: passes over memory, as operations of a
-# product (106 million weights: 4 s of a CPU at 60 GFLOP/s).
-NEAREST = 800
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(Tabular):
-    """All sizes in bytes, ``seconds`` on this machine (None when the device is not here).
+    """All sizes in bytes, ``seconds`` on this machine (None when the device is not here), of which
+    ``block_seconds`` are those of every block.
+
+    ``samples`` of ``seq_len`` tokens are read of ``calibration``, or nothing (None). The result is
+    written in ``dialect`` for that ``reason``; ``remarks`` are what else there is to know before.
 
     Statistics of experts are taken in ``rounds``; in one they would be ``hessians_at_once``. With
     more than one, experts run once more over their calibration tokens: ``seconds`` counts that.
     """
 
     levers: str
+    format: str
+    scheme: str
+    quality: str
+    samples: int
+    seq_len: int
+    calibration: str | None
+    dialect: str
+    reason: str
+    remarks: tuple[str, ...]
     parameters: int
     quantized: int
     layers: int
@@ -84,6 +93,7 @@ class Forecast(Tabular):
     device: str
     machine_bytes: int
     seconds: float | None
+    block_seconds: tuple[float, ...]
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values."""
@@ -94,31 +104,65 @@ class Forecast(Tabular):
         """Whether this machine has the memory, a tenth of it left for others."""
         return self.peak_bytes < 0.9 * self.machine_bytes
 
-    def tables(self) -> tuple[Table, ...]:
-        """One: memory part by part; notes say what comes out, and how long it takes."""
+    @property
+    def overview(self) -> tuple[tuple[str, str], ...]:
+        """What a run does and needs: (label, text)."""
+        tokens = self.samples * self.seq_len
+        text = f"{self.samples} × {self.seq_len} = {tokens:,} tokens of {self.calibration}"
+        time = "" if self.seconds is None else f"about {span(self.seconds)} and "
+        needs = f"{time}{size(self.peak_bytes)} of the {size(self.machine_bytes)} on {self.device}"
+        if not self.fits:
+            needs += ": it does NOT fit; try --activations disk, --batch-size 1"
+        return (
+            (
+                "model",
+                f"{count(self.parameters)} parameters, {self.quantized / self.parameters:.0%} of "
+                "them quantized",
+            ),
+            (
+                "recipe",
+                f"{self.format} {self.scheme}, {self.layers} layers in {self.blocks} blocks: "
+                f"{self.levers}",
+            ),
+            (
+                "text",
+                f"{'none is read' if self.calibration is None else text} "
+                f"(--quality {self.quality})",
+            ),
+            ("opens in", readers_in_words(self.dialect, self.reason)),
+            *(("inputs", remark.removeprefix("inputs are ")) for remark in self.remarks),
+            (
+                "result",
+                f"{size(self.output_bytes)}, {self.output_bytes / self.source_bytes:.0%} of "
+                f"{size(self.source_bytes)}; {self.bits_per_quantized_weight:.2f} bits per "
+                f"quantized weight, {self.bits_per_parameter:.2f} per parameter",
+            ),
+            ("needs", needs),
+        )
+
+    @property
+    def memory(self) -> Table:
+        """Memory at the peak, part by part."""
         parts = ("program", "activations", "block", "hessians", "solver")
-        rows = [(part, size(getattr(self, part))) for part in parts]
-        time = "" if self.seconds is None else f"; about {duration(self.seconds)} here"
         rounds = (
             f"Hessians of experts in {self.rounds} rounds (all at once would be "
             f"{size(self.hessians_at_once)}; --hessian-memory): the same result, for one more "
             "pass over the experts"
         )
-        table = Table(
+        return Table(
             title="memory at the peak",
             columns=("part", "size"),
-            rows=(*rows, ("peak", size(self.peak_bytes))),
-            notes=(
-                *([rounds] if self.rounds > 1 else []),
-                f"result {size(self.output_bytes)}, {self.output_bytes / self.source_bytes:.0%} of "
-                f"{size(self.source_bytes)}; {self.bits_per_quantized_weight:.2f} bits per "
-                f"quantized weight, {self.bits_per_parameter:.2f} per parameter",
-                f"levers: {self.levers}",
-                f"{'fits' if self.fits else 'does NOT fit'} in the {size(self.machine_bytes)} that "
-                f"this machine has ({self.device}){time}",
+            rows=(
+                *((part, size(getattr(self, part))) for part in parts),
+                ("peak", size(self.peak_bytes)),
             ),
+            notes=(rounds,) if self.rounds > 1 else (),
         )
-        return (table,)
+
+    def tables(self) -> tuple[Table, ...]:
+        """Two: memory part by part, with what a run does and needs as notes."""
+        lines = tuple(f"{label}: {text}" for label, text in self.overview)
+        return (replace(self.memory, notes=(*self.memory.notes, *lines)),)
 
 
 def forecast(
@@ -142,9 +186,9 @@ def forecast(
     blueprint, device = Blueprint.of(model), torch.device(device)
     if has_weights(blueprint.path):
         CheckpointSource(blueprint.path).blocks()  # refuses what does not fit together
-    plan = Plan.of(blueprint, recipe, device.type)
     named = config_dtype(read_config(blueprint.path)) or "float32"
-    choose(plan.infos, dialect, dtype=named, foreign=plan.foreign)
+    plan = plan_for(blueprint, recipe, dialect, dtype=named, device=device.type)
+    assert plan.written is not None
     skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)
@@ -155,8 +199,9 @@ def forecast(
     source_bytes = _stored_bytes(blueprint.path) or total * stored.itemsize
     output_bytes = round((total - quantized) * stored.itemsize + packed)
     tokens = plan.tokens // ranks
-    groups = _groups(blueprint, plan)
-    work = [(group.features, group.rows) for block in groups for group in block]
+    works = _blocks(blueprint, plan)
+    groups = [work.groups for work in works]
+    work = [(group.features, sum(group.rows)) for block in groups for group in block]
     sizes = [sum(p.numel() for p in block.parameters()) for _, block in blueprint.blocks()]
     codes = max((sum(group.weights for group in block) for block in groups), default=0)
     parts = {
@@ -175,9 +220,21 @@ def forecast(
     if rounds > 1 and activations != "disk":
         parts["activations"] += tokens * _hidden(blueprint.config) * computed.itemsize
     parts["hessians"] = max((block.bytes for block in statistics), default=0)
-    passes = sum(sizes) + sum(block.repeated for block in statistics) // 2  # of two
+    if plan.measures:
+        again = [block.repeated for block in statistics]
+        works = [replace(w, repeated=more) for w, more in zip(works, again, strict=True)]
+    times = _times(blueprint, plan, works, device, tokens, ranks)
     return Forecast(
-        levers=plan.levers,
+        levers=plan.recipe.levers,
+        format=" + ".join(dict.fromkeys(layer.recipe.format for layer in plan.layers.values())),
+        scheme=recipe.scheme,
+        quality=recipe.quality,
+        samples=plan.samples,
+        seq_len=plan.seq_len,
+        calibration=recipe.calibration if plan.reads_text else None,
+        dialect=plan.written.dialect,
+        reason=plan.written.reason,
+        remarks=(plan.about_inputs,) if plan.about_inputs else (),
         parameters=total,
         quantized=quantized,
         layers=len(plan.layers),
@@ -191,7 +248,8 @@ def forecast(
         rounds=rounds,
         device=str(device),
         machine_bytes=machine_bytes(device),
-        seconds=_seconds(plan, passes, tokens, work if plan.measures else [], device, ranks),
+        seconds=None if times is None else sum(times) + other_seconds(plan, source_bytes),
+        block_seconds=tuple(times or ()),
         **parts,
     )
 
@@ -229,32 +287,48 @@ def _block(
     return max(largest * (width + stored.itemsize), embedding)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Layers that read the same: so many inputs and, of all together, rows; of which expert."""
-
-    features: int
-    rows: int
-    expert: str | None
-
-    @property
-    def weights(self) -> int:
-        return self.features * self.rows
-
-
-def _groups(blueprint: Blueprint, plan: Plan) -> list[list[_Group]]:
-    """The input groups of every block, the output head being one."""
-    blocks: dict[str, list[_Group]] = {}
+def _blocks(blueprint: Blueprint, plan: Plan) -> list[Work]:
+    """What there is to do in every block, and in the output head as a last one."""
+    blocks: dict[str, list[Group]] = {name: [] for name in blueprint.block_names}
     homes = [f"{name}." for name in blueprint.block_names]
     for names in blueprint.input_groups:
         layers = [plan[name] for name in names if name in plan.layers]
         if layers:
             first = layers[0].name
-            home = next((h for h in homes if first.startswith(h)), first)
-            rows = sum(layer.out_features for layer in layers)
-            group = _Group(layers[0].in_features, rows, expert_of(blueprint.model, first))
+            home = next((h for h in homes if first.startswith(h)), first).removesuffix(".")
+            rows = tuple(layer.out_features for layer in layers)
+            group = Group(layers[0].in_features, rows, expert_of(blueprint.model, first))
             blocks.setdefault(home, []).append(group)
-    return list(blocks.values())
+    sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in blueprint.blocks()}
+    config = text_config(blueprint.config)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    routed = getattr(config, "num_experts_per_tok", None)
+    works = []
+    for name, groups in blocks.items():
+        weights = sum(group.weights for group in groups)
+        inside = sum(group.weights for group in groups if group.expert)
+        experts = len({group.expert for group in groups if group.expert})
+        share = min(routed / experts, 1.0) if routed and experts else 1.0
+        works.append(
+            Work(
+                parameters=sizes.get(name, weights) - inside * (1 - share),
+                groups=groups,
+                attention=heads * head_features(config) if name in sizes else 0,
+                routed=1.0 if plan.recipe.route_all_experts else share,
+            )
+        )
+    return works
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """That of the language model in a model."""
+    return getattr(config, "get_text_config", lambda: config)()
+
+
+def head_features(config: PretrainedConfig) -> int:
+    """Features of an attention head; the hidden state's if there are no heads."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return getattr(config, "head_dim", None) or _hidden(config) // heads
 
 
 @dataclass(frozen=True)
@@ -269,7 +343,7 @@ class _Statistics:
 
     @classmethod
     def of(
-        cls, groups: list[_Group], device: torch.device, itemsize: int, limit: float
+        cls, groups: Sequence[Group], device: torch.device, itemsize: int, limit: float
     ) -> "_Statistics":
         rest, experts = 0, dict[str, int]()
         for group in groups:
@@ -294,9 +368,9 @@ def _solver(features: int, rows: int, device: torch.device) -> int:
     return weights + features**2 * (HESSIAN_COPIES * 8 + 4 * entry_bytes(features, device) + 4)
 
 
-def _hidden(config: object) -> int:
-    text = getattr(config, "get_text_config", lambda: config)()
-    return int(getattr(text, "hidden_size", None) or text.n_embd)  # pyright: ignore[reportAttributeAccessIssue]
+def _hidden(config: PretrainedConfig) -> int:
+    text = text_config(config)
+    return int(getattr(text, "hidden_size", None) or text.n_embd)
 
 
 def _stored_bytes(path: Path) -> int:
@@ -304,41 +378,17 @@ def _stored_bytes(path: Path) -> int:
     return Shards(path).total_bytes if has_weights(path) else 0
 
 
-def _seconds(
+def _times(
+    blueprint: Blueprint,
     plan: Plan,
-    parameters: int,
-    tokens: int,
-    work: list[tuple[int, int]],
+    works: list[Work],
     device: torch.device,
+    tokens: int,
     ranks: int,
-) -> float | None:
-    """The passes over the blocks (one where nothing is measured), the Hessians, the factorisations
-    and sweeps, at the rate of a product measured now."""
+) -> list[float] | None:
+    """Of every block, on a machine that has the device."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return None
-    recipe, passes = plan.recipe, 2 if plan.measures else 1
-    flops = passes * 2 * parameters * tokens
-    flops += NEAREST * sum(layer.weights for layer in plan.layers.values()) / ranks
-    tries = 14 if recipe.in_loop == "trial" else 1
-    for n, rows in work:
-        flops += 2 * tokens * n * n
-        if recipe.algorithm == "gptq":
-            flops += (
-                4 * n**3 / 3 * 2
-                + rows * n * n * (2 + 2 * recipe.descent)
-                + 2 * tries * rows * n * 32
-            ) / ranks
-    return flops / (_rate(device) * EFFICIENCY)
-
-
-def _rate(device: torch.device) -> float:
-    """float32 operations a second of a large matrix product, measured in a fraction of a second."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        b = a @ a
-        float(b[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    config, hidden = text_config(blueprint.config), _hidden(blueprint.config)
+    speed = measure(plan.recipe, device, hidden, head_features(config), plan.seq_len)
+    return block_seconds(works, plan, speed, tokens=tokens, hidden=hidden, ranks=ranks)

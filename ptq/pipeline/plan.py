@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq.calib.walk import Watch
+from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.attention import check_key_values
 from ptq.model.parameter_names import dtype_plan
@@ -96,6 +97,8 @@ class Plan:
         about_inputs: what there is to say of how quantized inputs are scaled, and who scales them
             otherwise; empty where they stay in 16 bits.
         about_budget: which layers were given eight bits for what they gain, if any.
+        written: the dialect of the result and why it was taken, as far as that is known; None if
+            nothing is written.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -106,6 +109,7 @@ class Plan:
     foreign: str | None
     about_inputs: str = ""
     about_budget: str = ""
+    written: Choice | None = None
 
     @classmethod
     def of(cls, source: Described, recipe: Recipe, device: str = "cpu") -> "Plan":

@@ -7,11 +7,15 @@ format's own. Weights are calibrated with the inputs that their readers will see
 
 from dataclasses import replace
 
-from ptq.checkpoint.dialect_choice import choose
+from ptq.checkpoint.dialect_choice import AUTOMATIC, choose
 from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.numerics.activations import default_rule
+from ptq.pipeline.budget import WIDE
 from ptq.pipeline.plan import Described, LayerPlan, Plan
 from ptq.pipeline.recipe import Recipe
+
+OURS = AUTOMATIC[-1].name  # which carries everything, and which no other engine reads
 
 
 def plan_for(
@@ -39,14 +43,16 @@ def plan_for(
     plan = Plan.of(source, recipe, device)
     # where it is written if nobody has to apply another rule than the format's own
     likely = plan if recipe.input_rule else _with_own_rules(plan)
-    written = None
+    choice = None
     if dialect is not None:
-        written = choose(likely.infos, dialect, dtype=dtype, foreign=plan.foreign).dialect
+        infos = _with_eight_bits(likely)
+        choice = choose(infos, dialect, dtype=dtype, foreign=plan.foreign)
+    written = None if choice is None else choice.dialect
     others = written is not None and not DIALECTS[written].applies_input_rule
-    settled = likely if others else plan
+    settled = replace(likely if others else plan, written=choice)
     rules = _rules(settled)
     if not rules:
-        return plan
+        return settled
     about = f"inputs are scaled by {rules}"
     if others and rules != _rules(plan):
         about += f", as engines do that read {written}"
@@ -54,6 +60,27 @@ def plan_for(
     elif others and rules != (own := _rules(_with_own_rules(plan))):
         about += f"; engines that read {written} scale them by {own}"
     return replace(_told(settled, rules), about_inputs=about)
+
+
+def readers_in_words(dialect: str, reason: str) -> str:
+    """Who opens a result that is written in ``dialect`` for that ``reason``, and why not everybody
+    if it is not."""
+    if dialect == OURS:
+        reason = reason.removesuffix("; use dialect ptq").removesuffix(", or use dialect ptq")
+        only = "ptq, and transformers after `import ptq`; no other engine"
+        return f"{only} (dialect {dialect}: {reason})"
+    return f"{reason} (dialect {dialect})"
+
+
+def _with_eight_bits(plan: Plan) -> dict[str, LayerInfo]:
+    """What a checkpoint will say about every layer. Where some are still to get eight bits one of
+    them stands for those: what such a mixture cannot be written in shows before the hours that
+    choosing takes."""
+    infos = plan.infos
+    if plan.allocates:
+        name, layer = next(iter(plan.layers.items()))
+        infos[name] = replace(layer, recipe=layer.recipe.in_format(WIDE)).info
+    return infos
 
 
 def _with_own_rules(plan: Plan) -> Plan:

@@ -238,7 +238,8 @@ def quantize_model(
         hessian_memory: bytes that the statistics of a block's experts may take at a time; None is a
             part of what is free. Results do not depend on it.
         tokenizer: for a model in memory; otherwise the one beside the weights.
-        on_plan: called once, when the text is there and before any weight is read.
+        on_plan: called when the text is there and before any weight is read; once more where
+            layers that get eight bits had to be found first (``about_budget``).
         on_block: called after every finished block.
 
     Returns:
@@ -273,11 +274,13 @@ def quantize_model(
     extra: dict[str, object] = {"asked": asked()} if plan.allocates else {}
     if chosen is not None:  # what this run chose when it finished; the writer looks at the rest
         plan = settle(recipe=Recipe.from_dict(dict(chosen)))
-    elif plan.allocates:
-        found = allocate(source, plan, data.batches, device=device, activations=activations)
-        plan = replace(settle(recipe=found.applied_to(recipe, plan)), about_budget=str(found))
     if on_plan is not None:
         on_plan(plan)
+    if plan.allocates:
+        found = allocate(source, plan, data.batches, device=device, activations=activations)
+        plan = replace(settle(recipe=found.applied_to(recipe, plan)), about_budget=str(found))
+        if on_plan is not None:
+            on_plan(plan)
     rank, ranks = world()
 
     def run(blocks: Blocks) -> None:

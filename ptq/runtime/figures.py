@@ -41,3 +41,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def count(number: int) -> str:
+    """So many parameters, in the unit that models are named by."""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            return (
+                f"{number / size:.2f} {unit}"
+                if unit == "billion"
+                else f"{number / size:.1f} {unit}"
+            )
+    return f"{number:,}"

@@ -828,18 +828,3 @@ def test_the_bundled_model_is_worse_after_quantization_and_the_reference_is_itse
     assert found["perplexity"] > 1.02 * found["reference_perplexity"]
     assert found["kl"] > 0.02 and found["top1_agreement"] > 0.5
     assert found["reference_perplexity"] < 40
-
-
-def test_a_run_and_a_dry_run_name_what_is_done_and_with_how_much_text(
-    ptq: Run, small: list[object], tiny_llama: Path, tmp_path: Path
-):
-    def quantize(*args: object) -> Result:
-        return ptq("quantize", "-m", tiny_llama, "-f", "nvfp4", "-o", tmp_path / "q", *small, *args)
-
-    fast = quantize("--quality", "fast", "--algorithm", "rtn", "--scheme", "w4a4")
-    first, *rest = fast.err.splitlines()
-    assert first.startswith("round to nearest, scales by mse; 8 x 64 tokens of "), first
-    assert first.endswith(" s here") and "inputs are scaled by four_six" in rest[0]
-    told = quantize("--dry-run", "--quality", "best", "--algorithm", "gptq").out
-    assert "levers: GPTQ, scales by trial, 4 sweeps of descent, balance 0.25; 8 x 64" in told
-    assert "choose from fast, default, best" in quantize("--quality", "x").error

@@ -74,3 +74,16 @@ def test_what_is_said_of_inputs(tiny_llama: Path) -> None:
     theirs = "; engines that read compressed-tensors scale them by absmax"
     assert about("compressed-tensors", input_rule="four_six") == f"four_six{theirs}"
     assert about("auto", scheme="w4a16") == ""
+
+
+def test_who_opens_a_mixture_is_known_before_its_layers_are_chosen(tiny_llama: Path) -> None:
+    def written(dialect: str | None = "auto", **given: object):
+        recipe = Recipe.default("nvfp4", scheme="w4a4", **given)
+        return plan_for(Blueprint.of(tiny_llama), recipe, dialect, dtype="bfloat16").written
+
+    assert written(None) is None
+    pure, mixed = written(), written(eight_bit=0.1)
+    assert pure is not None and pure.dialect == "compressed-tensors"
+    assert mixed is not None and mixed.dialect == "ptq" and "no format for mxfp8" in mixed.reason
+    with pytest.raises(ValueError, match="cannot write compressed-tensors: it has no format for"):
+        written("compressed-tensors", budget=4.75)

@@ -43,3 +43,10 @@ def test_sizes_are_decimal(count: float, shown: str):
 )
 def test_times_name_their_units(seconds: float, shown: str):
     assert figures.span(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(950, "950"), (134_515_008, "134.5 million"), (8.03e9, "8.03 billion")]
+)
+def test_models_are_named_by_their_parameters(number: float, shown: str):
+    assert figures.count(int(number)) == shown
