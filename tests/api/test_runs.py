@@ -58,7 +58,7 @@ def test_the_forecast_is_that_of_the_run(demo_model):
     found = ptq.forecast("demo", format="nvfp4", scheme="w4a4", device="cpu", overwrite=True)
     assert found.fits and found.parameters > 3_000_000
     shown = str(found)
-    assert "peak" in shown and "levers: GPTQ" in shown and "fits in the" in shown
+    assert "peak" in shown and "blocks: GPTQ" in shown and "needs: about" in shown
     assert json.loads(json.dumps(found.to_dict()))["blocks"] == found.blocks
     wider = ptq.forecast("demo", format="mxfp8", device="cpu")
     assert wider.quantized == found.quantized and wider.output_bytes > found.output_bytes

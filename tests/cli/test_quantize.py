@@ -36,7 +36,8 @@ def test_before_during_and_after(quantize, tmp_path: Path):
 
 
 def test_a_quiet_run_says_nothing(quantize):
-    assert quantize("--quality", "fast", "--quiet")[:3] == (0, "", "")
+    done = quantize("--quality", "fast", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
 
 
 def test_a_dry_run_names_levers_and_text(quantize):
