@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -225,3 +226,18 @@ def test_the_readme_is_short_and_its_tables_are_current(root: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_workflow_tries_the_oldest_of_what_is_declared(root: Path, project: dict):
+    """And every Python from the oldest on."""
+    text = (root / ".github" / "workflows" / "ci.yml").read_text()
+    least = dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(project["project"]["dependencies"])))
+    tried = dict(re.findall(r"(\w+)==([\d.]+)", text))
+    tried["torch"] = re.findall(r'torch: "([\d.]+)"', text)[0]
+    for name, version in tried.items():
+        assert f"{version}.".startswith(f"{least[name]}."), name
+    assert {"torch", "transformers", "triton"} <= tried.keys()
+    pythons = re.findall(r'python: "3\.(\d+)"', text)
+    first = project["project"]["requires-python"].removeprefix(">=3.")
+    newest = max(map(int, pythons))
+    assert set(map(int, pythons)) == set(range(int(first), newest + 1))

@@ -21,6 +21,7 @@ from ptq.checkpoint.dialect_choice import Choice
 from ptq.cli import progress as bars
 from ptq.pipeline.forecast import Forecast
 from ptq.pipeline.forecast import forecast as forecast_run
+from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import launched
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import Progress, quantize_model
@@ -142,6 +143,14 @@ def quantize(
     source = model if isinstance(model, nn.Module) else resolve_model(model, revision)
     bar = partial(bars.quantizing, quiet=not progress or follower())
     with shown(progress, bar) as on_block, launched(device) as place:
+
+        def begins(plan: Plan) -> None:
+            """Until the first block is over the bar says what is foretold."""
+            if isinstance(on_block, bars.Quantizing) and not isinstance(source, nn.Module):
+                told = {name: value for name, value in run.items() if name != "overwrite"}
+                expected = forecast_run(source, settled, device=device, dtype=dtype, **told)
+                on_block.expect(expected.block_seconds, seconds=True)
+
         done = quantize_model(
             source,
             out,
@@ -149,6 +158,7 @@ def quantize(
             device=place,
             dtype=dtype,
             tokenizer=tokenizer,
+            on_plan=begins if progress is True and not follower() else None,
             on_block=on_block,
             **run,
         )

@@ -20,6 +20,7 @@ from ptq.cli.merge import merge
 from ptq.cli.options import (
     MODEL_HELP,
     Bits,
+    Command,
     Debug,
     Device,
     Dtype,
@@ -182,13 +183,13 @@ def verify(
         sys.exit(2)
 
 
-app.command()(convert)
-app.command()(merge)
+app.command(cls=Command)(convert)
+app.command(cls=Command)(merge)
 app.command(cls=ModelFirst)(analyze)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(chat)
 app.command(cls=ModelFirst)(serve)
-app.command()(formats)
+app.command(cls=Command)(formats)
 app.command(cls=ModelFirst)(bench)
 
 

@@ -103,7 +103,26 @@ Debug = Annotated[
 ]
 
 
-class ModelFirst(TyperCommand):
+class Command(TyperCommand):
+    """A command whose help says what a flag is when it is not given, and not that it takes a
+    ``<bool>``."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        for option in self.params:
+            if getattr(option, "is_flag", False):
+                option.metavar = ""
+                if option.default is False:  # pyright: ignore[reportAttributeAccessIssue]
+                    option.show_default = "no"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_help_option(self, ctx):
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class ModelFirst(Command):
     """A command whose first argument is a model, which ``--model`` and ``-m`` also name."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:

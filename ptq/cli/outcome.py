@@ -18,7 +18,7 @@ from ptq.runtime.inspect import LayerRow, Report, mean
 # KL(original ‖ quantized) in nats per token up to which a result is called so: of SmolLM2-135M,
 # NVFP4 weights by themselves have 0.06, with 4-bit inputs 0.18, rounded to nearest 0.4.
 WORDS = (
-    (0.01, "hardly to be told from the original"),
+    (0.01, "hard to tell from the original"),
     (0.05, "close to the original"),
     (0.15, "a loss that shows in measurements"),
     (0.5, "a loss that shows in answers"),
@@ -74,8 +74,8 @@ def _layers(report: Report) -> Iterator[tuple[str, str]]:
     average = mean(row.error for row in rows)
     if average is None:
         return
-    of = "of their output" if all(row.of_outputs for row in rows) else "of their weights"
-    told = f"layers lose {percent(average)} {of} on average"
+    of = "of the output" if all(row.of_outputs for row in rows) else "of the weights"
+    told = f"{percent(average)} {of} is lost on average"
     nearest = mean(row.rtn_error for row in rows)
     if nearest is not None and nearest > 1.02 * average:
         told += f", {nearest / average:.1f} times less than by rounding to nearest"

@@ -131,6 +131,18 @@ def test_every_option_shows_its_default(command: str):
     assert silent == []
 
 
+@pytest.mark.parametrize("command", commands())
+def test_flags_take_no_value_and_are_off(command: str):
+    """Typer would show ``--json <bool>``, and nothing of what happens without it."""
+    wrong = [
+        parameter.opts[0]
+        for parameter in commands()[command].params
+        if getattr(parameter, "is_flag", False)
+        and (parameter.metavar != "" or not isinstance(parameter.show_default, str))
+    ]
+    assert wrong == []
+
+
 def test_short_lists_are_the_placeholder_and_long_ones_are_in_the_help():
     short = options.values(["a", "b"], "Of it.")
     assert (short["metavar"], short["help"], short["autocompletion"]()) == (

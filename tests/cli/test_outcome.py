@@ -32,7 +32,7 @@ def with_errors(report: Report, *errors: float, **fields: float) -> Report:
 @pytest.mark.parametrize(
     ("kl", "nearest", "words"),
     [
-        (0.004, 0.01, "hardly to be told from the original: KL 0.004 nats per token on 1,022 "),
+        (0.004, 0.01, "hard to tell from the original: KL 0.004 nats per token on 1,022 "),
         (0.06, 0.3, "a loss that shows in measurements: "),
         (0.06, 0.3, "rounding to nearest: 0.3, of which 80% is avoided"),
         (2.0, 2.001, "badly damaged: KL 2 nats per token on 1,022 held-out tokens, as by rounding"),
