@@ -4,7 +4,7 @@
 
     peak = program + activations + block + Hessians + solver
 
-- program: Python and its libraries.
+- program: what this process holds already: Python and its libraries.
 - activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a
   block. On the host, on the device or on disk (``--activations``).
 - block: the largest decoder block's parameters in the dtype of the computation (float32 where they
@@ -35,7 +35,7 @@ from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.weight_files import Shards, has_weights
 from ptq.pipeline.budget import more_bits
 from ptq.pipeline.duration import Group, Work, block_seconds, other_seconds
-from ptq.pipeline.memory import machine_bytes, statistics_limit
+from ptq.pipeline.memory import held_bytes, machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.readers import plan_for, readers_in_words
 from ptq.pipeline.recipe import Recipe
@@ -44,9 +44,6 @@ from ptq.pipeline.speed import measure
 from ptq.runtime.figures import count, size, span
 from ptq.runtime.tables import Table, Tabular
 
-PROGRAM = (
-    0.75e9  # measured: torch, transformers and the compiled parts of a CPU run, before any model
-)
 # Copies of the rows that are solved at a time (float32) and of the Hessian (float64) that are alive
 # together: solve.py.
 WEIGHT_COPIES, HESSIAN_COPIES = 11, 2
@@ -205,7 +202,7 @@ def forecast(
     sizes = [sum(p.numel() for p in block.parameters()) for _, block in blueprint.blocks()]
     codes = max((sum(group.weights for group in block) for block in groups), default=0)
     parts = {
-        "program": round(PROGRAM),
+        "program": held_bytes(),
         "activations": _activations(blueprint, plan, computed, activations, tokens),
         "block": _block(skeleton, max(sizes), plan, computed, stored),
         "solver": max((_solver(n, rows, device) for n, rows in work), default=0) + codes,

@@ -27,6 +27,14 @@ def test_a_container_has_what_it_is_allowed(
     assert free_bytes(CPU) == 1_024_000
 
 
+def test_a_process_knows_what_it_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = memory.held_bytes()
+    ballast = torch.ones(25_000_000)
+    assert memory.held_bytes() - before > 0.9 * ballast.nbytes
+    monkeypatch.setattr(memory, "STATM", tmp_path / "none")
+    assert memory.held_bytes() == memory.PROGRAM
+
+
 def test_this_machine_has_memory() -> None:
     assert 0 < free_bytes(CPU) <= machine_bytes(CPU)
 
