@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 # Used if there, with another way where they are not; not even an extra asks for them.
-OPTIONAL = {"vllm", "gemlite"}
+OPTIONAL = {"vllm", "gemlite", "IPython"}
 HEAVY = {"torch", "transformers", "triton", "accelerate", "safetensors", "numpy", "rich", "typer"}
 
 
