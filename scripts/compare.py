@@ -4,7 +4,7 @@
 
 Quantizes in memory by each method, format and scheme, evaluates against the original on the same
 windows, and prints a Markdown table of KL(original ‖ quantized) in nats per token (and perplexity
-in the JSON lines on stderr). The numbers of README come from here.
+in the JSON lines on stderr). The numbers of docs/measurements.md come from here.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What the calls take: names and values as people write them → what the library takes."""
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -76,9 +77,12 @@ def split(
     """(options of the run, the recipe): ValueError for a name that is neither, or for choices
     beside a recipe."""
     names = Choices.__annotations__.keys()
-    if unknown := sorted(options.keys() - QuantizeOptions.__annotations__.keys()):
+    known = [*QuantizeOptions.__annotations__, "format", "scheme", "recipe", "progress"]
+    if unknown := sorted(options.keys() - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=3)
         raise ValueError(
-            f"unknown arguments {', '.join(unknown)}; choices are {', '.join(sorted(names))}"
+            f"unknown argument {unknown[0]!r}{f'; did you mean {near[0]}?' if near else ';'} "
+            "help(ptq.quantize) lists all"
         )
     choices = {n: v for n, v in options.items() if n in names and v is not None}
     run = {n: v for n, v in options.items() if n not in names}

@@ -53,7 +53,8 @@ def test_arguments_override_a_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "format", "message"),
     [
-        ({"colour": "w4a4"}, "nvfp4", "unknown arguments colour"),
+        ({"colour": "w4a4"}, "nvfp4", "unknown argument 'colour'; help"),
+        ({"sample": 4}, "nvfp4", "unknown argument 'sample'; did you mean samples"),
         ({}, None, "say which format"),
         ({}, "nvfp5", "unknown format 'nvfp5'"),
         ({"rotation": "many"}, "nvfp4", "unknown rotation 'many'"),
