@@ -16,9 +16,14 @@ from rich.table import Table
 import ptq
 from ptq.cli import display, progress
 from ptq.cli.options import parse_device
+from ptq.drawing.layer_plot import LayerSeries, layer_plot
+from ptq.drawing.svg import WIDE, side_by_side
+from ptq.model.layer_names import block_label, block_of
 from ptq.runtime import figures
 from ptq.runtime import inspect as report
 from ptq.runtime import loaded_model as models
+from ptq.runtime.checkpoint_page import compare_page
+from ptq.runtime.comparison import compare_checkpoints
 from ptq.runtime.evaluate import Evaluation, evaluate
 
 # What each row of the table is, beside its format and scheme. The last is the best known recipe
@@ -101,37 +106,23 @@ def table(rows: list[Row], title: str) -> Table:
     return shown
 
 
-def draw(rows: list[Row], order: list[str], path: Path, title: str) -> None:
+def draw(rows: list[Row], order: list[str], title: str) -> str:
     """A picture of the output error of every layer, in the ``order`` of the model, one line for
-    each method; the worst layers of the last are named."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    errors = [{layer.layer: layer.error or float("nan") for layer in r.report.layers} for r in rows]
+    each method; the worst layers of the last are named. SVG."""
+    errors = [{layer.layer: layer.error for layer in row.report.layers} for row in rows]
     names = [name for name in order if name in errors[0]]
-    places = range(len(names))
-    figure, axes = pyplot.subplots(figsize=(max(8.0, 0.28 * len(names)), 5), layout="constrained")
-    for row, of, marker in zip(rows, errors, "osD", strict=False):
-        axes.semilogy([of[n] for n in names], marker, linestyle="-", linewidth=0.6, label=row.name)
-    last = [errors[-1][name] for name in names]
-    worst = sorted(places, key=last.__getitem__)[-3:][::-1]
-    named = ", ".join(".".join(names[place].split(".")[-3:]) for place in worst)
-    axes.plot(worst, [last[place] for place in worst], "o", markersize=12, fillstyle="none",
-              color="black", label=f"worst of {rows[-1].name}: {named}")  # fmt: skip
-    axes.set_xticks(places, [n.rpartition(".")[2] for n in names], rotation=90, fontsize=7)
-    for place, name in enumerate(names):
-        block = name.split(".")[2]
-        if place == 0 or names[place - 1].split(".")[2] != block:
-            axes.axvline(place - 0.5, color="0.8", linewidth=0.8)
-            axes.text(place - 0.4, 0.99, f"block {block}", va="top", fontsize=7, color="0.4",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
-    axes.set_ylabel("‖(W - Ŵ)X‖² / ‖WX‖², lower is better")
-    axes.set_title(title)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    picture = layer_plot(
+        names,
+        [f"block {block_label(block_of(name))}" for name in names],
+        [
+            LayerSeries(name=row.name, values=tuple(of.get(name) for name in names))
+            for row, of in zip(rows, errors, strict=True)
+        ],
+        width=WIDE,
+        what="‖(W - Ŵ)X‖² / ‖WX‖²",
+        label=title,
+    )
+    return side_by_side([picture], 1, title).file()
 
 
 def main() -> None:
@@ -154,10 +145,12 @@ def main() -> None:
         rows.append(Row(name, report.inspect(path), measure(path, original, options), seconds))
     title = f"{options.format} {options.scheme} of the bundled model"
     display.out.print(table(rows, f"{title}, {rows[0].evaluation.tokens} held-out predictions"))
-    picture = options.out / "layer-error.png"
+    picture, page = options.out / "layer-error.svg", options.out / "compare.html"
     order = [name for name, _ in original.module.named_modules()]
-    draw(rows, order, picture, f"output error by layer, {title}")
-    print(f"checkpoints and {picture} are in {options.out}/")
+    picture.write_text(draw(rows, order, f"output error by layer, {title}"), "utf-8")
+    paths = [Path(row.report.path) for row in rows]
+    page.write_text(compare_page(compare_checkpoints(paths)), "utf-8")
+    print(f"checkpoints, {picture} and {page} are in {options.out}/")
 
 
 if __name__ == "__main__":

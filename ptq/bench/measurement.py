@@ -100,6 +100,14 @@ class Limits:
 
 
 GPUS = {
+    "h100": Limits(
+        name="H100",
+        bandwidth=3.0e12,
+        bf16=790e12,
+        fp8=1450e12,
+        source="bandwidth assumed, 90 % of the data sheet of the SXM board; bf16 and fp8 of the "
+        "H200, which has the same processor",
+    ),
     "h200": Limits(
         name="H200",
         bandwidth=4.3e12,

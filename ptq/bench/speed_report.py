@@ -1,33 +1,29 @@
 """What measurements of layers say: rows of a table, markdown, a plot. Predictions are called so in
 each."""
 
-import importlib.util
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ptq.bench.layers import DENSE, FORMATLESS
 from ptq.bench.measurement import Limits, Measurement, block_sums
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ptq.drawing.curves import Curve, curves
+from ptq.drawing.svg import Picture, side_by_side
 
 WORDS = ("layer", "format", "backend")  # columns that are not numbers
 INPUTS_ALONE = ("rotate", "quantize")  # no product, so nothing to compare with one
 SPEEDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # marks of the axis
-PLOTS = (".svg", ".png", ".pdf")
-GREY = "#777777"
-COLOURS = {
-    "w4a16": "#0072B2",
-    "rotate+w4a16": "#56B4E9",
-    "w4a4": "#D55E00",
-    "rotate+w4a4": "#E69F00",
-    "rotate+w4a8": "#CC79A7",
-    "fp8": "#009E73",
-    "reference": "#0072B2",
+PANEL = 480.0  # width
+OTHERS = 5
+COLOURS = {  # of backends, by index
+    "w4a16": 0,
+    "rotate+w4a16": 2,
+    "w4a4": 1,
+    "rotate+w4a4": 4,
+    "rotate+w4a8": 3,
+    "fp8": OTHERS,
+    "reference": 0,
 }
-DASHES = {"nvfp4": "-", "mxfp4": "--", "nvint4": ":", "mxint4": "-.", "": "-"}
+DASHES = {"nvfp4": 0, "mxfp4": 1, "nvint4": 2, "mxint4": 3}  # likewise, of formats
 SAID = "Predicted, not measured"
 PREDICTED = "predicted from a roofline, not measured"
 
@@ -100,10 +96,8 @@ def _figure(value: float) -> str:
 
 def check_plot(path: Path, backends: Iterable[str]) -> None:
     """Raise ValueError where :func:`plot` would: before hours of measuring, not after."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'ptq-llm[plot]'")
-    if path.suffix not in PLOTS:
-        raise ValueError(f"--plot {path}: give a name that ends in {', '.join(PLOTS)}")
+    if path.suffix.lower() != ".svg":
+        raise ValueError(f"--plot {path}: give a name that ends in .svg")
     names = set(backends)
     if not names & set(DENSE) or not names - {*DENSE, *INPUTS_ALONE}:
         raise ValueError(
@@ -120,106 +114,53 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
         ValueError: as :func:`check_plot`.
     """
     check_plot(path, [m.backend for m in measurements])
-    import matplotlib
-    from matplotlib.figure import Figure
-
     sums = block_sums(measurements)
-    models = list(dict.fromkeys(m.model for m in sums))
-    columns = min(len(models), 2)
-    rows = math.ceil(len(models) / columns)
     dense = next(m.backend for m in sums if m.backend in DENSE)
-    # the same bytes for the same numbers, and text as text
-    with matplotlib.rc_context({"svg.hashsalt": "ptq", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(
-            figsize=(7.0 if columns == 1 else 10.4, 3.3 * rows + 0.8), layout="constrained"
-        )
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, model in zip(panels.flat, models, strict=False):
-            _panel(axes, [m for m in sums if m.model == model], dense)
-            axes.set_title(model, loc="left", fontsize=10, fontweight="bold")
-        for axes in list(panels.flat)[len(models) :]:
-            axes.set_visible(False)
-        for axes in panels[:, 0]:
-            axes.set_ylabel(f"speed, × {dense}")
-        for axes in panels[-1]:
-            axes.set_xlabel("tokens")
-        predicted = any(m.predicted for m in sums)
-        what = PREDICTED if predicted else f"measured {sums[0].date[:10]}"
-        figure.suptitle(
-            f"The linear layers of a decoder block on {sums[0].device}\n{what}",
-            **{
-                "x": 0.01,
-                "ha": "left",
-                "fontsize": 11,
-                "color": "#B00020" if predicted else "black",
-            },
-        )
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    predicted = any(m.predicted for m in sums)
+    whole = side_by_side(
+        [_panel(model, [m for m in sums if m.model == model], dense)
+         for model in dict.fromkeys(m.model for m in sums)],
+        columns=2,
+        title=f"The linear layers of a decoder block on {sums[0].device}",
+        note=PREDICTED if predicted else f"measured {sums[0].date[:10]}",
+        alarm=predicted,
+    )  # fmt: skip
+    path.write_text(whole.file(), "utf-8")
 
 
-def _panel(axes: "Axes", sums: Sequence[Measurement], dense: str) -> None:
+def _panel(model: str, sums: Sequence[Measurement], dense: str) -> Picture:
     base = {m.shape[0]: m.median_s for m in sums if m.backend in DENSE}
-    curves: dict[tuple[str, tuple[tuple[int, float], ...]], list[str]] = {}
+    tokens = sorted(base)
+    lines: dict[tuple[str, tuple[tuple[float, float], ...]], list[str]] = {}
     for m in sums:
         if m.backend in (*DENSE, *INPUTS_ALONE):
             continue
         same = [x for x in sums if (x.backend, x.format) == (m.backend, m.format)]
-        points = tuple(sorted((x.shape[0], round(base[x.shape[0]] / x.median_s, 3)) for x in same))
-        names = curves.setdefault(
-            (m.backend, points), []
-        )  # formats of equal size have one line in a prediction
-        names += [m.format] if m.format not in names else []
-    tokens = sorted(base)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.plot(tokens, [1.0] * len(tokens), color=GREY, linewidth=1.0)
-    ends, best = [(1.0, dense, GREY)], (1.0, tokens[0])
-    for (backend, points), names in curves.items():
-        colour = COLOURS.get(backend, GREY)
-        counts, speeds = [x for x, _ in points], [y for _, y in points]
-        axes.plot(
-            counts,
-            speeds,
-            DASHES[names[0]],
-            color=colour,
-            marker="o",
-            markersize=3.5,
-            linewidth=1.5,
+        points = tuple(
+            sorted((float(x.shape[0]), round(base[x.shape[0]] / x.median_s, 3)) for x in same)
         )
-        label = backend if backend in FORMATLESS else f"{backend} {', '.join(names)}"
-        ends.append((speeds[-1], f"{label} {speeds[-1]:.2f}×", colour))
-        best = max(best, *((y, x) for x, y in points))
-    low, high = (math.log2(y) for y in axes.get_ylim())
-    axes.set_xticks(tokens, [str(count) for count in tokens])
-    axes.set_yticks(SPEEDS, [f"{speed:g}×" for speed in SPEEDS])
-    axes.minorticks_off()
-    axes.set_ylim(2.0 ** min(low, -0.2), 2.0 ** max(high + 0.1, 1.0))
-    axes.grid(color="#E4E4E4", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if best[0] > 1:
-        _label(axes, best[1], best[0], f"{best[0]:.2f}×", "black", (0, 7))
-    _label_ends(axes, tokens[-1], ends)
-
-
-def _label_ends(axes: "Axes", x: int, ends: list[tuple[float, str, str]]) -> None:
-    """Names (y, name, colour) beside the last points, moved upwards where they would overlap."""
-    low, high = (math.log2(y) for y in axes.get_ylim())
-    place = -math.inf
-    for y, name, colour in sorted(ends):
-        place = max(math.log2(y), place + 0.06 * (high - low))
-        _label(axes, x, 2.0**place, name, colour, (8, -3))
-
-
-def _label(
-    axes: "Axes", x: float, y: float, text: str, colour: str, offset: tuple[int, int]
-) -> None:
-    axes.annotate(
-        text,
-        (x, y),
-        offset,
-        textcoords="offset points",
-        color=colour,
-        fontsize=8.5,
-        annotation_clip=False,
+        # formats of equal size have one line in a prediction
+        names = lines.setdefault((m.backend, points), [])
+        names += [m.format] if m.format not in names else []
+    found = [Curve(name=dense, points=tuple((float(n), 1.0) for n in tokens), colour=None)]
+    for (backend, points), names in lines.items():
+        said = backend if backend in FORMATLESS else f"{backend} {', '.join(names)}"
+        found.append(
+            Curve(
+                name=f"{said} {points[-1][1]:.2f}×",
+                points=points,
+                colour=COLOURS.get(backend, OTHERS),
+                dash=DASHES.get(names[0], 0),
+            )
+        )
+    return curves(
+        found,
+        width=PANEL,
+        x_ticks=[(float(count), str(count)) for count in tokens],
+        y_ticks=[(speed, f"{speed:g}×") for speed in SPEEDS],
+        x_name="tokens",
+        y_name=f"speed, × {dense}, higher is better",
+        title=model,
+        label=f"Speed over {dense} of {model} by number of tokens.",
+        unit="×",
     )

@@ -71,7 +71,7 @@ def bench(
     predict: Annotated[
         str | None,
         typer.Option(
-            metavar="h200|b200|rtx5090|a100",
+            metavar="h100|h200|b200|rtx5090|a100",
             show_default="none: measure",
             help="Measure nothing: print rooflines of a GPU.",
         ),
@@ -96,7 +96,7 @@ def bench(
         typer.Option(
             metavar="FILE",
             show_default="none",
-            help="Draw speed over bf16: a .svg, .png or .pdf file.",
+            help="Draw speed over bf16: a .svg file.",
         ),
     ] = None,
     tune: Annotated[

@@ -13,6 +13,7 @@ import typer
 from ptq.cli.analyze import analyze
 from ptq.cli.bench import bench
 from ptq.cli.chat import chat, generate
+from ptq.cli.compare import compare
 from ptq.cli.convert import convert
 from ptq.cli.errors import fail, guarded
 from ptq.cli.formats import formats
@@ -31,6 +32,7 @@ from ptq.cli.options import (
     parse_device,
     parse_dtype,
 )
+from ptq.cli.pages import Html, check_page, write_page
 from ptq.cli.quantize import quantize
 from ptq.cli.serve import serve
 
@@ -103,6 +105,14 @@ def evaluate(
     bits: Bits = None,
     device: Device = None,
     dtype: Dtype = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Keep the result in a hidden file of the checkpoint, where ptq compare finds it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -114,8 +124,13 @@ def evaluate(
     tokens, both sides renormalised over them.
     """
     from ptq.cli import display, progress
+    from ptq.runtime import kept_evaluations
     from ptq.runtime.compare import compare
 
+    if keep and bits is not None:
+        raise ValueError("--keep does not go with --bits: it is of the checkpoint as it is stored")
+    if keep:
+        kept_evaluations.check_keep(Path(model))
     with progress.evaluating(quiet=quiet) as on_window:
         result = compare(
             model,
@@ -129,6 +144,8 @@ def evaluate(
             dtype=parse_dtype(dtype),
             on_window=on_window,
         )
+    if keep:
+        kept_evaluations.keep(Path(model), result)
     if json:
         display.print_json(({} if bits is None else {"bits": bits}) | result.to_dict())
     else:
@@ -141,15 +158,22 @@ def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help="Directory of a quantized checkpoint.", metavar="MODEL")
     ],
+    html: Html = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """What a checkpoint holds: format, recipe, size, bits per weight, error of each layer. Loads no
     model."""
     from ptq.cli import display
+    from ptq.runtime.checkpoint_page import inspect_page
     from ptq.runtime.inspect import inspect as inspect_checkpoint
 
+    if html is not None:
+        check_page(html, checkpoint)
     report = inspect_checkpoint(checkpoint)
+    if html is not None:
+        write_page(html, inspect_page(report))
+        display.note(f"written: {html}")
     if json:
         display.print_json(report.to_dict())
     else:
@@ -183,6 +207,7 @@ def verify(
         sys.exit(2)
 
 
+app.command(cls=Command)(compare)
 app.command(cls=Command)(convert)
 app.command(cls=Command)(merge)
 app.command(cls=ModelFirst)(analyze)

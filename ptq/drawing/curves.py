@@ -33,12 +33,14 @@ def curves(
     y_name: str,
     title: str,
     label: str,
+    unit: str = "",
 ) -> Picture:
-    """A plot of curves.
+    """A plot of curves; the highest point has its number.
 
     Args:
         x_ticks, y_ticks: numbers that are written; those of y only within the plot.
         label: what the plot shows, for those who do not see it.
+        unit: of y, behind a number.
     """
     top = 40.0
     xs = [px for curve in found for px, _ in curve.points]
@@ -59,10 +61,15 @@ def curves(
         made.append(path(places, class_=f"curve l{curve.colour}", stroke_dasharray=dash))
         made += [
             marker(MARKERS[curve.colour], *place, 2.8, class_=f"m f{curve.colour}",
-                   title=f"{curve.name}: {py:.2f} at {px:g}")
+                   title=f"{curve.name}: {py:.2f}{unit} at {px:g}")
             for place, (px, py) in zip(places, curve.points, strict=True)
         ]  # fmt: skip
     made += _ends(found, x, y)
+    drawn = [point for curve in found if curve.colour is not None for point in curve.points]
+    if drawn:
+        px, py = max(drawn, key=lambda point: point[1])
+        anchor = "start" if x(px) < x.start + 20 else "middle"
+        made.append(text(x(px), y(py) - 7, f"{py:.2f}{unit}", "small bold halo", anchor=anchor))
     return Picture(width=width, height=top + HEIGHT + 32, label=label, body=tuple(made))
 
 

@@ -153,8 +153,10 @@ class Picture:
         return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(whole, "unicode")}\n'
 
 
-def side_by_side(pictures: Sequence[Picture], columns: int, title: str, note: str = "") -> Picture:
-    """Pictures in a grid, under a title and a note."""
+def side_by_side(
+    pictures: Sequence[Picture], columns: int, title: str, note: str = "", *, alarm: bool = False
+) -> Picture:
+    """Pictures in a grid, under a title and a note, which may be an alarming one."""
     top = 44.0 if note else 28.0
     wide = max(picture.width for picture in pictures)
     tall = max(picture.height for picture in pictures)
@@ -163,7 +165,7 @@ def side_by_side(pictures: Sequence[Picture], columns: int, title: str, note: st
     rows = -(-len(pictures) // columns)
     body = [text(gap, 24, title, "large")]
     if note:
-        body.append(text(gap, 40, note, "soft"))
+        body.append(text(gap, 40, note, "alarm bold" if alarm else "soft"))
     for i, picture in enumerate(pictures):
         body.append(
             picture.element(

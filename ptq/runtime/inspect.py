@@ -13,6 +13,7 @@ from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
+from ptq.model import layer_names
 from ptq.reading.safetensors_layout import Entry
 from ptq.runtime.figures import number, size
 from ptq.runtime.kernel_choice import kernel_obstacle
@@ -68,6 +69,7 @@ class Report(Tabular):
 
     Attributes:
         formats: of its layers, the most common first.
+        layers: in the order of the model where reports say it, else by name.
         bytes: of all tensors; ``file_bytes``: of all files of the directory.
         source_bytes: what the same parameters take at 16 bits each.
         parameters, quantized_parameters: counts of numbers.
@@ -133,6 +135,7 @@ def inspect(path: Path) -> Report:
     """
     checkpoint = Checkpoint(path)
     reports = {report.name: report for report in checkpoint.reports}
+    order = {name: place for place, name in enumerate(reports)}  # that of the run: the model's
     owned: dict[str, list[Entry]] = {name: [] for name in checkpoint.layers}
     for name, entry in checkpoint.entries.items():
         owner, _, leaf = name.rpartition(".")
@@ -146,7 +149,7 @@ def inspect(path: Path) -> Report:
             sum(entry.bytes for entry in owned[name]),
             reports.get(name),
         )
-        for name in sorted(owned, key=natural)
+        for name in sorted(owned, key=lambda name: (order.get(name, len(order)), natural(name)))
     )
     kept = tuple(
         Kept(name=name, dtype=entry.dtype, shape=entry.shape, bytes=entry.bytes)
@@ -225,8 +228,9 @@ def kinds(report: Report) -> Table:
     """Count, format, size and mean error by kind of module; then what was not quantized."""
     rows: list[tuple[str, ...]] = []
     groups: dict[tuple[str, str, int, float], list[LayerRow]] = {}
+    kind = layer_names.kinds(row.layer for row in report.layers)
     for row in report.layers:
-        key = (kind(row.layer), row.format, row.rotation, row.balance or 0.0)
+        key = (kind[row.layer], row.format, row.rotation, row.balance or 0.0)
         groups.setdefault(key, []).append(row)
     for (name, fmt, rotation, balance), layers in groups.items():
         weights = sum(math.prod(row.shape) for row in layers)
@@ -269,10 +273,12 @@ def kinds(report: Report) -> Table:
 
 def errors(report: Report) -> Table:
     """Blocks down, kinds across; a cell is the mean error of its layers."""
-    names = list(dict.fromkeys(kind(row.layer) for row in report.layers))
+    kind = layer_names.kinds(row.layer for row in report.layers)
+    names = list(dict.fromkeys(kind.values()))
     cells: dict[str, dict[str, list[float | None]]] = {}
     for row in report.layers:
-        cells.setdefault(block(row.layer), {}).setdefault(kind(row.layer), []).append(row.error)
+        of_block = cells.setdefault(layer_names.block_of(row.layer), {})
+        of_block.setdefault(kind[row.layer], []).append(row.error)
     return Table(
         title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text"
         if all(row.of_outputs for row in report.layers)
@@ -283,21 +289,6 @@ def errors(report: Report) -> Table:
             for name in sorted(cells, key=natural)
         ),
     )
-
-
-def kind(name: str) -> str:
-    """What a layer does, by its name: ``experts.up_proj`` of
-    ``model.layers.3.mlp.experts.7.up_proj``."""
-    parts = name.split(".")
-    return f"experts.{parts[-1]}" if "experts" in parts else parts[-1]
-
-
-def block(name: str) -> str:
-    """The block that a layer belongs to: ``model.layers.3`` of ``model.layers.3.mlp.up_proj``; else
-    its own name."""
-    parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    return ".".join(parts[: index + 1])
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -9,7 +9,7 @@ from browser import Browser, check_views
 
 from ptq.drawing.scatter import ParetoPoint
 from ptq.pipeline.analysis_files import Analysis
-from ptq.pipeline.analysis_page import analysis_page, form_words, model_name
+from ptq.pipeline.analysis_page import analysis_page, model_name
 from ptq.pipeline.analysis_summary import tensors, wins, worst
 from ptq.pipeline.analyze import Options, analyze
 
@@ -106,7 +106,6 @@ def test_names_of_a_model_are_text(found: Analysis) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_words() -> None:
-    assert form_words(False, False) == "as it is" and form_words(True, True) == "balanced, rotated"
+def test_the_name_of_a_model() -> None:
     assert model_name("/home/me/models/llama") == "llama"
     assert model_name("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
