@@ -6,6 +6,7 @@ Sections whose data are not there are left out.
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import PurePath
 
 from ptq import __version__
@@ -14,33 +15,32 @@ from ptq.drawing.page import Figure, Page, Section, Table, render
 from ptq.drawing.scatter import ParetoPoint, front, pareto
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.int_vs_fp import PAIRS
+from ptq.pipeline import analysis_whole_model
 from ptq.pipeline.analysis import LayerAnalysis, OutputErrors
 from ptq.pipeline.analysis_files import Analysis
 from ptq.pipeline.analysis_layers import error_maps, form_words, worst_layers
 from ptq.pipeline.analysis_summary import NARROW, Wins, tensors, wins, worst
 from ptq.pipeline.analysis_theory import crest_factors, predictions
 
+MEAN_ERROR = "mean error of layers"
 FORMS = ((False, False), (False, True), (True, False), (True, True))  # balanced, rotated
 
 
-def analysis_page(
-    found: Analysis, points: Sequence[ParetoPoint] = (), *, quality: str = "KL in nats per token"
-) -> str:
-    """The page of an analysis, as HTML.
-
-    Args:
-        points: of a front of bits against ``quality``, measured or predicted on the whole model.
-    """
+def analysis_page(found: Analysis) -> str:
+    """The page of an analysis, as HTML."""
     rule = str(found.identity["scales"])
     layers = [layer for block in found.blocks for layer in block.layers]
     rows = wins(found.blocks, rule)
+    cast, advised = found.direct_cast, found.advice
     sections = (
+        None if advised is None else analysis_whole_model.advice(advised),
         worst_layers(found.blocks),
         error_maps(layers),
+        None if cast is None else analysis_whole_model.direct_cast(cast),
         _winners(rows),
         crest_factors(found.blocks, rule),
         predictions(found.blocks),
-        _bits(layers, points, quality),
+        _bits(layers),
     )
     return render(
         Page(
@@ -168,75 +168,53 @@ def _winners(rows: Sequence[Wins]) -> Section | None:
 # ---------------------------------------------------------------- bits
 
 
-def _bits(
-    layers: Sequence[LayerAnalysis], points: Sequence[ParetoPoint], quality: str
-) -> Section | None:
-    given = list(points)
-    of_layers = [
-        ParetoPoint(
-            bits=FORMATS[name].bits_per_weight,
-            quality=statistics.fmean(errors),
-            label=name,
-            group=group,
-        )
-        for group, which in (("weights and inputs", "both"), ("weights alone", "weights"))
-        for name in FORMATS
-        if (errors := [
-            min(getattr(form, which)[name] for form in layer.errors if name in form.both)
-            for layer in layers
-            if any(name in form.both for form in layer.errors)
-        ])
-    ]  # fmt: skip
-    figures: list[Figure] = []
-    tables: list[Table] = []
-    if given:
-        figures.append(_front("The whole model", given, quality))
-        tables.append(_points_table("The whole model as a table", given, quality))
-    mean_error = "mean error of layers"
-    for group in dict.fromkeys(p.group for p in of_layers):
-        some = [p for p in of_layers if p.group == group]
-        figures.append(_front(f"One format for all layers: {group}", some, mean_error))
-    if of_layers:
-        tables.append(_points_table("One format for all layers, as a table", of_layers, mean_error))
-    if not figures:
+def _bits(layers: Sequence[LayerAnalysis]) -> Section | None:
+    groups = {
+        "weights and inputs": lambda form: form.both,
+        "weights alone": lambda form: form.weights,
+    }
+    points: dict[str, list[ParetoPoint]] = {}
+    for group, errors_of in groups.items():
+        for name, fmt in FORMATS.items():
+            known = [[errors_of(form)[name] for form in layer.errors if name in errors_of(form)]
+                     for layer in layers]  # fmt: skip
+            if any(known):
+                mean = statistics.fmean(min(errors) for errors in known if errors)
+                point = ParetoPoint(bits=fmt.bits_per_weight, quality=mean, label=name, group=group)
+                points.setdefault(group, []).append(point)
+    if not points:
         return None
     return Section(
         name="bits",
         title="What bits buy",
         words=(
-            "The line is the front: with no more bits nothing else here loses less. Errors of "
-            "layers are those of outputs, each layer in its best form.",
+            "One format for all layers, each in its best form: the mean error of outputs. The line "
+            "is the front: with no more bits nothing else here loses less.",
         ),
-        figures=tuple(figures),
-        tables=tuple(tables),
-    )
-
-
-def _front(title: str, points: Sequence[ParetoPoint], quality: str) -> Figure:
-    best = front(points)
-    names = ", ".join(f"{p.label} ({p.bits:.3g})" for p in best[:6] if p.label)
-    return Figure(
-        title=title,
-        caption=f"On the front: {names}." if names else "",
-        picture=pareto(
-            [ParetoPoint(bits=p.bits, quality=p.quality, label=p.label) for p in points],
-            quality=quality,
-            label=f"{title}: bits per weight against {quality}, {len(points)} points, "
-            f"{len(best)} on the front.",
+        figures=tuple(
+            Figure(
+                title=group[:1].upper() + group[1:],
+                caption=f"On the front: {', '.join(p.label for p in front(some))}.",
+                picture=pareto(
+                    [replace(p, group="") for p in some],
+                    quality=MEAN_ERROR,
+                    label=f"Bits per weight against {MEAN_ERROR}, {group}, {len(some)} formats.",
+                ),
+            )
+            for group, some in points.items()
         ),
-    )
-
-
-def _points_table(title: str, points: Sequence[ParetoPoint], quality: str) -> Table:
-    best = {(p.bits, p.quality) for p in front(points)}
-    return Table(
-        title=title,
-        head=("what", "of", "bits per weight", quality, "on the front"),
-        rows=tuple(
-            (p.label or "mixed", p.group or "–", f"{p.bits:.3g}", f"{p.quality:.4g}",
-             "yes" if (p.bits, p.quality) in best else "no")
-            for p in sorted(points, key=lambda p: (p.group, p.bits, p.quality))
+        tables=(
+            Table(
+                title="Bits and errors as a table",
+                head=("format", "of", "bits per weight", MEAN_ERROR, "on the front"),
+                rows=tuple(
+                    (p.label, group, f"{p.bits:.3g}", f"{p.quality:.4g}",
+                     "yes" if p in front(some) else "no")
+                    for group, some in points.items()
+                    for p in sorted(some, key=lambda p: (p.bits, p.quality))
+                ),
+                folded=True,
+                words=frozenset((0, 1)),
+            ),
         ),
-        folded=True,
-        words=frozenset((0, 1)),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq import __version__
 from ptq.drawing.heat_map import Cell, Tile, heat_map, shade_edges, tile_map
 from ptq.drawing.layer_plot import LayerSeries, layer_plot
 from ptq.drawing.page import Card, Figure, Page, Section, Table, render
@@ -20,8 +19,7 @@ from ptq.runtime.inspect import kinds as by_kind
 WORST = 6
 FOOT = (
     "Errors are ‖(W - Ŵ)X‖² / ‖WX‖² of a layer's outputs on the text that the run read, or those "
-    "of weights where it read none. They are not a model's loss: ptq eval measures that. Made by "
-    f"ptq {__version__}."
+    "of weights where it read none. They are not a model's loss: ptq eval measures that."
 )
 
 

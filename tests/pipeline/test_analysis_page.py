@@ -7,15 +7,12 @@ from pathlib import Path
 import pytest
 from browser import Browser, check_views
 
-from ptq.drawing.scatter import ParetoPoint
 from ptq.pipeline.analysis_files import Analysis
 from ptq.pipeline.analysis_page import analysis_page, model_name
 from ptq.pipeline.analysis_summary import tensors, wins, worst
 from ptq.pipeline.analyze import Options, analyze
 
 LAYERS, TENSORS = 2 * 7, 2 * (7 + 4)
-POINTS = tuple(ParetoPoint(bits=b, quality=q, label=f"{b:g} bits")
-               for b, q in ((4.25, 0.2), (4.5, 0.1), (6.25, 0.15), (8.25, 0.01)))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +22,17 @@ def found(tiny_llama: Path, tiny_text: Path) -> Analysis:
 
 
 def test_every_plot_has_its_data_on_every_screen(found: Analysis, browser: Browser) -> None:
-    """Three maps of all layers, four histograms, eight formats, two fronts by layers and one by
-    the model."""
-    page = analysis_page(found, POINTS)
+    """Three maps of all layers, four histograms, eight formats, two fronts."""
+    page = analysis_page(found)
     for dark in (False, True):
         views = browser.views(page, dark=dark)
-        check_views(views, plots=3 + 4 + 8 + 1 + 2)
+        check_views(views, plots=3 + 4 + 8 + 2)
         phone, screen = views
         marks = [plot.drawn for plot in screen.plots]
         assert marks[:3] == [LAYERS] * 3
         assert marks[3:7] == [40] * 4
         assert marks[7:15] == [2 * TENSORS] * 8, "each as it is and rotated"
-        assert marks[15:] == [len(POINTS), 8, 8]
+        assert marks[15:] == [8, 8]
         assert [plot.drawn for plot in phone.plots] == marks
         assert all(plot.label for plot in screen.plots)
 
@@ -64,8 +60,7 @@ def test_its_figures_are_those_of_the_analysis(found: Analysis) -> None:
 
 
 def test_sections_without_data_are_left_out(found: Analysis) -> None:
-    assert "whole model" not in analysis_page(found)
-    assert "The whole model" in analysis_page(found, POINTS, quality="KL in nats per token")
+    assert 'id="cast"' not in analysis_page(found) and 'id="advice"' not in analysis_page(found)
     searched = [
         replace(
             block,
