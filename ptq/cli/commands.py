@@ -20,6 +20,7 @@ from ptq.cli.formats import formats
 from ptq.cli.merge import merge
 from ptq.cli.options import (
     MODEL_HELP,
+    OUTPUT,
     Bits,
     Command,
     Debug,
