@@ -90,6 +90,42 @@ def held_out_loss(model: LlamaForCausalLM, tokens: np.ndarray, device: str) -> f
     return float(np.mean([float(loss_of(model, w)) for w in windows.split(16)]))
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """With random weights, by torch's generator."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            rms_norm_eps=1e-5,
+        )
+    )
+
+
+def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for embeddings and norms, with their largest learning rates."""
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return [
+        torch.optim.Muon(
+            matrices, lr=0.02, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
+        ),
+        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,33 +148,8 @@ def main() -> None:
         f"{len(train) / 1e6:.2f}M training tokens, {len(held_out) / 1e3:.0f}k held out", flush=True
     )
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        rms_norm_eps=1e-5,
-    )
-    model = LlamaForCausalLM(config).to(args.device)
-    matrices = [
-        p
-        for n, p in model.named_parameters()
-        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
-    ]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [
-        torch.optim.Muon(
-            matrices, lr=0.02, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
-        ),
-        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    model = new_model(tokenizer).to(args.device)
+    optimizers = new_optimizers(model)
     base = [o.param_groups[0]["lr"] for o in optimizers]
 
     generator = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """A quantized tensor: codes, the scales that give them size, and the packing of codes into
 bytes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from ptq.numerics.formats import Element, Format
+from ptq.numerics.formats import Format
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,63 @@ def dequantize_packed(
     numbers of a byte come out of one table, as one element of 64 bits (on a CPU 0.3 ns a weight
     instead of 2)."""
     fmt = scales.format
-    if not fmt.packed:
-        return QuantizedTensor(packed, scales).dequantize()
-    pairs = _pairs(fmt.element, packed.device).index_select(0, packed.flatten().int())
-    values = pairs.view(torch.float32).view(*scales.bits.shape, fmt.group_size)
+    numbers = _numbers(fmt, packed.device).index_select(0, packed.flatten().int())
+    values = numbers.view(torch.float32).view(*scales.bits.shape, fmt.group_size)
     return ungroup(values.mul_(scales.step().unsqueeze(-1)))
 
 
+class Unpacker:
+    """Dequantizes rows, a chunk after the other, in memory that it keeps: what is written and read
+    again at once then stays in a cache, and no chunk costs an allocation.
+
+    Not for two threads at a time.
+    """
+
+    def __init__(self, fmt: Format, device: torch.device) -> None:
+        self.format, self.table = fmt, _numbers(fmt, device)
+        self.index = torch.empty(0, dtype=torch.int32, device=device)
+        self.looked_up = torch.empty(0, dtype=self.table.dtype, device=device)
+        # by the shape of packed rows: (index, the same flat, what is looked up, as groups, as rows)
+        self.views: dict[torch.Size, tuple[Tensor, ...]] = {}
+
+    def chunks(
+        self, packed: UInt8[Tensor, "out bytes"], scales: Scales, rows: int
+    ) -> Iterator[Float32[Tensor, "rows in"]]:
+        """:func:`dequantize_packed`, so many rows at a time, the same bits; each chunk is valid
+        until the next is asked for."""
+        bits, t = scales.bits, scales.global_scale
+        worth = (self.format.scale_values(bits.device) * t).view(-1)  # of every byte
+        steps = worth.index_select(0, bits.view(-1).int()).view(*bits.shape, 1)
+        for codes, step in zip(packed.split(rows), steps.split(rows), strict=True):
+            index, flat, looked_up, groups, chunk = self._shaped(codes.shape)
+            index.copy_(codes)
+            torch.index_select(self.table, 0, flat, out=looked_up)
+            groups.mul_(step)
+            yield chunk
+
+    def _shaped(self, shape: torch.Size) -> tuple[Tensor, ...]:
+        if (views := self.views.get(shape)) is not None:
+            return views
+        if (size := shape.numel()) > self.index.shape[0]:
+            self.index = self.index.new_empty(size)
+            self.looked_up = self.looked_up.new_empty(size)
+            self.views.clear()  # they hold what was too small
+        flat, looked_up = self.index[:size], self.looked_up[:size]
+        rows = looked_up.view(torch.float32).view(shape[0], -1)
+        self.views[shape] = flat.view(shape), flat, looked_up, group(rows, self.format), rows
+        return self.views[shape]
+
+
 @lru_cache(maxsize=16)
-def _pairs(element: Element, device: torch.device) -> Tensor:
-    """The two float32 numbers of every byte, as int64 (256,)."""
+def _numbers(fmt: Format, device: torch.device) -> Tensor:
+    """The float32 numbers of every byte: of two 4-bit codes both, as int64 (256,); else of the code
+    (256,), those beyond the last being NaN."""
     byte = torch.arange(256, dtype=torch.uint8)
-    both = element.decode(torch.stack((byte & 0xF, byte >> 4), dim=-1))
+    if not fmt.packed:
+        values = torch.full((256,), torch.nan)
+        values[: 1 << fmt.element.bits] = torch.tensor(fmt.element.values)
+        return values.to(device)
+    both = fmt.element.decode(torch.stack((byte & 0xF, byte >> 4), dim=-1))
     return both.to(device).view(torch.int64).flatten()
 
 

@@ -40,7 +40,7 @@ def share_inputs(model: nn.Module) -> int:
         layer.readers = None
     for names in fused_groups(layers):
         group = [layers[name] for name in names]
-        if _alike(group):
+        if _alike(group) and (group[0].kernel_dtype is not None or group[0].changes_inputs):
             readers = Readers(group)
             if group[0].kernel_dtype is not None:
                 if names[0].rpartition(".")[0] not in experts and _one_global_scale(group):

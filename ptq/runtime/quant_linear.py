@@ -7,7 +7,7 @@ quantize them.
 The product and the bias are float32; the result is rounded once, to the dtype of x.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,9 @@ from ptq.runtime.gradients import Product, learns
 from ptq.runtime.kernel_choice import Visits, kernel_obstacle, tell_once, visits
 from ptq.runtime.kernel_weight import KernelWeight, stacked
 from ptq.runtime.precision import full_precision
+from ptq.runtime.reference_product import chunk_rows, few, product, remade
 from ptq.runtime.shared_inputs import Inputs, Readers, same
 
-# So many bytes of dequantized weight (float32 rows) exist at a time. Part of the numerics: a
-# product is computed chunk by chunk whether or not the weight is cached, so that both give the same
-# bits.
-CHUNK_BYTES = 64 << 20
-# Of few tokens on a CPU time goes into dequantizing: such a chunk stays in the second-level cache.
-CHUNK_BYTES_FEW, FEW_TOKENS = 1 << 20, 16
 FIXED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 
 
@@ -89,8 +84,8 @@ class QuantLinear(nn.Module):
         self._kernel_weight: tuple[tuple[object, ...], KernelWeight] | None = None
         # the layers that read the same inputs, and which of them this is
         self.readers: tuple[Readers, int] | None = None
-        # (the packed weight it was made of, the float32 weight, its chunks by their rows)
-        self._dequantized: tuple[Tensor, Tensor, dict[int, list[Tensor]]] | None = None
+        # (the packed weight it was made of, the float32 weight, its chunks for many tokens and few)
+        self._dequantized: tuple[Tensor, Tensor, dict[bool, list[Tensor]]] | None = None
         groups = group(torch.empty(1, in_features, device="meta"), self.format).shape[1]
         self.rotation.check(in_features)
 
@@ -222,7 +217,7 @@ class QuantLinear(nn.Module):
         see :mod:`ptq.runtime.gradients`."""
         if self.kernel_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # as nn.Linear
-        if learns(x, self.bias):
+        if torch.is_grad_enabled() and learns(x, self.bias):
             return Product.apply(x, self.bias, self)
         if self.readers is None or torch.compiler.is_compiling():
             return self.product(self.prepared(x), x)
@@ -319,21 +314,28 @@ class QuantLinear(nn.Module):
 
     def _wide(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (tokens, in)
-        if self.rotation.size == 1 and not self.quantize_inputs:
-            return rows.float()
+        if self.rotation.size == 1:
+            return self._rounded(rows) if self.quantize_inputs else rows.float()
         with full_precision(x.device):
-            if not self.quantize_inputs:
-                return self.rotation.rotate(rows).float()
-            rule = None if self.input_rule == "default" else self.input_rule
-            return round_inputs(rows, self.format, self.rotation, self.input_scale, rule)
+            return (
+                self._rounded(rows) if self.quantize_inputs else self.rotation.rotate(rows).float()
+            )
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        rule = None if self.input_rule == "default" else self.input_rule
+        return round_inputs(rows, self.format, self.rotation, self.input_scale, rule)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether inputs are rotated or quantized."""
+        return self.quantize_inputs or self.rotation.size > 1
 
     def _reference(self, wide: Tensor, x: Tensor) -> Tensor:
-        with full_precision(x.device):
-            parts = [wide @ columns for columns in self._chunks(len(wide))]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if self.bias is not None:
-            y += self.bias.float()
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        y, bias = product(wide, self._chunks(wide.shape[0]), self.out_features), self.bias
+        if bias is not None:
+            y += bias.float()
+        y = y if x.dtype == torch.float32 else y.to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """``(∂y Ŵ) R`` of ``∂y`` (*s, out): (*s, in). The product is in the dtype of ``gradient``
@@ -346,31 +348,33 @@ class QuantLinear(nn.Module):
         else:
             with full_precision(rows.device):
                 flat, start = rows.new_zeros(len(rows), self.in_features, dtype=torch.float32), 0
-                for columns in self._chunks(len(rows)):
-                    part = rows[:, start : start + columns.shape[1]].float()
-                    flat, start = flat.addmm_(part, columns.T), start + columns.shape[1]
+                for chunk in self._chunks(len(rows)):
+                    part = rows[:, start : start + len(chunk)].float()
+                    flat, start = flat.addmm_(part, chunk), start + len(chunk)
         return self.rotation.rotate(flat).reshape(*gradient.shape[:-1], self.in_features)
 
     def _chunks(self, tokens: int) -> Iterable[Tensor]:
-        """Columns (in, some of out) of the transposed dequantized weight, in order, from the cache
-        or remade; as many at a time for a number of tokens whether or not there is a cache."""
+        """Rows (some, in) of the dequantized weight, in order, kept or remade; as many at a time
+        for a number of tokens either way."""
         stored = self.weight_packed
-        few = tokens <= FEW_TOKENS and stored.device.type == "cpu"
-        step = max(1, (CHUNK_BYTES_FEW if few else CHUNK_BYTES) // (4 * self.in_features))
         if not self.cache:
-            return self._remade(step)
+            rows = self.in_rows()
+            scales = Scales(rows.scale_bits, rows.global_scale, self.format)
+            return remade(rows.packed, scales, tokens)
         if self._dequantized is None or self._dequantized[0] is not stored:
             whole = dequantize_packed(self.in_rows().packed, self.scales)
             self._dequantized = (stored, whole, {})
         _, whole, chunks = self._dequantized
-        if step not in chunks:
-            chunks[step] = [rows.T for rows in whole.split(step)]
-        return chunks[step]
+        kind = few(tokens, stored.device)
+        if kind not in chunks:
+            step = chunk_rows(self.out_features, self.in_features, tokens, stored.device)
+            chunks[kind] = list(whole.split(step))
+        return chunks[kind]
 
-    def _remade(self, step: int) -> Iterator[Tensor]:
-        rows, t = self.in_rows(), self.global_scale
-        for bits, codes in zip(rows.scale_bits.split(step), rows.packed.split(step), strict=True):
-            yield dequantize_packed(codes, Scales(bits, t, self.format)).T
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the dequantized weight that is kept between calls."""
+        return 0 if self._dequantized is None else self._dequantized[1].nbytes
 
     def forget(self) -> None:
         """Drop what is kept between calls, to be made again when needed; calibration does so when

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ptq.numerics.activations import (
+    FEW_NUMBERS,
     best_rule,
     default_rule,
     input_rules,
@@ -165,3 +166,15 @@ def test_rounding_is_quantizing_and_dequantizing(name: str, rotation: int) -> No
             expected = quantize_inputs(x, fmt, Rotation(rotation), t, rule).dequantize()
             rounded = round_inputs(x, fmt, Rotation(rotation), t, rule)
             assert torch.equal(rounded.view(torch.int32), expected.view(torch.int32))
+
+
+@four_bit
+def test_many_tokens_are_rounded_as_few_are(fmt) -> None:
+    """Maxima and scales of many are found another way: the same bits, whatever the number."""
+    x = torch.randn(FEW_NUMBERS // 64, 128, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, :32] = 0.0, 0.0
+    for rule in input_rules(fmt):
+        for t in (None, torch.tensor(0.003)):
+            many = round_inputs(x, fmt, Rotation(1), t, rule)
+            apart = torch.cat([round_inputs(few, fmt, Rotation(1), t, rule) for few in x.split(7)])
+            assert torch.equal(many.view(torch.int32), apart.view(torch.int32))

@@ -15,6 +15,7 @@ from ptq.numerics.formats import (
     E2M1,
     E2M3,
     E4M3,
+    FEW_SCALES,
     FORMATS,
     INT4,
     INT6,
@@ -223,3 +224,21 @@ def test_mantissas_and_normal_numbers():
         "int4": (None, None),
         "int8": (None, None),
     }
+
+
+@pytest.mark.parametrize("element", [f.element for f in FORMATS.values()], ids=FORMATS.keys())
+def test_rounding_in_place_is_rounding(element) -> None:
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * element.max / 2
+    before, expected = x.clone(), element.round(x)
+    assert torch.equal(x, before)
+    rounded = element.round_(x)
+    assert rounded.data_ptr() == x.data_ptr()
+    assert torch.equal(rounded.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("count", [64, FEW_SCALES + 1])
+def test_the_nearest_scale_is_that_of_its_byte(fmt, count: int) -> None:
+    exponents = torch.linspace(-12, 12, count)
+    wanted = torch.cat((torch.exp2(exponents), torch.tensor([0.0, 448.0, 464.0, 1e30])))
+    assert torch.equal(fmt.nearest_scale(wanted), fmt.decode_scale(fmt.encode_scale(wanted)))

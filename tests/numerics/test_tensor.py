@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq.numerics.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4
-from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, pack, unpack
+from ptq.numerics.tensor import (
+    QuantizedTensor,
+    Scales,
+    Unpacker,
+    dequantize_packed,
+    pack,
+    unpack,
+)
 
 
 def test_golden_bytes() -> None:
@@ -77,3 +84,19 @@ def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
     expected = QuantizedTensor(unpack(packed, fmt), scales).dequantize()
     found = dequantize_packed(packed, scales)
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+def test_an_unpacker_gives_the_same_bits_chunk_by_chunk(fmt):
+    generator, unpacker = torch.Generator().manual_seed(1), Unpacker(fmt, torch.device("cpu"))
+    for rows, columns, at_a_time in ((7, 96, 3), (5, 64, 5), (7, 96, 3), (40, 96, 16), (2, 32, 1)):
+        width = columns // (2 if fmt.packed else 1)
+        packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
+        if not fmt.packed:
+            packed &= (1 << fmt.element.bits) - 1
+        shape, (first, last) = (rows, columns // fmt.group_size), fmt.scale_bytes
+        bits = torch.randint(first, last + 1, shape, generator=generator, dtype=torch.uint8)
+        scales = Scales(bits, torch.tensor(0.3), fmt)
+        expected = dequantize_packed(packed, scales).split(at_a_time)
+        for part, chunk in zip(expected, unpacker.chunks(packed, scales, at_a_time), strict=True):
+            assert torch.equal(chunk.view(torch.int32), part.view(torch.int32))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import ptq.runtime.quant_linear
+import ptq.runtime.reference_product
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.kernels import gpu
 from ptq.numerics.activations import quantize_inputs
@@ -82,7 +82,7 @@ def test_its_weight_is_that_of_a_linear_layer_that_computes_the_same(fmt):
 @pytest.mark.parametrize("chunk_rows", [1, 7, OUT])
 def test_a_cached_weight_gives_the_same_bits(fmt, chunk_rows, monkeypatch):
     for name in ("CHUNK_BYTES", "CHUNK_BYTES_FEW"):
-        monkeypatch.setattr(ptq.runtime.quant_linear, name, chunk_rows * 4 * IN)
+        monkeypatch.setattr(ptq.runtime.reference_product, name, chunk_rows * 4 * IN)
     layer, x = make(fmt), torch.randn(9, IN)
     expected = layer(x)
     layer.cache = True
