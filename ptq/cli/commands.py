@@ -23,6 +23,7 @@ from ptq.cli.options import (
     OUTPUT,
     Bits,
     Command,
+    Commands,
     Debug,
     Device,
     Dtype,
@@ -39,6 +40,7 @@ from ptq.cli.serve import serve
 
 app = typer.Typer(
     name="ptq",
+    cls=Commands,
     help="Quantize language models to 4 bits (MXFP4, NVFP4, NVINT4), measure and run them.",
     pretty_exceptions_enable=False,
     epilog="Code that comes with a model is never run (trust_remote_code is off): models of "

@@ -88,12 +88,12 @@ def formats(json: Json = False, debug: Debug = False) -> None:
     if json:
         display.print_json([asdict(row) for row in rows()])
         return
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
     for name in ("bits", "group", "rotation"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("native on", "kernels", "w4a16 opens in", "w4a4 opens in"):
-        table.add_column(name)
+    for name in ("native on", "kernels", "w4a16 in", "w4a4 in"):
+        table.add_column(name, no_wrap=True)
     table.add_column("choose it for", ratio=1)
     for row in rows():
         table.add_row(
@@ -102,7 +102,7 @@ def formats(json: Json = False, debug: Debug = False) -> None:
             str(row.group_size),
             str(row.rotation) if row.rotation > 1 else "none",
             row.native,
-            "Ampere on" if row.kernels else "none",
+            "Ampere +" if row.kernels else "none",
             *row.opens.values(),
             row.choose,
         )
@@ -114,7 +114,7 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         "for a gain from w4a4, not to run it.",
         "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "
         "unpacks them: the same numbers, slower.",
-        "opens in: all is vLLM, ptq, and transformers with compressed-tensors; transformers opens "
-        "every checkpoint after import ptq.",
+        "w4a16 in, w4a4 in: what opens the result; all is vLLM, ptq, and transformers with "
+        "compressed-tensors; transformers opens every checkpoint after import ptq.",
     ):
         display.out.print(line, style="dim", markup=False)

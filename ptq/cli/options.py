@@ -2,12 +2,12 @@
 the library takes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:  # ptq --help must not wait for torch
     import torch
@@ -103,23 +103,31 @@ Debug = Annotated[
 ]
 
 
-class Command(TyperCommand):
-    """A command whose help says what a flag is when it is not given, and not that it takes a
-    ``<bool>``."""
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
-        for option in self.params:
-            if getattr(option, "is_flag", False):
-                option.metavar = ""
-                if option.default is False:  # pyright: ignore[reportAttributeAccessIssue]
-                    option.show_default = "no"  # pyright: ignore[reportAttributeAccessIssue]
-
-    def get_help_option(self, ctx):
-        option = super().get_help_option(ctx)
-        if option is not None:
+def quiet_flags(options: Iterable[Any]) -> None:
+    """Let help say what flags are when they are not given, and not that they take a ``<bool>``."""
+    for option in options:
+        if getattr(option, "is_flag", False):
             option.metavar = ""
-        return option
+            if option.default is False and not option.is_eager:
+                option.show_default = "no"
+
+
+class Command(TyperCommand):
+    """A command whose flags take no value in its help."""
+
+    def get_params(self, ctx) -> list[Any]:
+        found = super().get_params(ctx)
+        quiet_flags(found)
+        return found
+
+
+class Commands(TyperGroup):
+    """Commands, and flags that take no value in the help."""
+
+    def get_params(self, ctx) -> list[Any]:
+        found = super().get_params(ctx)
+        quiet_flags(found)
+        return found
 
 
 class ModelFirst(Command):

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ptq.cli.display import two_widths
-from ptq.cli.outlook import ALARM, labelled, plain
+from ptq.cli.outlook import ALARM, LABEL, labelled, plain
 from ptq.cli.terminal import out
 from ptq.pipeline.against_nearest import AgainstNearest
 from ptq.pipeline.readers import OURS, readers_in_words
@@ -74,8 +74,10 @@ def _layers(report: Report) -> Iterator[tuple[str, str]]:
     average = mean(row.error for row in rows)
     if average is None:
         return
-    of = "of the output" if all(row.of_outputs for row in rows) else "of the weights"
-    told = f"{percent(average)} {of} is lost on average"
+    if all(row.of_outputs for row in rows):
+        told = f"{percent(average)} of the output is lost on average"
+    else:
+        told = f"weights are off by {percent(average)} on average"
     nearest = mean(row.rtn_error for row in rows)
     if nearest is not None and nearest > 1.02 * average:
         told += f", {nearest / average:.1f} times less than by rounding to nearest"
@@ -83,6 +85,8 @@ def _layers(report: Report) -> Iterator[tuple[str, str]]:
     if held is not None:
         told += f"; {percent(held)} on text kept aside"
     yield "layers", told
+    if report.recipe.get("algorithm") == "rtn":
+        yield "", "--quality default reads text and loses less"
     if held is not None and held > DRIFT * average:
         more = "more --samples" if report.recipe.get("quality") == "best" else "--quality best"
         yield "", f"more text would help: {more}, or --calibration with text of your own"
@@ -110,7 +114,7 @@ def print_next(model: str, path: Path, *, chats: bool, compared: bool) -> None:
     if not compared:  # what was too dear to measure by itself comes first
         commands.insert(0, commands.pop(1))
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=LABEL)
     grid.add_column(no_wrap=True)
     grid.add_column(style="dim")
     for index, (command, why) in enumerate(commands):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptq.pipeline.plan import Plan
 
 ALARM = "yellow"
+LABEL = len("opens in")  # the longest: lines below each other are aligned
 
 
 def print_outlook(model: str, forecast: "Forecast", console: Console = err) -> None:
@@ -44,7 +45,7 @@ def print_choice(plan: "Plan") -> None:
 def labelled() -> Table:
     """A grid of lines with dim labels."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=LABEL)
     grid.add_column()
     return grid
 

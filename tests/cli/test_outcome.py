@@ -67,6 +67,18 @@ def test_too_little_text_shows(capsys: pytest.CaptureFixture[str], report: Repor
         assert "verdict" not in text and "--eight-bit" not in text
 
 
+def test_rounding_to_nearest_says_what_is_better(
+    capsys: pytest.CaptureFixture[str], report: Report
+):
+    rows = [replace(row, of_outputs=False, error=0.006) for row in report.layers]
+    nearest = replace(
+        report, layers=tuple(rows), recipe=report.recipe | {"algorithm": "rtn", "quality": "fast"}
+    )
+    print_outcome(nearest, "compressed-tensors", "all", 5, None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "weights are off by 0.60 % on average" in text and "--quality default reads" in text
+
+
 def test_the_next_commands_can_be_copied(capsys: pytest.CaptureFixture[str]):
     print_next("demo", Path("my model"), chats=True, compared=True)
     lines = capsys.readouterr().out.splitlines()
