@@ -37,22 +37,23 @@ def coordinate_descent(
     values = fmt.element.decode(quantized.codes).T.contiguous()
     gradient = h @ (weight.float().T - values * steps)  # H̃ Δᵀ with Δ = W - Ŵ
     diagonal = h.diagonal().tolist()
+    now, best = torch.empty_like(values[0]), torch.empty_like(values[0])  # of one column
     bounds = None if within is None else [bound.T.contiguous() for bound in within]
     for _ in range(sweeps):
         changed = False
         for start in range(0, len(h), block_size):
             stop = min(start + block_size, len(h))
-            moves = torch.zeros_like(values[start:stop])
+            moves = torch.empty_like(values[start:stop])
             block = h[start:stop, start:stop]
             for j in range(start, stop):
-                best = fmt.element.round(
-                    (values[j] * steps[j] + gradient[j] / diagonal[j]) / steps[j]
-                )
+                step, value, move = steps[j], values[j], moves[j - start]
+                torch.mul(value, step, out=now)
+                torch.div(gradient[j], diagonal[j], out=best).add_(now).div_(step)
+                fmt.element.round_(best)
                 if bounds is not None:
-                    best = best.clamp(bounds[0][j], bounds[1][j])
-                move = (best - values[j]) * steps[j]
-                values[j] = best
-                moves[j - start] = move
+                    best.clamp_(bounds[0][j], bounds[1][j])
+                torch.sub(best, value, out=move).mul_(step)
+                value.copy_(best)
                 gradient[start:stop].addr_(block[:, j - start], move, alpha=-1)
             if moves.count_nonzero():
                 changed = True

@@ -109,15 +109,18 @@ class _Sweep:
             self.weight
         )  # values of the element; turned into codes at the end, exactly
         self.diagonal = self.factor.diagonal().tolist()
+        # an index is as dear as an operation on a column
+        self.columns = list(
+            zip(*(t.unbind() for t in (self.weight, self.rungs, self.errors)), strict=True)
+        )
 
     def round(self, first: int, last: int, steps: Float32[Tensor, "size out"]) -> None:
         """Round columns ``first`` … ``last``-1, each error paid back within them."""
         element = self.grid.format.element
-        for j in range(first, last):
-            step = steps[j - first]
-            self.rungs[j] = element.round(self.weight[j] / step)
-            error = (self.weight[j] - self.rungs[j] * step).div_(self.diagonal[j])
-            self.errors[j] = error
+        for j in range(first, last):  # in place: a column costs little more than its calls
+            step, weight, rungs, error = steps[j - first], *self.columns[j]
+            element.round_(torch.div(weight, step, out=rungs))
+            torch.sub(weight, torch.mul(rungs, step, out=error), out=error).div_(self.diagonal[j])
             if j + 1 < last:
                 self.weight[j + 1 : last].addr_(self.factor[j, j + 1 : last], error, alpha=-1)
 
@@ -146,14 +149,18 @@ class _Sweep:
         # every candidate sweeps its own copy of the group; the cheapest copy becomes the result
         copies = group.unsqueeze(1).repeat(1, len(steps), 1)  # (size, count, out)
         rungs, errors = torch.empty_like(copies), torch.empty_like(copies)
-        for j in range(len(copies)):
-            rungs[j] = fmt.element.round(copies[j] / steps)
-            errors[j] = (copies[j] - rungs[j] * steps).div_(self.diagonal[first + j])
-            if j + 1 < len(copies):
-                copies[j + 1 :].flatten(1).addr_(
-                    self.factor[first + j, first + j + 1 : last], errors[j].flatten(), alpha=-1
+        flat = copies.flatten(1)
+        for j in range(last - first):
+            copy, error = copies[j], errors[j]
+            rung = fmt.element.round_(torch.div(copy, steps, out=rungs[j]))
+            torch.sub(copy, torch.mul(rung, steps, out=error), out=error)
+            error.div_(self.diagonal[first + j])
+            if j + 1 < last - first:
+                flat[j + 1 :].addr_(
+                    self.factor[first + j, first + j + 1 : last], error.flatten(), alpha=-1
                 )
-        best = errors.square().sum(0).argmin(0, keepdim=True)
+        # the copies have been used up: their memory takes the squares
+        best = torch.square(errors, out=copies).sum(0).argmin(0, keepdim=True)
         index = best.unsqueeze(0).expand(len(copies), 1, -1)
         self.rungs[first:last] = rungs.gather(1, index)[:, 0]
         self.errors[first:last] = errors.gather(1, index)[:, 0]
