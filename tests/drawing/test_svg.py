@@ -60,7 +60,7 @@ def test_coordinates_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
 
 
-@pytest.mark.parametrize("shape", set(MARKERS))
+@pytest.mark.parametrize("shape", sorted(set(MARKERS)))
 def test_markers_lie_about_their_place(shape: str) -> None:
     made = marker(shape, 10, 20, 3, title="here", class_="m")
     assert made.find("title") is not None
