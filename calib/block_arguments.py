@@ -7,7 +7,7 @@ architecture gives its blocks are what the architecture makes them, for every bl
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +112,19 @@ class Recorder:
 
         self._run(tokens, len(self.blocks), answer, to_the_end=True)
 
+    def logits(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """What the model returns for ``tokens`` where its last block returned ``last``: (sequences,
+        length, vocabulary)."""
+        answers = iter([None] * (len(self.blocks) - 1) + [last])
+        results: list[Tensor] = []
+
+        def answer(hidden: Tensor) -> Tensor:
+            state = next(answers)
+            return hidden if state is None else state
+
+        self._run(tokens, len(self.blocks), answer, to_the_end=True, results=results)
+        return results[0]
+
     def _run(
         self,
         tokens: Tensor,
@@ -119,9 +132,10 @@ class Recorder:
         answer: Callable[[Tensor], Tensor],
         *,
         to_the_end: bool = False,
+        results: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Call]]:
         """Hidden states and arguments of the first ``count`` blocks; ``to_the_end`` goes on up to
-        the output layer."""
+        the output layer, and through it if there are ``results`` to put logits in."""
         name, states, calls = type(self.model).__name__, list[Tensor](), list[Call]()
 
         def stand_in(i: int, first: str) -> Callable[..., object]:
@@ -142,10 +156,12 @@ class Recorder:
 
         with (
             _replaced_forwards(self.blocks[:count], stand_in),
-            _stopped_at_output(self.model),
+            _stopped_at_output(self.model) if results is None else nullcontext(),
             suppress(_Done),
         ):
-            self.model(input_ids=tokens, use_cache=False)
+            returned = self.model(input_ids=tokens, use_cache=False)
+            if results is not None:
+                results.append(returned.logits)
         if len(calls) < count:
             raise ValueError(
                 f"{name} called only {len(calls)} of its {count} blocks: not supported"

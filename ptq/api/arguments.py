@@ -36,6 +36,7 @@ class Choices(TypedDict, total=False):
     eight_bit: float | str
     budget: float | None
     nested: int
+    tune: int
     kv_cache: str | None
     ignore: tuple[str, ...] | list[str]
     rules: Mapping[str, Any] | tuple[tuple[str, Any], ...] | list[tuple[str, Any]]

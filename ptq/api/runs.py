@@ -25,6 +25,7 @@ from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import launched
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import Progress, quantize_model
+from ptq.pipeline.tuning import Step
 from ptq.runtime.loaded_model import resolve_model
 
 
@@ -38,7 +39,7 @@ def quantize(
     recipe: Recipe | Name | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
-    progress: bool | Callable[[Progress], None] = True,
+    progress: bool | Callable[[Progress | Step], None] = True,
     **options: Unpack[QuantizeOptions],
 ) -> Written: ...
 @overload
@@ -50,7 +51,7 @@ def quantize(
     scheme: str | None = None,
     recipe: Recipe | Name | None = None,
     tokenizer: PreTrainedTokenizerBase,
-    progress: bool | Callable[[Progress], None] = True,
+    progress: bool | Callable[[Progress | Step], None] = True,
     **options: Unpack[QuantizeOptions],
 ) -> Written: ...
 @overload
@@ -62,7 +63,7 @@ def quantize(
     scheme: str | None = None,
     recipe: Recipe | Name | None = None,
     tokenizer: PreTrainedTokenizerBase,
-    progress: bool | Callable[[Progress], None] = True,
+    progress: bool | Callable[[Progress | Step], None] = True,
     **options: Unpack[QuantizeOptions],
 ) -> nn.Module: ...
 def quantize(
@@ -74,7 +75,7 @@ def quantize(
     recipe: Recipe | Name | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
-    progress: bool | Callable[[Progress], None] = True,
+    progress: bool | Callable[[Progress | Step], None] = True,
     **options: Unpack[QuantizeOptions],
 ) -> Written | nn.Module:
     """Quantize a causal language model and write the checkpoint; ``ptq quantize`` in Python.
@@ -95,7 +96,7 @@ def quantize(
         tokenizer: of a model in memory; otherwise the one beside the weights.
         revision: branch, tag or commit of a model on the hub.
         progress: a bar on stderr, which is the default, or nothing; or what to call after every
-            block.
+            block, and after every step of tuning.
         quality: ``"fast"`` rounds to nearest, ``"default"`` reads as much text as takes minutes,
             ``"best"`` four times as much.
         algorithm: ``"gptq"`` or ``"rtn"``, round to nearest.
@@ -104,6 +105,7 @@ def quantize(
         eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.
         budget: the same as bits per weight on average, 4.75.
         nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.
+        tune: steps of end-to-end distillation of codes and norms afterwards; 0 for none.
         kv_cache: ``"fp8"`` calibrates scales for keys and values; None leaves them alone.
         scales: how scales of weights are chosen: trial, mse, absmax, …
         weighted: a static search of scales weights columns by the size of their inputs.

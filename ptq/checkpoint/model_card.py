@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
+from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.activations import default_rule
 from ptq.numerics.formats import FORMATS
 
@@ -23,6 +24,7 @@ def model_card(
     recipe: JsonDict,
     provenance: JsonDict,
     name: str,
+    tuned: TuningReport | None = None,
 ) -> str:
     """Markdown with the front matter of the hub; depends on nothing but its arguments."""
     dialect = DIALECTS[choice.dialect]
@@ -54,6 +56,7 @@ def model_card(
         ),
         *((("nested", _nested(layers)),) if any(i.nested for i in layers.values()) else ()),
         ("keys and values", _KEY_VALUES[recipe.get("kv_cache")]),
+        *([("tuning", str(tuned))] if tuned is not None else []),
         ("dialect", f"{choice.dialect} ({choice.reason})"),
         ("size", f"{total_bytes / 1e9:.3g} GB, {len(layers)} quantized layers, {bits}"),
     ]
@@ -92,7 +95,8 @@ def model_card(
         *(f"| {key} | `{value}` |" for key, value in recipe.items()),
         "",
     ]
-    lines += ["Errors of every layer are in `ptq_report.json`.", ""]
+    before = ", as they were before tuning" if tuned is not None and tuned.kept else ""
+    lines += [f"Errors of every layer are in `ptq_report.json`{before}.", ""]
     return "\n".join(lines)
 
 

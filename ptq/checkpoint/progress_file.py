@@ -1,7 +1,7 @@
 """progress.json in an unfinished checkpoint: which run it is of, and every block that is
 finished."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,7 @@ from pydantic import Field
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import sha256, write_json
+from ptq.checkpoint.tuning_report import TuningState
 from ptq.reading.schema import JsonObject, plain, read_json
 
 NAME = "progress.json"
@@ -44,6 +45,7 @@ class _Version:
 class _Progress:
     identity: JsonObject
     blocks: dict[str, Block]
+    tuning: TuningState | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,13 @@ class ProgressFile:
             ValueError: the file is damaged, of another version or of a different run; the message
                 says what differs, and what to do.
         """
+        found = self._read()
+        return {} if found is None else found.blocks
+
+    def _read(self) -> _Progress | None:
         path = self.folder / NAME
         if not path.exists():
-            return {}
+            return None
         remedy = f"it is damaged: delete {self.folder} to start over"
         if read_json(path, _Version, remedy).version != VERSION:
             raise ValueError(
@@ -73,7 +79,7 @@ class ProgressFile:
             )
         progress = read_json(path, _Progress, remedy)
         self._refuse(_differences(progress.identity, self.identity))
-        return progress.blocks
+        return progress
 
     def check(self, block: Block, weights: Mapping[str, str]) -> None:
         """Raise ValueError, as :meth:`read` does, unless ``weights`` are those that ``block`` was
@@ -98,14 +104,38 @@ class ProgressFile:
             if (path := self.folder / block.file).is_file() and sha256(path) == block.sha256
         }
 
-    def write(self, blocks: Mapping[str, Block]) -> None:
-        """Say, durably, that these are the finished blocks."""
+    def tuning(self, blocks: Collection[str]) -> TuningState | None:
+        """How far tuning is, of which all files must be what was written.
+
+        Args:
+            blocks: those of :meth:`intact`.
+
+        Raises:
+            ValueError: tuning is finished and one of its blocks is damaged; or as :meth:`read`.
+        """
+        found = self._read()
+        if found is None or found.tuning is None:
+            return None
+        state = found.tuning
+        if state.file is None and (lost := found.blocks.keys() - set(blocks)):
+            raise ValueError(
+                f"{self.folder} holds a tuned model whose block {min(lost)} is damaged: delete "
+                f"{self.folder} to start over"
+            )
+        if state.file is None:
+            return state
+        path = self.folder / state.file
+        return state if path.is_file() and sha256(path) == state.sha256 else None
+
+    def write(self, blocks: Mapping[str, Block], tuning: TuningState | None = None) -> None:
+        """Say, durably, that these are the finished blocks, and how far tuning is."""
         write_json(
             self.folder / NAME,
             {
                 "version": VERSION,
                 "identity": self.identity,
                 "blocks": {name: block.to_dict() for name, block in blocks.items()},
+                **({} if tuning is None else {"tuning": plain(tuning)}),
             },
         )
 

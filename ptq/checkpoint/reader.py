@@ -14,6 +14,7 @@ from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.safetensors_files import read_tensor
+from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.formats import FORMATS
 from ptq.reading.model_config import read_model_config
 from ptq.reading.safetensors_layout import Entry, check_listed, read_header, read_index
@@ -28,6 +29,7 @@ PARTIAL = ".partial"
 @dataclass(frozen=True)
 class _Reports:
     layers: list[LayerReport]
+    tuning: TuningReport | None = None
 
 
 def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> dict[str, Tensor]:
@@ -186,17 +188,30 @@ class Checkpoint:
         """How it was made, as ``Recipe.to_dict`` gave it; empty if the checkpoint does not say."""
         return self.parsed.recipe
 
-    @cached_property
+    @property
     def reports(self) -> list[LayerReport]:
         """The reports of all layers, in order; empty if the file is missing.
 
         Raises:
             ValueError: naming the file and what it lacks: it is damaged, or of another program.
         """
+        return self._reports.layers
+
+    @property
+    def tuning(self) -> TuningReport | None:
+        """How it was tuned; None if it was not, or the file of reports is missing.
+
+        Raises:
+            ValueError: as :attr:`reports`.
+        """
+        return self._reports.tuning
+
+    @cached_property
+    def _reports(self) -> _Reports:
         path = self.path / REPORT
         if not path.is_file():
-            return []
-        return read_json(path, _Reports, "remove the file, nothing else needs it").layers
+            return _Reports([])
+        return read_json(path, _Reports, "remove the file, nothing else needs it")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """``<out>.partial``, the folder in which a run works, and the step that makes its result ``<out>``.
 
     progress.json, .lock     what says that the folder is ours; who works in it
-    block-…, rest-…, …       files of the run, all by names that only ptq gives
+    block-…, tuning-…, …     files of the run, all by names that only ptq gives
     finished/                the result, complete but not yet in its place
     publishing               from here on finished/ may become <out>; if it is gone, it has
     previous/                with --overwrite: what stood at <out>, until the result stands there
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOCK, FINISHED, PREVIOUS, PUBLISHING = ".lock", "finished", "previous", "publishing"
 FILES = re.compile(
-    rf"(?:((converted-)?block-.+|rest-\d+)\.safetensors|{re.escape(PROGRESS)}|{PUBLISHING})"
+    rf"(?:((converted-|tuned-)*block-.+|rest-\d+|tuning-\d+)\.safetensors|{re.escape(PROGRESS)}|{PUBLISHING})"
     rf"({re.escape(TEMPORARY)})?"
 )
 # What a run that was killed in its first or its last moments leaves without progress.json.

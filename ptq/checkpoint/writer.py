@@ -3,6 +3,7 @@ when it is complete.
 
     <out>.partial/progress.json              the run, and its finished blocks (progress_file)
     <out>.partial/block-<name>.safetensors   a finished block, as the ``ptq`` dialect stores it
+    <out>.partial/tuning-<step>.safetensors  all that tuning needs to go on
     <out>.partial/finished/                  made by finish(); becomes <out> (work_folder)
 
 Every file is durable before progress.json names it. The dialect is decided at the end, when all
@@ -11,7 +12,8 @@ layers are known.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ from ptq.checkpoint.safetensors_files import (
     write_tensors,
 )
 from ptq.checkpoint.shards import SHARD_BYTES, write_shards
+from ptq.checkpoint.tuning_report import TuningReport, TuningState
 from ptq.checkpoint.work_folder import WorkFolder
 from ptq.reading.safetensors_layout import Entry, read_header
 
@@ -56,6 +59,7 @@ class CheckpointWriter:
     Attributes:
         done: the dialect of what is at ``path``, if that is what this run would write and nothing
             is left to do but :meth:`settle`; None otherwise.
+        tuning: how far it is, inside the context; None if it has not begun.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class CheckpointWriter:
         }
         self.progress = ProgressFile(self.partial, identity)
         self.blocks: dict[str, Block] = {}
+        self.tuning: TuningState | None = None
         self.done = self._done(overwrite)
         if self.done is None:
             self.work.check()
@@ -143,8 +148,9 @@ class CheckpointWriter:
         try:
             if not self.work.published:
                 self.blocks = self.progress.intact()
-            self.work.clear({b.file for b in self.blocks.values()} | {PROGRESS})
-            self.progress.write(self.blocks)  # from now on the folder says whose it is
+                self.tuning = self.progress.tuning(self.blocks)
+            self.work.clear(self._files())
+            self.progress.write(self.blocks, self.tuning)  # from now on the folder says whose it is
             self.work.begin()
         except BaseException:
             self.work.close()
@@ -162,6 +168,11 @@ class CheckpointWriter:
                 self.work.remove()
         finally:
             self.work.close()
+
+    def _files(self) -> set[str]:
+        """What the run goes on from."""
+        state = self.tuning.file if self.tuning is not None else None
+        return {b.file for b in self.blocks.values()} | {PROGRESS} | ({state} if state else set())
 
     def has(self, block: str) -> bool:
         """Whether a block is finished."""
@@ -217,8 +228,41 @@ class CheckpointWriter:
         digest = write_tensors(self.partial / file, tensors)
         made = Block(file, digest, dict(weights or {}), dict(layers), tuple(reports))
         finished = self.blocks | {block: made}
-        self.progress.write(finished)
+        self.progress.write(finished, self.tuning)
         self.blocks = finished
+
+    def save_tuning(self, tensors: Mapping[str, Tensor], report: TuningReport) -> None:
+        """Keep all that tuning needs to go on; when this returns it survives a loss of power."""
+        assert self.work.held, "only inside the context"
+        file = f"tuning-{report.done:05}.safetensors"
+        digest = write_tensors(self.partial / file, tensors)
+        self.tuning = TuningState(report, file, digest)
+        self.progress.write(self.blocks, self.tuning)
+        self.work.clear(self._files())
+
+    def read_tuning(self) -> dict[str, Tensor]:
+        """What was kept last by :meth:`save_tuning`."""
+        assert self.tuning is not None and self.tuning.file is not None
+        entries = read_header(self.partial / self.tuning.file)
+        return {name: read_tensor(entry) for name, entry in entries.items()}
+
+    def replace(
+        self, blocks: Mapping[str, Callable[[], Mapping[str, Tensor]]], report: TuningReport
+    ) -> None:
+        """Replace the tensors of all blocks by those that tuning made of them: all at once, or none
+        if the process is killed meanwhile.
+
+        Args:
+            blocks: what gives the tensors of a block, as :meth:`add` takes them, by its name.
+        """
+        assert self.work.held and blocks.keys() == self.blocks.keys()
+        finished = dict(self.blocks)
+        for name, tensors in blocks.items():
+            file = f"tuned-{self.blocks[name].file}"
+            digest = write_tensors(self.partial / file, tensors())
+            finished[name] = replace(self.blocks[name], file=file, sha256=digest)
+        self.progress.write(finished, TuningState(report))
+        self.blocks, self.tuning = finished, TuningState(report)
 
     def finish(
         self, rest: Iterable[tuple[str, Tensor]], extra_files: Iterable[Path] = ()
@@ -263,10 +307,12 @@ class CheckpointWriter:
         for file, content in dialect.extra_files(config).items():
             sums[file] = write_json(folder / file, content)
         reports = [report.to_dict() for block in blocks for report in block.reports]
-        sums[REPORT] = write_json(folder / REPORT, {"layers": reports})
+        tuned = None if self.tuning is None else self.tuning.report
+        told = {"layers": reports} | ({} if tuned is None else {"tuning": tuned.to_dict()})
+        sums[REPORT] = write_json(folder / REPORT, told)
         size = sum(entry.bytes for entry in entries.values())
         name = self.path.name
-        card = model_card(choice, layers, size, self.recipe, self.provenance, name)
+        card = model_card(choice, layers, size, self.recipe, self.provenance, name, tuned)
         sums["README.md"] = write_file(folder / "README.md", [card.encode()])
         # last but for the sums: now it is a model
         whole = self.source_config | {"quantization_config": config}

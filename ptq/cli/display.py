@@ -83,6 +83,8 @@ def print_report(report: Report, *, layers: bool) -> None:
     out.print(
         "run here by " + "; ".join(f"{how} ({count} layers)" for how, count in report.runs.items())
     )
+    if report.tuning is not None:
+        out.print(f"tuning: {report.tuning}")
     if layers and report.recipe:
         choices = {
             key: value for key, value in report.recipe.items() if value not in (None, [], "")

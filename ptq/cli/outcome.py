@@ -47,6 +47,8 @@ def print_outcome(
     grid.add_row("opens in", plain(words, ALARM if dialect == OURS else ""))
     if compared is not None:
         grid.add_row("verdict", plain(verdict(compared), "bold"))
+    if report.tuning is not None:
+        grid.add_row("tuning", plain(str(report.tuning)))
     if two := two_widths(report):
         grid.add_row("codes", plain(two.removeprefix("codes ")))
     for label, line in _layers(report):

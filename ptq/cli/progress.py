@@ -25,6 +25,7 @@ from ptq.runtime.inspect import mean
 
 if TYPE_CHECKING:
     from ptq.pipeline.run import Progress
+    from ptq.pipeline.tuning import Step
 
 EVERY = 30.0  # seconds between two lines where there is no bar
 TICK = 1.0  # seconds between two looks of a notebook's bar
@@ -205,17 +206,29 @@ class Quantizing:
     """Progress of a quantization: ``on_block`` of a run."""
 
     def __init__(self, bar: Bar) -> None:
-        self._bar = bar
+        self._bar, self._held_out = bar, ""
 
     def expect(self, costs: Sequence[float], *, seconds: bool) -> None:
         """What every block is expected to take, from now on: seconds, or shares of the whole."""
         self._bar.expect(costs, seconds=seconds)
 
-    def __call__(self, done: "Progress") -> None:
-        """A block is finished."""
+    def __call__(self, done: "Progress | Step") -> None:
+        """A block is finished, or a step of tuning was taken."""
+        from ptq.pipeline.tuning import Step  # whoever calls has imported it
+
+        if isinstance(done, Step):
+            self._step(done)
+            return
         error = mean(report.error for report in done.reports)
         told = "finished before" if done.resumed else f"error {number(error, 3)}"
         self._bar(done.index + 1, done.count, f"{done.block}  {told}", known=done.resumed)
+
+    def _step(self, done: "Step") -> None:
+        # what came before the first step is in its time, and an earlier run may have taken some
+        first, self._bar.what = self._bar.what != "tuning", "tuning"
+        if done.held_out is not None:
+            self._held_out = f", held out {number(done.held_out)}"
+        self._bar(done.done, done.steps, f"KL {number(done.kl)}{self._held_out}", known=first)
 
 
 @contextmanager

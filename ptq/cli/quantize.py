@@ -145,6 +145,16 @@ def quantize(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            show_default="0",
+            help="Then distil codes and norms from the original in so many steps; kept if KL on "
+            "held-out text falls.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     scales: Annotated[
         str | None,
         typer.Option(
@@ -324,6 +334,7 @@ def quantize(
         "eight_bit": None if eight_bit is None else parse_share("--eight-bit", eight_bit),
         "budget": budget,
         "nested": nested,
+        "tune": tune,
         "scales": scales,
         "input_rule": input_rule,
         "kv_cache": kv_cache,

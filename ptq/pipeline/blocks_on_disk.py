@@ -17,6 +17,9 @@ from ptq.pipeline.ranks import world
 from ptq.runtime.key_values import SCALES, is_scale, take_scales
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
+# What names of latents in a block's file begin with; they are no tensors of a checkpoint.
+LATENT = "latent."
+
 
 class Blocks(Protocol):
     """Where finished blocks go."""
@@ -35,12 +38,14 @@ class Blocks(Protocol):
         layers: Mapping[str, QuantLinear],
         reports: Sequence[LayerReport],
         changes: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor],
     ) -> None:
         """Keep a finished block.
 
         Args:
             layers, reports: of its quantized layers, by full name.
             changes: new values of parameters that are not quantized, by full name.
+            latents: of layers that will be tuned, by full name.
 
         The block's attention layers may have scales for keys and values by now; they are kept too.
         """
@@ -56,7 +61,9 @@ class BlocksInMemory:
     def reinstall(self, block: CalibratedBlock) -> None:
         raise AssertionError("no block is finished before it is solved")
 
-    def add(self, block: CalibratedBlock, layers: object, reports: object, changes: object) -> None:
+    def add(
+        self, block: object, layers: object, reports: object, changes: object, latents: object
+    ) -> None:
         pass
 
 
@@ -80,6 +87,7 @@ class BlocksOnDisk:
         layers: Mapping[str, QuantLinear],
         reports: Sequence[LayerReport],
         changes: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor],
     ) -> None:
         """Quantized layers as they are; everything else of the block as the source stores it, not
         as it was computed with, but for what balancing changed."""
@@ -98,6 +106,7 @@ class BlocksOnDisk:
             name = self.source.checkpoint_name(parameter)
             kept[name] = value.to("cpu", kept[name].dtype)  # exact: see ptq.calib.fold
         kept |= self._key_value_scales(block)
+        kept |= {f"{LATENT}{stored[name]}": latent for name, latent in latents.items()}
         renamed = [replace(report, name=stored[report.name]) for report in reports]
         weights = self.source.digests(block.name)
         self.writer.add(block.name, to_disk(packed, infos) | kept, infos, renamed, weights)
@@ -132,7 +141,8 @@ class BlocksOnDisk:
                 if key.rpartition(".")[0] == stored
             }
             layer = stored_layer(old, info, buffers, stored).to(self.device)
-            layer.bias = getattr(old, "bias", None)  # in the dtype of the computation
+            bias = getattr(old, "bias", None)  # in the dtype of the computation
+            layer.bias = None if bias is None else bias.detach()
             layer.cache = True  # the block runs over all batches
             block.module.set_submodule(inner, layer)
 

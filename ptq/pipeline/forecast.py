@@ -2,7 +2,7 @@
 
 ``ptq quantize --dry-run`` prints it.
 
-    peak = program + activations + block + Hessians + solver
+    peak = program + activations + block + Hessians + solver, or that of tuning, which follows
 
 - program: what this process holds already: Python and its libraries.
 - activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a
@@ -15,6 +15,7 @@
   the inputs of the experts are kept like activations.
 - solver: for the input group that needs most, copies of the rows that are solved at a time and of
   its Hessian; codes of all that is solved in a block, a byte each.
+- tuning (:mod:`ptq.pipeline.tuning_cost`).
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ from ptq.pipeline.readers import plan_for, readers_in_words
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
 from ptq.pipeline.speed import measure
+from ptq.pipeline.tuning import check_tunable
+from ptq.pipeline.tuning_cost import Shapes, tuning_bytes, tuning_seconds
 from ptq.runtime.figures import count, size, span
 from ptq.runtime.tables import Table, Tabular
 
@@ -56,6 +59,8 @@ class Forecast(Tabular):
 
     ``samples`` of ``seq_len`` tokens are read of ``calibration``, or nothing (None). The result is
     written in ``dialect`` for that ``reason``; ``remarks`` are what else there is to know before.
+
+    ``tuning`` is what that takes in all after everything else, 0 without.
 
     Statistics of experts are taken in ``rounds``; in one they would be ``hessians_at_once``. With
     more than one, experts run once more over their calibration tokens: ``seconds`` counts that.
@@ -86,6 +91,7 @@ class Forecast(Tabular):
     hessians_at_once: int
     rounds: int
     solver: int
+    tuning: int
     peak_bytes: int
     device: str
     machine_bytes: int
@@ -151,6 +157,7 @@ class Forecast(Tabular):
             columns=("part", "size"),
             rows=(
                 *((part, size(getattr(self, part))) for part in parts),
+                *([("tuning, afterwards", size(self.tuning))] if self.tuning else []),
                 ("peak", size(self.peak_bytes)),
             ),
             notes=(rounds,) if self.rounds > 1 else (),
@@ -186,6 +193,7 @@ def forecast(
     named = config_dtype(read_config(blueprint.path)) or "float32"
     plan = plan_for(blueprint, recipe, dialect, dtype=named, device=device.type)
     assert plan.written is not None
+    check_tunable(plan, on_disk=True, ranks=ranks)
     skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)
@@ -221,6 +229,10 @@ def forecast(
         again = [block.repeated for block in statistics]
         works = [replace(w, repeated=more) for w, more in zip(works, again, strict=True)]
     times = _times(blueprint, plan, works, device, tokens, ranks)
+    shapes = _shapes(blueprint, plan, sizes, total, computed)
+    tuning = round(parts["program"] + tuning_bytes(plan, shapes, activations))
+    tuning = tuning if recipe.tune else 0
+    others = other_seconds(plan, source_bytes) + tuning_seconds(plan, shapes, device)
     return Forecast(
         levers=plan.recipe.levers,
         format=" + ".join(dict.fromkeys(layer.recipe.format for layer in plan.layers.values())),
@@ -240,14 +252,30 @@ def forecast(
         output_bytes=output_bytes,
         bits_per_quantized_weight=8 * packed / quantized,
         bits_per_parameter=8 * output_bytes / total,
-        peak_bytes=sum(parts.values()),
+        tuning=tuning,
+        peak_bytes=max(sum(parts.values()), tuning),
         hessians_at_once=max((block.at_once for block in statistics), default=0),
         rounds=rounds,
         device=str(device),
         machine_bytes=machine_bytes(device),
-        seconds=None if times is None else sum(times) + other_seconds(plan, source_bytes),
+        seconds=None if times is None else sum(times) + others,
         block_seconds=tuple(times or ()),
         **parts,
+    )
+
+
+def _shapes(
+    blueprint: Blueprint, plan: Plan, sizes: list[int], total: int, computed: torch.dtype
+) -> Shapes:
+    embeddings = [m for m in blueprint.model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = max((m.num_embeddings for m in embeddings), default=0)
+    return Shapes(
+        blocks=sizes,
+        outside=total - sum(sizes),
+        tuned=sum(layer.weights for layer in plan.layers.values() if layer.tunable),
+        hidden=_hidden(blueprint.config),
+        vocabulary=vocabulary,
+        itemsize=computed.itemsize,
     )
 
 

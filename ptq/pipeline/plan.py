@@ -60,6 +60,11 @@ class LayerPlan:
         return self.in_features * self.out_features
 
     @property
+    def tunable(self) -> bool:
+        """Whether tuning moves its codes: wider ones are so close that there is nothing to gain."""
+        return self.recipe.fmt.element.bits == 4
+
+    @property
     def rotations(self) -> list[int]:
         """The block sizes to choose from."""
         return self.recipe.rotations(self.in_features)
@@ -173,7 +178,8 @@ class Plan:
     def levers(self) -> str:
         """What is done for accuracy, and with how much text."""
         if not self.reads_text:
-            return f"{self.recipe.levers}; reads no text"
+            before = " before tuning" if self.recipe.tune else ""
+            return f"{self.recipe.levers}; reads no text{before}"
         text = f"{self.samples} x {self.seq_len} tokens of {self.recipe.calibration}"
         return f"{self.recipe.levers}; {text}"
 

@@ -98,6 +98,8 @@ class Recipe:
             measured loss (:mod:`ptq.pipeline.budget`); in a checkpoint it has become rules.
         budget: the same as bits per weight, on average.
         kv_cache: ``fp8`` calibrates scales for a cache of keys and values in E4M3; None leaves it.
+        tune: steps of end-to-end distillation of codes and norms, after everything else
+            (:mod:`ptq.pipeline.tuning`); 0 for none.
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers
             and gates of shared experts stay as they are unless a rule selects them and nothing
@@ -128,6 +130,7 @@ class Recipe:
     eight_bit: Share = 0.0
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
     kv_cache: str | None = None
+    tune: Annotated[int, Field(ge=0, le=100_000)] = 0
     ignore: tuple[Pattern, ...] = ()
     rules: tuple[tuple[Pattern, Change], ...] = ()
     lm_head: bool = False
@@ -221,6 +224,8 @@ class Recipe:
             parts.append(f"{self.budget:g} bits per weight, more of them chosen by loss")
         if self.kv_cache is not None:
             parts.append(f"keys and values in {self.kv_cache}")
+        if self.tune:
+            parts.append(f"{self.tune} steps of tuning")
         return ", ".join(parts)
 
     @property

@@ -43,6 +43,9 @@ from ptq.pipeline.readers import plan_for
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Solved
 from ptq.pipeline.tasks import Task, reduce, tasks
+from ptq.pipeline.tuned_block import latents_of
+from ptq.pipeline.tuning import Step, check_tunable, tune
+from ptq.pipeline.tuning_text import TuningText, load_tuning_text
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import Calibration, load_calibration, load_tokenizer
 
@@ -110,11 +113,12 @@ def quantize(
             finished_blocks.reinstall(block)
         else:
             solved = solve_block(block, plan)
+            latents = latents_of(block, solved, plan)
             layers, reports = install(block, solved, plan, balancing)
             tell(block, reports, plan)
             install_key_values(block)
-            finished_blocks.add(block, layers, reports, balancing.changes_of(block))
-            del solved, layers
+            finished_blocks.add(block, layers, reports, balancing.changes_of(block), latents)
+            del solved, layers, latents
         block.forget()
         yield Progress(
             block=block.name,
@@ -226,7 +230,7 @@ def quantize_model(
     hessian_memory: float | None = None,
     tokenizer: Any = None,
     on_plan: Callable[[Plan], None] | None = None,
-    on_block: Callable[[Progress], None] | None = None,
+    on_block: Callable[[Progress | Step], None] | None = None,
 ) -> Choice | nn.Module:
     """Quantize a causal language model.
 
@@ -240,7 +244,7 @@ def quantize_model(
         tokenizer: for a model in memory; otherwise the one beside the weights.
         on_plan: called when the text is there and before any weight is read; once more where
             layers that get eight bits had to be found first (``about_budget``).
-        on_block: called after every finished block.
+        on_block: called after every finished block, and after every step of tuning.
 
     Returns:
         The dialect of the checkpoint, and why; the model itself if it was in memory and ``out`` is
@@ -270,7 +274,10 @@ def quantize_model(
         chosen = None if overwrite else chosen_by(out, asked())
     plan = settled()
     room(plan)
+    on_disk = out is not None and isinstance(source, CheckpointSource)
+    check_tunable(plan, on_disk=on_disk, ranks=world()[1])
     data = _calibration(plan, tokenizer)
+    text = load_tuning_text(plan, tokenizer) if plan.recipe.tune else None
     extra: dict[str, object] = {"asked": asked()} if plan.allocates else {}
     if chosen is not None:  # what this run chose when it finished; the writer looks at the rest
         plan = settle(recipe=Recipe.from_dict(dict(chosen)))
@@ -306,7 +313,7 @@ def quantize_model(
         out,
         source_config=_config(source),
         recipe=plan.recipe.to_dict(),
-        provenance=_provenance(source, data) | extra,
+        provenance=_provenance(source, data, text) | extra,
         fingerprint=source.fingerprint,
         weights=source.digests(None),
         overwrite=overwrite,
@@ -320,7 +327,11 @@ def quantize_model(
             writer.settle()
         return done
     with _owned(writer):
-        run(BlocksOnDisk(source=source, writer=writer, device=device))
+        blocks = BlocksOnDisk(source=source, writer=writer, device=device)
+        if text is None or not all(blocks.has(name) for name, _ in source.blocks()):
+            run(blocks)
+        if text is not None:
+            tune(source, plan, blocks, text, activations=activations, on_step=on_block)
         if rank != 0:
             return from_first(None)
         rest = source.rest([plan.head] if plan.head else [])
@@ -407,7 +418,7 @@ def _config(source: Source) -> dict[str, object]:
     return says_untied(written, source.config, source.skeleton())
 
 
-def _provenance(source: Source, data: Calibration) -> dict[str, object]:
+def _provenance(source: Source, data: Calibration, text: TuningText | None) -> dict[str, object]:
     """Where a checkpoint comes from. The dtype of the computation is part of it: a run that
     continues in another one would not be the same run."""
     dtype = str(source.compute_dtype).removeprefix("torch.")
@@ -417,5 +428,7 @@ def _provenance(source: Source, data: Calibration) -> dict[str, object]:
         "transformers": transformers.__version__,
         "source": source.path.name,
         "fingerprint": source.fingerprint,
-        "calibration": data.description | {"dtype": dtype},
+        "calibration": data.description
+        | {"dtype": dtype}
+        | ({} if text is None else {"tuning": text.description}),
     }

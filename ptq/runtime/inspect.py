@@ -12,6 +12,7 @@ import torch
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo, natural
 from ptq.checkpoint.reader import Checkpoint, config_dtype
+from ptq.checkpoint.tuning_report import TuningReport
 from ptq.kernels import gpu
 from ptq.model import layer_names
 from ptq.reading.safetensors_layout import Entry
@@ -75,6 +76,7 @@ class Report(Tabular):
         parameters, quantized_parameters: counts of numbers.
         runs: how many layers Triton kernels serve on the first GPU of this machine, and how many
             the reference path serves for which reason.
+        tuning: what it changed, if there was any; errors of layers are those before.
         bits_per_weight: over quantized layers; ``bits_per_parameter``: over everything.
     """
 
@@ -93,6 +95,7 @@ class Report(Tabular):
     layers: tuple[LayerRow, ...]
     kept: tuple[Kept, ...]
     runs: dict[str, int]
+    tuning: TuningReport | None
 
     @property
     def mean_error(self) -> float | None:
@@ -183,6 +186,7 @@ def inspect(path: Path) -> Report:
         layers=layers,
         kept=kept,
         runs=_runs(layers, checkpoint),
+        tuning=checkpoint.tuning,
     )
 
 
@@ -281,6 +285,7 @@ def errors(report: Report) -> Table:
         of_block.setdefault(kind[row.layer], []).append(row.error)
     return Table(
         title="output error ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration text"
+        + (", before tuning" if report.tuning is not None and report.tuning.kept else "")
         if all(row.of_outputs for row in report.layers)
         else "error of the weights ‖W - Ŵ‖² / ‖W‖² where no inputs were measured",
         columns=("block", *names),

@@ -22,7 +22,7 @@ from ptq.numerics.activations import default_rule, round_inputs
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales, dequantize_packed, group, pack, unpack
-from ptq.runtime.gradients import Product, learns
+from ptq.runtime.gradients import Listener, Product, learns
 from ptq.runtime.kernel_choice import Visits, kernel_obstacle, tell_once, visits
 from ptq.runtime.kernel_weight import KernelWeight, stacked
 from ptq.runtime.precision import full_precision
@@ -49,6 +49,7 @@ class QuantLinear(nn.Module):
         cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in
             less time. Replace the buffers of a caching layer (or use load_state_dict), never write
             into them.
+        listener: is told the derivatives by the weight.
     """
 
     weight_packed: Tensor
@@ -76,6 +77,7 @@ class QuantLinear(nn.Module):
         self.quantize_inputs, self.input_rule = info.quantize_inputs, info.input_rule
         self.nested = info.nested
         self.cache = False
+        self.listener: Listener | None = None
         # inputs of this dtype go through the Triton kernels
         self.kernel_dtype: torch.dtype | None = None
         self.wanted_dtype: torch.dtype | None = None

@@ -56,6 +56,7 @@ def load_calibration(
     batch_size: int,
     seed: int,
     field: str | None = None,
+    fewer: bool = False,
 ) -> Calibration:
     """``samples`` windows of ``seq_len`` tokens; the same arguments give the same tokens.
 
@@ -63,6 +64,7 @@ def load_calibration(
 
     Args:
         source, field: as :func:`ptq.text.documents.read` takes them.
+        fewer: give fewer windows rather than such as overlap.
 
     Raises:
         ValueError: the text is shorter than the windows need, or a field is missing.
@@ -80,6 +82,8 @@ def load_calibration(
         )
     stream = _stream(tokenizer, corpus.texts, SURPLUS * samples * length, start)
     generator = torch.Generator().manual_seed(seed)
+    if fewer:
+        samples = max(min(samples, len(stream) // length), 1)
     try:
         offsets = _offsets(len(stream), length, samples, generator, source)
     except ValueError as error:

@@ -200,6 +200,19 @@ def test_a_nested_checkpoint_is_run_at_either_width(
     assert "no two widths" in ptq("generate", tiny_llama, "-p", "a", "--bits", 4).error
 
 
+def test_tuning_is_told_and_predicted(
+    ptq: Run, tiny_llama: Path, small: list[object], tmp_path: Path
+):
+    options = ["quantize", tiny_llama, "--format", "nvfp4", *small, "--tune", 1]
+    assert "tuning, afterwards" in ptq(*options, "--dry-run").out
+    done = ptq(*options, "--out", tmp_path / "q")
+    assert "tuning 1/1" in done.err and "1 steps of tuning" in done.err
+    assert "tuning: 1 " in ptq("inspect", tmp_path / "q").out  # of 1 steps, or steps gained nothing
+    error = ptq(*options, "--out", tmp_path / "other", "--lm-head").error
+    assert "--tune leaves the output head as it is" in error
+    assert not (tmp_path / "other.partial").exists()
+
+
 def test_what_quantize_cannot_do_without(ptq: Run, tiny_llama: Path):
     assert "ptq quantize MODEL" in ptq("quantize", "--format", "nvfp4").error
     assert "--out DIR" in ptq("quantize", tiny_llama, "--format", "nvfp4").error

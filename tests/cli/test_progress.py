@@ -11,6 +11,7 @@ from rich.console import Console
 from ptq.cli import progress
 from ptq.pipeline import pace
 from ptq.pipeline.run import Progress
+from ptq.pipeline.tuning import Step
 
 
 @pytest.fixture
@@ -114,6 +115,26 @@ def test_blocks_are_told_with_their_errors(
     assert capsys.readouterr().err.splitlines() == [
         "quantizing 1/3  layers.0  finished before  4 s, about 5 s left",
         "quantizing 3/3  layers.2  error 0.002  12 s",
+    ]
+
+
+def test_steps_of_tuning_are_told_with_their_losses(
+    capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]
+):
+    with progress.quantizing(quiet=False) as on_block:
+        on_block(Progress(block="b", index=0, count=1, reports=[], resumed=True))
+        for done in range(11, 14):  # an earlier run had taken ten
+            clock(40.0)
+            found = 0.25 if done == 12 else None
+            on_block(Step(done=done, steps=13, kl=0.5, held_out=found))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == [
+        "quantizing 1/1", "tuning 11/13", "tuning 12/13", "tuning 13/13"
+    ]  # fmt: skip
+    assert [line.partition("  ")[2] for line in lines[1:]] == [
+        "KL 0.5  40 s",
+        "KL 0.5, held out 0.25  1 min 20 s, about 40 s left",
+        "KL 0.5, held out 0.25  2 min 00 s",
     ]
 
 

@@ -78,7 +78,7 @@ def test_a_block_comes_back_as_it_was_written(
     with writer(tmp_path / "out", source) as opened:
         blocks = BlocksOnDisk(source=source, writer=opened, device=CPU)
         assert not blocks.has(block.name)
-        blocks.add(block, layers, [report(name) for name in layers], changes)
+        blocks.add(block, layers, [report(name) for name in layers], changes, {})
         assert blocks.has(block.name)
     again = CheckpointSource(path, dtype=torch.float32, hashed=True)
     fresh = filled(again)

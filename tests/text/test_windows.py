@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,16 @@ def test_a_directory_without_tokenizer_is_named(tmp_path: Path):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="not a directory with a tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_fewer_windows_rather_than_such_as_overlap(tiny_llama: Path, tiny_text: Path) -> None:
+    load = partial(
+        load_calibration, load_tokenizer(tiny_llama), str(tiny_text), seq_len=64, batch_size=999,
+        seed=0,
+    )  # fmt: skip
+    overlapping, fewer = load(samples=500), load(samples=500, fewer=True)
+    assert overlapping.description["overlapping"] and not fewer.description["overlapping"]
+    assert 100 < len(fewer.batches[0]) < 130 and fewer.description["samples"] == len(
+        fewer.batches[0]
+    )
+    assert torch.equal(load(samples=5, fewer=True).batches[0], load(samples=5).batches[0])
