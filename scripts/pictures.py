@@ -13,12 +13,14 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from ptq.drawing import style
+from ptq.drawing.style import FONT, SERIES
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 THEMES = {
-    "light": {"ink": "#1f2328", "faint": "#59636e", "line": "#d1d9e0", "ours": "#0969da"},
-    "dark": {"ink": "#f0f6fc", "faint": "#9198a1", "line": "#3d444d", "ours": "#4493f8"},
+    theme: {"ink": of["ink"], "faint": of["soft"], "line": of["line"], "ours": SERIES[theme][0]}
+    for theme, of in style.THEMES.items()
 }
-FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 WIDTH, ROW, LABEL, SCALE = 760, 26, 330, 340
 Theme = dict[str, str]
 

@@ -11,6 +11,7 @@ from ptq.drawing.svg import NARROW, Element, Picture, draw, shortened, text, tex
 ROW = 17.0
 SLANT = 40.0  # degrees
 LONGEST = 96.0  # name of a column
+LEAST_SPAN = 4.0  # of the shades, from first to last
 ROOM_FOR_TEXT = 30.0  # of a cell
 
 
@@ -99,12 +100,15 @@ def tile_map(
 
 def shade_edges(values: Iterable[float]) -> list[float]:
     """The lower bounds of all shades but the first: equal ratios up to the largest number, from
-    that below which a twentieth of those above zero lie: a few small ones would leave no shades to
-    all others."""
+    that below which a twentieth of those above zero lie (a few small ones would leave no shades to
+    all others). They span a factor of four at least: what is nearly equal looks equal."""
     found = sorted(v for v in values if v > 0 and math.isfinite(v))
     if not found:
         return []
     low, high = found[len(found) // 20], found[-1]
+    if high < LEAST_SPAN * low:
+        middle, half = math.sqrt(low * high), math.sqrt(LEAST_SPAN)
+        low, high = middle / half, middle * half
     return [low * (high / low) ** (i / STEPS) for i in range(1, STEPS)]
 
 

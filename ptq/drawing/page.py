@@ -14,6 +14,7 @@ from ptq.drawing.style import rules
 from ptq.drawing.svg import Picture
 from ptq.reading.printable import printable
 
+LONG = 12  # characters
 OPTION = re.compile(r"(?<!\S)(\(?--[a-z][a-z-]+(?: [\d.]+%?)?)")
 
 
@@ -32,6 +33,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
     words: frozenset[int] = frozenset((0,))
+
+    @property
+    def long(self) -> bool:
+        """Whether a cell needs a line of its own on a phone."""
+        cells = (*self.head[1:], *(cell for row in self.rows for cell in row[1:]))
+        return any(len(cell) > LONG for cell in cells)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,10 @@ def _cells(
 
 def _maps(report: Report) -> Section:
     labels, columns, places = _grid(report.layers)
+    outputs = any(row.of_outputs for row in report.layers)
+    of_text = "Error on the calibration text" if outputs else "Error of weights"
     maps = (
-        ("error", "Error on the calibration text", "The layers as they are stored."),
+        ("error", of_text, "The layers as they are stored."),
         ("held_out_error", "Error on text that was kept aside", "In the same shades."),
         ("rtn_error", "Rounding to nearest", "What it would have cost, in the same shades."),
     )
@@ -129,6 +131,7 @@ def _maps(report: Report) -> Section:
         )
         for name, title, caption in maps
         if (cells := _cells(report.layers, name, labels, columns, places))
+        and not (name == "rtn_error" and all(row.error == row.rtn_error for row in report.layers))
     ]  # fmt: skip
     if 1 < len(report.formats) <= COUNT:
         figures.append(_formats(report, labels, columns, places))
@@ -284,10 +287,14 @@ def compare_page(found: Comparison) -> str:
 
 
 def _verdict(found: Comparison):
-    known = [(e, c.name) for c in found.checkpoints if (e := found.error(c)) is not None]
+    known = [
+        (e, c.name)
+        for c in found.checkpoints
+        if (e := found.error(c, outputs=found.of_outputs)) is not None
+    ]
     if len(known) > 1:
         error, name = min(known)
-        yield f"{name} has the least mean error of outputs, {number(error, 3)}."
+        yield f"{name} has the least mean error of {_what(found)}, {number(error, 3)}."
     measured = [
         (c.evaluation.kl, c.name)
         for c in found.checkpoints
@@ -300,20 +307,25 @@ def _verdict(found: Comparison):
     yield f"{smallest.name} is the smallest: {size(smallest.report.bytes)}."
 
 
+def _what(found: Comparison) -> str:
+    """What errors are of."""
+    return "outputs" if found.of_outputs else "weights"
+
+
 def _compared_layers(found: Comparison) -> Section | None:
     every = found.checkpoints
     cells = [
         Cell(row=i, column=j, value=error, title=f"{c.name}, {kind}: {error:.4g}")
         for j, c in enumerate(every)
         for i, kind in enumerate(found.shown_kinds)
-        if (error := found.error(c, kind)) is not None
+        if (error := found.error(c, kind, outputs=found.of_outputs)) is not None
     ]
     if not cells:
         return None
     figures = [
         Figure(
             title="Error by kind of layer",
-            caption="Means over layers of outputs' errors.",
+            caption=f"Means over layers, of {_what(found)}.",
             picture=heat_map(
                 found.shown_kinds, [c.name for c in every], cells,
                 label=f"Heat map of mean errors, {len(found.shown_kinds)} kinds by {len(every)} "
@@ -324,7 +336,7 @@ def _compared_layers(found: Comparison) -> Section | None:
     rows = [row for row in every[0].report.layers if row.layer in found.common]
     series = []
     for c in every[:COUNT]:
-        of = {row.layer: row.error for row in c.rows(found.common, outputs=True)}
+        of = {row.layer: row.error for row in c.rows(found.common, outputs=found.of_outputs)}
         if any(value is not None for value in of.values()):
             values = tuple(of.get(row.layer) for row in rows)
             series.append(LayerSeries(name=c.name, values=values))
@@ -343,7 +355,7 @@ def _bits(found: Comparison) -> Section | None:
     by_error = [
         ParetoPoint(bits=c.report.bits_per_weight, quality=error, label=c.name)
         for c in found.checkpoints
-        if (error := found.error(c)) is not None
+        if (error := found.error(c, outputs=found.of_outputs)) is not None
     ]
     by_kl = [
         ParetoPoint(bits=c.report.bits_per_weight, quality=c.evaluation.kl, label=c.name)
@@ -352,7 +364,7 @@ def _bits(found: Comparison) -> Section | None:
     ]
     for points, quality, title in (
         (by_kl, "KL in nats per token", "Bits and KL to the reference"),
-        (by_error, "mean error of outputs", "Bits and mean error of layers"),
+        (by_error, f"mean error of {_what(found)}", "Bits and mean error of layers"),
     ):
         if len(points) > 1:
             figures.append(

@@ -67,6 +67,11 @@ class Comparison(Tabular):
         """Kinds of layers, in the order of the model."""
         return list(dict.fromkeys(self.kinds.values()))
 
+    @property
+    def of_outputs(self) -> bool:
+        """Whether the errors of any are those of outputs; if not, all are those of weights."""
+        return any(self.error(c) is not None for c in self.checkpoints)
+
     def error(self, of: Compared, kind: str | None = None, *, outputs: bool = True) -> float | None:
         """The mean error of the common layers of a kind, or of all; None where it is not known."""
         rows = of.rows(self.common, outputs=outputs)

@@ -29,11 +29,17 @@ def test_shades_are_equal_ratios() -> None:
 
 def test_a_few_small_ones_leave_shades_to_all_others() -> None:
     edges = shade_edges([1e-9, *(1.0 + i / 100 for i in range(100))])
-    assert edges[0] > 0.5
+    assert edges[0] > 0.4
+
+
+def test_what_is_nearly_equal_looks_equal() -> None:
+    values = [0.0062, 0.0063, 0.0064]
+    assert len({shade(value, shade_edges(values)) for value in values}) == 1
 
 
 def test_equal_and_missing_numbers_have_a_shade() -> None:
-    for values in ([0.3, 0.3], [0.0, 0.0], []):
+    assert shade(0.3, shade_edges([0.3, 0.3])) == STEPS // 2
+    for values in ([0.0, 0.0], []):
         assert shade(0.3, shade_edges(values)) == 0
 
 

@@ -56,6 +56,17 @@ def test_without_reports_there_are_sizes_alone(report: Report) -> None:
     assert "no report of a run" in page
 
 
+def test_errors_of_weights_are_drawn_where_no_others_are_known(found: Comparison) -> None:
+    weights = tuple(
+        replace(c, report=replace(c.report, layers=tuple(
+            replace(row, of_outputs=False) for row in c.report.layers
+        )))
+        for c in found.checkpoints
+    )  # fmt: skip
+    page = compare_page(replace(found, checkpoints=weights))
+    assert "has the least mean error of weights" in page and 'id="layers"' in page
+
+
 def test_more_checkpoints_than_colours(found: Comparison) -> None:
     many = tuple(replace(found.checkpoints[0], name=f"number {i}") for i in range(COUNT + 2))
     page = compare_page(replace(found, checkpoints=many))
