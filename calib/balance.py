@@ -48,13 +48,19 @@ def balancing(
 
 
 def balance(
-    block: CalibratedBlock, sites: Sequence[Site], strengths: Mapping[str, float]
+    block: CalibratedBlock,
+    sites: Sequence[Site],
+    strengths: Mapping[str, float],
+    *,
+    powers_of_two: bool = False,
 ) -> dict[str, Tensor]:
     """Balance ``block`` at ``sites``, in place.
 
     Args:
         block: with statistics of some tokens; of their Hessians the diagonals are enough.
         strengths: p by the full names of layers; the same for all readers of a site.
+        powers_of_two: round every factor to the nearest power of two, on a logarithmic scale: gains
+            and weights keep their fractions, as the channel biases of LLM-FP4 (arXiv 2310.16836).
 
     Returns:
         New values of parameters that are not quantized, by full name.
@@ -74,7 +80,8 @@ def balance(
             squares = torch.stack([w.square().sum(0) for w in weights]).sum(0) / sum(
                 map(len, weights)
             )
-            changes |= fold(
-                block.module, site, balancing(inputs, squares, site.channel, p), watched
-            )
+            factor = balancing(inputs, squares, site.channel, p)
+            if powers_of_two:
+                factor = torch.exp2(factor.log2().round())
+            changes |= fold(block.module, site, factor, watched)
     return {f"{block.prefix}{name}": value for name, value in changes.items()}

@@ -1,10 +1,11 @@
 """Perplexity and KL of every method for one model.
 
-    python scripts/compare.py [--model demo] [--calibration FILE] [--text FILE]
+    python scripts/compare.py [--model demo] [--calibration FILE] [--text FILE] [--siblings]
 
 Quantizes in memory by each method, format and scheme, evaluates against the original on the same
 windows, and prints a Markdown table of KL(original ‖ quantized) in nats per token (and perplexity
-in the JSON lines on stderr). The numbers of docs/measurements.md come from here.
+in the JSON lines on stderr). The numbers of docs/measurements.md come from here,
+with --siblings those of docs/siblings.md.
 """
 
 import argparse
@@ -41,6 +42,22 @@ def methods(fmt: str) -> dict[str, dict[str, object]]:
     }
 
 
+def siblings(fmt: str) -> dict[str, dict[str, object]]:
+    """The methods in the manner of others, each beside what it starts from."""
+    plain = {**PLAIN, "scales": "mse", "order": "act"}
+    fp4 = {"algorithm": "llm-fp4", "rotation": 1}
+    return {
+        "RTN": {"algorithm": "rtn", "rotation": 1},
+        "LLM-FP4-like": fp4,
+        "LLM-FP4-like, exact factors": {**fp4, "balance_factors": "exact"},
+        "LLM-FP4-like, not balanced": {**fp4, "balance": 0.0},
+        "GPTQ": plain,
+        "decoupleQ-like from GPTQ": {**plain, "algorithm": "decoupleq"},
+        "default": {},
+        "decoupleQ-like from the default": {"algorithm": "decoupleq"},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,7 +69,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=24576)
+    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w4a4"])
+    parser.add_argument("--siblings", action="store_true")
     args = parser.parse_args()
+    chosen = siblings if args.siblings else methods
     path = resolve_model(args.model)
     tokenizer = load_tokenizer(path)
     tokens = torch.tensor(
@@ -61,8 +81,8 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     table: dict[str, list[str]] = {}
     for fmt in args.formats:
-        for scheme in ("w4a16", "w4a4"):
-            for name, fields in methods(fmt).items():
+        for scheme in args.schemes:
+            for name, fields in chosen(fmt).items():
                 recipe = Recipe.default(
                     fmt,
                     scheme=scheme,
@@ -94,7 +114,7 @@ def main() -> None:
                 table.setdefault(f"{fmt} {scheme}", []).append(f"{result.kl:.4f}")
     heads = [
         name.replace(", 32", ", rotated").replace(" (paper, 32)", " (paper)")
-        for name in methods("mxfp4")
+        for name in chosen("mxfp4")
     ]
     print(f"| {Path(args.model).name} | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 1) + "|")

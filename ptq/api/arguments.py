@@ -33,6 +33,7 @@ class Choices(TypedDict, total=False):
     input_scale: str
     input_rule: str | None
     balance: float
+    balance_factors: str
     eight_bit: float | str
     budget: float | None
     nested: int

@@ -99,7 +99,8 @@ def quantize(
             block, and after every step of tuning.
         quality: ``"fast"`` rounds to nearest, ``"default"`` reads as much text as takes minutes,
             ``"best"`` four times as much.
-        algorithm: ``"gptq"`` or ``"rtn"``, round to nearest.
+        algorithm: ``"gptq"``; ``"rtn"``, round to nearest; ``"decoupleq"`` and ``"llm-fp4"``, see
+            docs/siblings.md.
         rotation: size of Hadamard blocks, 1 or ``"none"`` for none, ``"auto"`` by measured loss.
         balance: 0 … 1, how far the range of large inputs moves into the weights.
         eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.

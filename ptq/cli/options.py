@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # ptq --help must not wait for torch
 # What options take, for help and completion; a test compares them with the tables that they are in.
 FORMATS = ("mxfp4", "nvfp4", "nvint4", "mxint4", "mxint6", "mxfp6", "mxint8", "mxfp8")
 SCHEMES = ("w4a16", "w4a4")
-ALGORITHMS = ("gptq", "rtn")
+ALGORITHMS = ("gptq", "rtn", "decoupleq", "llm-fp4")
 ROTATIONS = ("none", "16", "32", "64", "128", "256", "auto")
 SCALES = (
     *("trial", "in_loop_mse", "mse", "absmax", "ceil", "ocp", "theta", "round", "up", "four_six"),

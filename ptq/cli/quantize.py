@@ -96,7 +96,11 @@ def quantize(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            **values(ALGORITHMS, "rtn rounds to nearest: quick, and less accurate."),
+            **values(
+                ALGORITHMS,
+                "rtn rounds to nearest: quick, and less accurate; decoupleq refits scales, too; "
+                "llm-fp4 rounds to nearest, scales searched by output error.",
+            ),
             show_default="gptq",
             rich_help_panel=RECIPE,
         ),

@@ -15,7 +15,9 @@ from ptq.numerics.descent import coordinate_descent
 from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
 from ptq.numerics.gptq import gptq
 from ptq.numerics.nested import narrower, widen
+from ptq.numerics.output_search import search_by_output
 from ptq.numerics.rtn import rtn
+from ptq.numerics.scale_refit import refit_scales, rows_that_gain
 from ptq.numerics.scales import Grid
 from ptq.numerics.tensor import QuantizedTensor
 
@@ -24,6 +26,10 @@ MAX_DAMPING = 1.0
 WIDE_SWEEPS = 4
 # Algorithms that need not know what a layer reads.
 BLIND = frozenset({"rtn"})
+# Those that sweep over columns as GPTQ does, and so may choose scales inside the sweep.
+SWEEPING = frozenset({"gptq", "decoupleq"})
+# Rounds of scales and codes by turns, and sweeps of descent in each.
+ROUNDS, ROUND_SWEEPS = 4, 4
 
 Rows = Float[Tensor, "out in"]
 
@@ -124,7 +130,49 @@ def _factor(problem: Problem) -> tuple[Factor, float]:
             damping = min(10 * damping, MAX_DAMPING)
 
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": prepare_rtn, "gptq": prepare_gptq}
+def prepare_decoupleq(problem: Problem) -> Prepared:
+    """GPTQ, then scales and codes by turns in the manner of decoupleQ (arXiv 2404.12759), without
+    zero points and without its fine-tuning. Scales are fitted to the damped Hessian; a row is kept
+    only if that lowers its loss under the Hessian itself."""
+    start = prepare_gptq(problem)
+    hessian = damped(problem.known, start.damping)
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        best, narrow = start.solve(rows), hessian.float()
+        for _ in range(ROUNDS):
+            scaled = refit_scales(rows, hessian, best)
+            moved = coordinate_descent(
+                rows, problem.known, scaled, sweeps=ROUND_SWEEPS, damped_hessian=narrow
+            )
+            best, gained = rows_that_gain(rows, problem.known, best, moved)
+            if not gained:
+                break
+        return best
+
+    return Prepared(name="decoupleq", solve=solve, damping=start.damping)
+
+
+def prepare_llm_fp4(problem: Problem) -> Prepared:
+    """Round to nearest, with scales searched by the error of the output, as LLM-FP4 (arXiv
+    2310.16836) searches ranges; its formats are not those of here."""
+
+    def solve(rows: Rows) -> QuantizedTensor:
+        return search_by_output(rows, problem.known, problem.grid)
+
+    return Prepared(name="llm-fp4", solve=solve)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "rtn": prepare_rtn,
+    "gptq": prepare_gptq,
+    "decoupleq": prepare_decoupleq,
+    "llm-fp4": prepare_llm_fp4,
+}
+# What else a recipe says by itself where it names an algorithm: the rest belongs to the sweep.
+CHOICES: dict[str, dict[str, object]] = {
+    "rtn": {"scales": "mse", "descent": 0, "balance": 0.0},
+    "llm-fp4": {"scales": "mse", "descent": 0, "balance_factors": "power_of_two"},
+}
 
 
 def prepare(name: str, problem: Problem) -> Prepared:

@@ -49,7 +49,8 @@ class Balancing:
             readers = [layers[name] for name in site.readers if name in layers]
             strength = min(self.plan[name].recipe.balance for name in readers)
             self.strengths |= dict.fromkeys(readers, strength)
-        self.changes = balance(block, sites, self.strengths)
+        powers = self.plan.recipe.balance_factors == "power_of_two"
+        self.changes = balance(block, sites, self.strengths, powers_of_two=powers)
 
     def changes_of(self, block: CalibratedBlock) -> dict[str, Tensor]:
         """``changes`` if they are those of ``block``: the output head is not balanced."""

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 
 from ptq.checkpoint.quantization_config import KEY_VALUES
 from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
-from ptq.numerics.algorithms import ALGORITHMS, BLIND
+from ptq.numerics.algorithms import ALGORITHMS, BLIND, CHOICES, SWEEPING
 from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.nested import narrower
 from ptq.numerics.rotation import Rotation
@@ -75,7 +75,7 @@ class Recipe:
             ``samples`` and ``seq_len`` do not say it.
         scheme: ``w4a16`` quantizes weights; ``w4a4`` quantizes activations too, dynamically and to
             the same format.
-        algorithm: ``rtn`` or ``gptq``.
+        algorithm: a key of :data:`ptq.numerics.algorithms.ALGORITHMS`.
         rotation: size of the Hadamard blocks, 1 for none, or ``auto``: per input group, by measured
             loss.
         scales: a rule of :data:`ptq.numerics.scales.RULES`, or ``in_loop_mse`` / ``trial`` (chosen
@@ -92,6 +92,8 @@ class Recipe:
             format and a layer's rotation.
         balance: strength of diagonal balancing, 0 (none) … 1 (all inputs of a layer equally large),
             where it folds into what produces the inputs (:mod:`ptq.calib.balance`).
+        balance_factors: ``exact``, or ``power_of_two``: rounded to one, so that they only move
+            exponents.
         nested: bits of the narrower format that the codes are to hold within them, and which they
             are chosen for (:mod:`ptq.numerics.nested`); 0 for none.
         eight_bit: share of the weights that may be quantized to 8 bits, where that gains most by
@@ -126,6 +128,7 @@ class Recipe:
     input_scale: str = "static"
     input_rule: str | None = None
     balance: Share = 0.0
+    balance_factors: str = "exact"
     nested: Annotated[int, Field(ge=0, le=16)] = 0
     eight_bit: Share = 0.0
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
@@ -152,6 +155,7 @@ class Recipe:
         _choice("order", self.order, ("natural", "act", "group"))
         _choice("global_scale", self.global_scale, ("absmax", "alternating"))
         _choice("input_scale", self.input_scale, ("static", "token"))
+        _choice("balance_factors", self.balance_factors, ("exact", "power_of_two"))
         if self.kv_cache is not None:
             _choice("kv_cache", self.kv_cache, KEY_VALUES)
         if self.input_rule is not None:
@@ -162,7 +166,7 @@ class Recipe:
                     f"unknown rotation {self.rotation!r}; give none, a power of two, or auto"
                 )
             Rotation(self.rotation)
-        if self.scales in IN_LOOP and self.algorithm != "gptq":
+        if self.scales in IN_LOOP and self.algorithm not in SWEEPING:
             raise ValueError(
                 f"scales {self.scales!r} are chosen inside the GPTQ sweep; use --algorithm gptq, "
                 "or --scales mse"
@@ -214,7 +218,8 @@ class Recipe:
         if self.nested:
             parts.append(f"{narrower(self.fmt, self.nested).name} nested in it")
         if self.balance:
-            parts.append(f"balance {self.balance:g}")
+            powers = " in powers of two" if self.balance_factors == "power_of_two" else ""
+            parts.append(f"balance {self.balance:g}{powers}")
         if self.rotation != 1:
             size = "chosen by loss" if self.rotation == "auto" else f"{self.rotation}"
             parts.append(f"Hadamard {size}")
@@ -312,13 +317,10 @@ class Recipe:
             solved = narrower(FORMATS[format], nested).name
         best = {**_defaults(solved, scheme), "format": format}
         choices = {**best, **QUALITIES[quality].choices, **given}
-        if (
-            choices["algorithm"] == "rtn"
-        ):  # what belongs to the sweep has no meaning for round to nearest
-            for name, value in (("scales", "mse"), ("descent", 0), ("balance", 0.0)):
-                if name not in given:
-                    choices[name] = value
-        elif choices["scales"] not in IN_LOOP and "scales" in given and "order" not in given:
+        own = CHOICES.get(str(choices["algorithm"]), {})
+        choices |= {name: value for name, value in own.items() if name not in given}
+        sweeps = choices["algorithm"] in SWEEPING and choices["scales"] not in IN_LOOP
+        if sweeps and "scales" in given and "order" not in given:
             choices["order"] = "act"
         return cls.from_dict(choices)
 

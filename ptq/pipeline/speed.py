@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ptq.numerics.algorithms import SWEEPING
 from ptq.numerics.factor import factorize
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.emulated_inputs import emulated
@@ -127,7 +128,7 @@ def _solving(
     weight = max(many - few, 0.0) / ((MANY - FEW) * FEATURES)
     column = max(few / FEATURES - weight * FEW, 0.0)
     factor = 0.0
-    if recipe.algorithm == "gptq":
+    if recipe.algorithm in SWEEPING:
         large = normal(2 * FACTORED, FACTORED)
         square = large.T @ large / len(large)
         group, damping = recipe.fmt.group_size, recipe.damping

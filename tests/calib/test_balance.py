@@ -201,3 +201,31 @@ def test_a_resumed_run_keeps_layers_that_were_left_out(
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_factors_in_powers_of_two_move_exponents_only(
+    make_tiny_model: Make, tiny_text: Path, tmp_path: Path
+):
+    model = outliers(make_tiny_model("llama", dtype=torch.bfloat16), tmp_path / "planted")
+    tokens = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    before, errors = load_file(model / "model.safetensors"), []
+    for name, given in (
+        ("none", {"balance": 0.0}),
+        ("powers", {"balance": 0.5, "balance_factors": "power_of_two"}),
+    ):
+        quantize_model(
+            model,
+            tmp_path / name,
+            recipe=recipe(tiny_text, **given),
+            device="cpu",
+            dialect="ptq",
+        )
+        errors.append(damage(model, tmp_path / name, tokens))
+    assert errors[1] < 0.8 * errors[0]
+    after = load_file(tmp_path / "powers" / "model.safetensors")
+    moved = 0
+    for name in (n for n in before if n.endswith("layernorm.weight")):
+        ratio = (after[name].double() / before[name].double()).log2()
+        assert torch.equal(ratio, ratio.round())
+        moved += int(ratio.count_nonzero())
+    assert moved > 8

@@ -47,6 +47,8 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
         ({"input_rule": "mse"}, "unknown input_rule 'mse'; choose from absmax, four_six"),
         ({"format": "mxfp4", "input_rule": "four_six"}, "choose from theta, absmax"),
         ({"colour": "red"}, "unknown recipe keys colour"),
+        ({"balance_factors": "odd"}, "choose from exact, power_of_two"),
+        ({"algorithm": "llm-fp4", "scales": "trial"}, "inside the GPTQ sweep"),
         ({"nested": 4}, "nvfp4 holds no format of 4 bits within it"),
         ({"format": "mxint8", "nested": 5}, "choose from 4, 6"),
         ({"format": "mxint8", "nested": 4, "scheme": "w4a4"}, "use --scheme w4a16"),
@@ -56,6 +58,14 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
 def test_contradictions_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict({"format": "nvfp4", **change})
+
+
+def test_algorithms_bring_the_choices_that_belong_to_them() -> None:
+    fp4, refit = (Recipe.default("nvfp4", algorithm=a) for a in ("llm-fp4", "decoupleq"))
+    assert (fp4.scales, fp4.descent, fp4.balance_factors) == ("mse", 0, "power_of_two")
+    assert fp4.balance > 0 and "in powers of two" in fp4.levers
+    assert (refit.scales, refit.order, refit.balance_factors) == ("trial", "group", "exact")
+    assert Recipe.default("nvfp4", algorithm="llm-fp4", balance_factors="exact").measures
 
 
 def test_nested_codes_are_chosen_as_those_of_the_narrow_format_are() -> None:
