@@ -5,13 +5,18 @@
 g is the gradient of -log p(token) by a layer's output, summed over the positions of a sequence,
 the tokens sampled from the model itself: so the mean of its square is the Fisher matrix, and the
 score the KL divergence that the error causes, to second order. Scores of different groups add up.
+Where p is taken over the most likely tokens alone and renormalised, and tokens are sampled from
+those, it is the KL divergence over these.
 
 Memory holds one block at a time: a forward pass keeps what every block reads, for few sequences;
-then blocks are run and differentiated one after the other, from the last.
+then blocks are run and differentiated one after the other, from the last. What the layers of a
+block read, and their gradients, are kept while the errors of its groups are asked for, one choice
+after the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +29,14 @@ from ptq.calib.walk import Prepare, Steps, Watch, filled_on_demand
 from ptq.model.source import Source
 
 Layers = tuple[str, ...]  # full names
-# ``errors(name, x)``: what the layer of that full name returns for x (tokens, in) with each of some
-# choices, less what it should: (tokens, out) by choice.
-Errors = Callable[[str, Tensor], Mapping[str, Tensor]]
+# Of a group, a number for every measure by choice.
+Scores = dict[Layers, dict[str, tuple[float, ...]]]
+# ``errors(group, inputs)``: choice after choice, what each layer of the group returns with it, less
+# what it should: (tokens, out) by full name, for all ``inputs``, each (tokens, in), joined.
+Errors = Callable[[Layers, Sequence[Tensor]], Iterator[tuple[str, Mapping[str, Tensor]]]]
 # ``choose(block, groups)``: the errors of the layers of a block, which is filled and prepared.
 Choose = Callable[[CalibratedBlock, Sequence[Layers]], Errors]
+ALL = 0  # a measure: of the whole vocabulary; a number is that of its most likely tokens
 
 
 def sensitivities(
@@ -41,8 +49,10 @@ def sensitivities(
     activations: str = "ram",
     prepare: Prepare | None = None,
     seed: int = 0,
-) -> dict[Layers, dict[str, float]]:
-    """The score of every group of ``layers`` that read the same, for every choice.
+    measures: Sequence[int] = (ALL,),
+    on_block: Callable[[int, int], object] = lambda done, total: None,
+) -> Scores:
+    """The scores of every group of ``layers`` that read the same, for every choice.
 
     Args:
         sequences: token ids (1, length), int64, all of the same length.
@@ -51,6 +61,9 @@ def sensitivities(
         prepare: as :func:`ptq.calib.walk.walk` takes it; must not change what a block computes.
             Parameters and modules that it replaces are put back.
         seed: of the sampled tokens.
+        measures: a score for each: ``ALL`` is the KL divergence over the vocabulary, a number that
+            over so many of the most likely tokens, renormalised.
+        on_block: told how many steps are done of how many; there are two for every block.
 
     Raises:
         ValueError: architectures that cannot be run block by block, or without an output layer.
@@ -58,7 +71,7 @@ def sensitivities(
     device, blocks = torch.device(device), source.blocks()
     watch = Watch(layers=set(layers), squares=True)
     tokens = sum(sequence.numel() for sequence in sequences)
-    scores: dict[Layers, dict[str, float]] = {}
+    scores: Scores = {}
     with HiddenStates(activations, device) as states:
         steps = Steps(
             source=source,
@@ -69,9 +82,9 @@ def sensitivities(
         )
         read: list[HiddenStates] = []  # by block
         try:
-            _forward(steps, blocks, read)
+            _forward(steps, blocks, read, lambda done: on_block(done, 2 * len(blocks)))
             gradients = [
-                _at_the_end(steps, index, torch.Generator().manual_seed(seed + index))
+                _at_the_end(steps, index, torch.Generator().manual_seed(seed + index), measures)
                 for index in range(len(sequences))
             ]
             for index in reversed(range(len(blocks))):
@@ -84,17 +97,20 @@ def sensitivities(
                         with torch.no_grad():
                             groups = _prepared(steps, block, watch, prepare)
                             errors = choose(block, groups)
+                        costs = _Costs(block, groups)
                         for batch in range(len(sequences)):
-                            costs = _Costs(block, groups, errors)
                             gradients[batch] = costs.back(steps, batch, gradients[batch])
-                            _add(scores, costs.totals(), 0.5 / tokens)
+                        with torch.no_grad():
+                            for group in reversed(groups):
+                                scores[group] = costs.of(group, errors, 0.5 / tokens)
                 finally:
                     source.release(module)
                 read[index].close()
+                on_block(2 * len(blocks) - index, 2 * len(blocks))
         finally:
             for kept in read:
                 kept.close()
-    return dict(reversed(scores.items()))
+    return {group: score for group, score in reversed(scores.items()) if score}
 
 
 def _prepared(
@@ -107,15 +123,6 @@ def _prepared(
         prepare(block, steps.trial(block))
     block.forget()
     return groups
-
-
-def _add(
-    scores: dict[Layers, dict[str, float]], sums: dict[Layers, dict[str, float]], factor: float
-) -> None:
-    for group, totals in sums.items():
-        kept = scores.setdefault(group, dict.fromkeys(totals, 0.0))
-        for choice, total in totals.items():
-            kept[choice] += factor * total
 
 
 @contextmanager
@@ -137,7 +144,10 @@ def _block(blocks: Sequence[tuple[str, nn.Module]], index: int) -> CalibratedBlo
 
 @torch.no_grad()
 def _forward(
-    steps: Steps, blocks: Sequence[tuple[str, nn.Module]], read: list[HiddenStates]
+    steps: Steps,
+    blocks: Sequence[tuple[str, nn.Module]],
+    read: list[HiddenStates],
+    told: Callable[[int], object],
 ) -> None:
     """Run all blocks; ``read`` gets what each of them was given."""
     for index, (name, module) in enumerate(blocks):
@@ -151,10 +161,14 @@ def _forward(
             steps.propagate(_block(blocks, index))
         finally:
             steps.source.release(module)
+        told(index + 1)
 
 
-def _at_the_end(steps: Steps, batch: int, generator: torch.Generator) -> Tensor:
-    """The gradient of -log p of tokens sampled from the model, by its last hidden states."""
+def _at_the_end(
+    steps: Steps, batch: int, generator: torch.Generator, measures: Sequence[int]
+) -> list[Tensor]:
+    """By measure, the gradient of -log p of tokens sampled from the model, by its last hidden
+    states."""
     model = steps.source.skeleton()
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(output, nn.Linear):
@@ -162,6 +176,7 @@ def _at_the_end(steps: Steps, batch: int, generator: torch.Generator) -> Tensor:
             f"{type(model).__name__} has no linear output layer: nothing tells what errors cost"
         )
     seen: list[Tensor] = []
+    found: list[Tensor] = []
     with filled_on_demand(steps.source, list(steps.recorder.blocks), steps.device):
         hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -169,63 +184,99 @@ def _at_the_end(steps: Steps, batch: int, generator: torch.Generator) -> Tensor:
                 last = steps.states[batch].requires_grad_()
                 steps.recorder.reach_head(steps.batches[batch].to(steps.device), last)
                 logits = nn.functional.linear(seen[0], output.weight.detach()).flatten(0, -2)
-                log_p = logits.float().log_softmax(-1)
-                p = log_p.detach().exp().cpu()
-                drawn = torch.multinomial(p, 1, generator=generator).to(log_p.device)
-                (gradient,) = torch.autograd.grad(-log_p.gather(-1, drawn).sum(), last)
+                for index, count in enumerate(measures):
+                    top = logits.topk(min(count, logits.shape[-1]), -1).values if count else logits
+                    log_p = top.float().log_softmax(-1)
+                    p = log_p.detach().exp().cpu()
+                    drawn = torch.multinomial(p, 1, generator=generator).to(log_p.device)
+                    loss, more = -log_p.gather(-1, drawn).sum(), index + 1 < len(measures)
+                    found.append(torch.autograd.grad(loss, last, retain_graph=more)[0])
         finally:
             hook.remove()
-    return gradient
+    return found
+
+
+@dataclass
+class _Reading:
+    """What a layer read in a call (tokens, in), how many outputs it has, and by measure the
+    gradient by what it returned (tokens, out); none where nothing depends on that."""
+
+    x: Tensor
+    outputs: int
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def gradient(self, measure: int) -> Tensor:
+        """That of a measure, float32; zeros where nothing depends on the call."""
+        found = self.gradients.get(measure)
+        return self.x.new_zeros(len(self.x), self.outputs).float() if found is None else found
 
 
 class _Costs:
-    """The inner products of gradients and errors in one block, for one sequence."""
+    """The gradients of one block, and the inner products of them and of errors."""
 
-    def __init__(self, block: CalibratedBlock, groups: Sequence[Layers], errors: Errors) -> None:
-        self._block, self._errors = block, errors
-        self._group = {name: group for group in groups for name in group}
-        self._sums: dict[Layers, dict[str, Tensor]] = {}
+    def __init__(self, block: CalibratedBlock, groups: Sequence[Layers]) -> None:
+        self._block = block
+        self._readings: dict[str, list[_Reading]] = {name: [] for g in groups for name in g}
+        self._measure, self._measures = 0, 0
 
-    def back(self, steps: Steps, batch: int, gradient: Tensor) -> Tensor:
-        """Run and differentiate the block; the gradient by what it read."""
+    def back(self, steps: Steps, batch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Run and differentiate the block; by measure, the gradient by what it read."""
         prefix = self._block.prefix
         hooks = [
             self._block.module.get_submodule(name.removeprefix(prefix)).register_forward_hook(
-                self._watch(name)
+                self._watch(readings)
             )
-            for name in self._group
+            for name, readings in self._readings.items()
         ]
+        self._measures = len(gradients)
+        before: list[Tensor] = []
         try:
             with torch.enable_grad():
                 hidden = steps.states[batch].requires_grad_()
                 call = steps.calls[batch][self._block.index]
                 # a block may write into what it is given, which a leaf forbids
                 returned = hidden_states(call(self._block.module, hidden.view_as(hidden)))
-                (before,) = torch.autograd.grad(returned, hidden, gradient)
+                for index, gradient in enumerate(gradients):
+                    self._measure, more = index, index + 1 < len(gradients)
+                    before += torch.autograd.grad(returned, hidden, gradient, retain_graph=more)
         finally:
             for hook in hooks:
                 hook.remove()
-        if not before.isfinite().all():
+        if not all(gradient.isfinite().all() for gradient in before):
             raise ValueError(f"{self._block.name}: gradients contain NaN or infinity")
         return before
 
-    def totals(self) -> dict[Layers, dict[str, float]]:
-        """Σ over tokens of the squares, by group and choice."""
-        return {
-            group: {c: float(v.double().square().sum()) for c, v in sums.items()}
-            for group, sums in reversed(self._sums.items())
-        }
+    def of(self, group: Layers, errors: Errors, factor: float) -> dict[str, tuple[float, ...]]:
+        """``factor`` times the sums over tokens of the squares, by choice; drops what it was made
+        of. None where no token came by."""
+        readings = {name: self._readings.pop(name) for name in group}
+        inputs = [reading.x for reading in readings[group[0]]]
+        assert all(len(calls) == len(inputs) for calls in readings.values()), group
+        if not inputs:
+            return {}
+        gradients = {name: self._joined(calls) for name, calls in readings.items()}
+        found: dict[str, tuple[float, ...]] = {}
+        for choice, error in errors(group, inputs):
+            products = [
+                torch.stack([(gradients[name][m] * e).sum(-1) for name, e in error.items()]).sum(0)
+                for m in range(self._measures)
+            ]
+            found[choice] = tuple(factor * float(p.double().square().sum()) for p in products)
+        return found
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _joined(self, calls: Sequence[_Reading]) -> list[Tensor]:
+        """By measure, the gradients of all calls (tokens, out)."""
+        return [torch.cat([call.gradient(m) for call in calls]) for m in range(self._measures)]
+
+    def _watch(
+        self, readings: list[_Reading]
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(layer: nn.Module, args: tuple[Tensor, ...], returned: Tensor) -> None:
-            x = args[0].detach()
+            reading = _Reading(args[0].detach().flatten(0, -2), returned.shape[-1])
+            readings.append(reading)
 
             def backward(gradient: Tensor) -> None:
-                rows = gradient.detach().flatten(0, -2).float()
-                sums = self._sums.setdefault(self._group[name], {})
-                for choice, error in self._errors(name, x.flatten(0, -2)).items():
-                    product = (rows * error).sum(-1)
-                    sums[choice] = product if choice not in sums else sums[choice] + product
+                reading.gradients[self._measure] = gradient.detach().flatten(0, -2).float()
 
             if returned.requires_grad:
                 returned.register_hook(backward)

@@ -22,7 +22,12 @@ GUIDE: dict[str, tuple[str, str]] = {
 @dataclass(frozen=True)
 class Row:
     """A format as the table shows it; ``opens`` by scheme: the engines that compute the default
-    recipe right."""
+    recipe right.
+
+    ``area`` of an arithmetic unit, in gates over those of MXFP8 (a model, no synthesis);
+    ``paper_area`` and ``paper_energy`` as "INT v.s. FP" has them, None where it says nothing.
+    ``blackwell``: multiplications a second over those in bfloat16 where they are native.
+    """
 
     format: str
     bits_per_weight: float
@@ -32,16 +37,21 @@ class Row:
     kernels: bool
     opens: dict[str, str]
     choose: str
+    area: float
+    paper_area: float | None
+    paper_energy: float | None
+    blackwell: float | None
 
 
 def rows() -> list[Row]:
     """One for each format, in the order of the guide."""
     from ptq.kernels import coverage
     from ptq.numerics.formats import FORMATS
+    from ptq.numerics.hardware_cost import PUBLISHED, TENSOR_CORES, relative_area
 
     found = []
     for name, (native, choose) in GUIDE.items():
-        fmt = FORMATS[name]
+        fmt, paper = FORMATS[name], PUBLISHED.get(name)
         found.append(
             Row(
                 format=name,
@@ -52,6 +62,10 @@ def rows() -> list[Row]:
                 kernels=(fmt.element.name, fmt.scale_name) in coverage.FORMATS,
                 opens={scheme: opens(name, scheme) for scheme in ("w4a16", "w4a4")},
                 choose=choose,
+                area=relative_area(fmt),
+                paper_area=None if paper is None else paper.area,
+                paper_energy=None if paper is None else paper.energy,
+                blackwell=TENSOR_CORES.get(name),
             )
         )
     return found
@@ -90,7 +104,7 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
-    for name in ("bits", "group", "rotation"):
+    for name in ("bits", "group", "rotation", "area"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("native on", "kernels", "w4a16 in", "w4a4 in"):
         table.add_column(name, no_wrap=True)
@@ -101,6 +115,7 @@ def formats(json: Json = False, debug: Debug = False) -> None:
             f"{row.bits_per_weight:g}",
             str(row.group_size),
             str(row.rotation) if row.rotation > 1 else "none",
+            f"{row.area:.2f}",
             row.native,
             "Ampere +" if row.kernels else "none",
             *row.opens.values(),
@@ -109,7 +124,8 @@ def formats(json: Json = False, debug: Debug = False) -> None:
     display.out.print(table)
     for line in (
         "bits: of a weight, with its share of the scale. group: weights that share a scale. "
-        "rotation: the default.",
+        "rotation: the default. area: gates of an arithmetic unit over those of mxfp8, a model and "
+        "no synthesis (docs/int-vs-fp.md).",
         "native on: GPUs whose tensor cores multiply it (Blackwell: B200, GB200, RTX 50); needed "
         "for a gain from w4a4, not to run it.",
         "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "

@@ -60,7 +60,7 @@ PUBLISHED = {
 PUBLISHED_COMBINED = Published(0.75, 0.66)
 # Multiplications a second of Blackwell's tensor cores over those in bfloat16 (data sheets of B200,
 # dense); formats that it has no block-scaled instruction for are not there.
-BLACKWELL = {"nvfp4": 4.0, "mxfp4": 4.0, "mxfp6": 2.0, "mxfp8": 2.0}
+TENSOR_CORES = {"nvfp4": 4.0, "mxfp4": 4.0, "mxfp6": 2.0, "mxfp8": 2.0}
 
 
 def shape(element: Element) -> tuple[int, int]:

@@ -10,14 +10,12 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.multiple_choice import choose
 from ptq.reading.schema import JsonObject
 
-Measure = Literal["kl", "kl_top25"]
-MEASURES: tuple[Measure, ...] = ("kl", "kl_top25")
+MEASURES = ("kl", "kl_top25")
 POINTS = 24  # of a front
 KEPT = "16 bit"  # the label of what stays as it is
 
@@ -116,7 +114,7 @@ class Advice:
     """
 
     damage: Damage
-    measure: Measure
+    measure: str
     budget: float | None
     ceiling: float | None
     choice: tuple[int, ...]
@@ -125,20 +123,29 @@ class Advice:
     uniform: tuple[Point, ...]
 
 
+def check_limits(*, budget: float | None, ceiling: float | None, measure: str) -> None:
+    """Raise ValueError unless there is one of the two, and a loss that is measured."""
+    if (budget is None) == (ceiling is None):
+        raise ValueError("give either --budget, in bits per weight, or --max-kl, in nats per token")
+    if ceiling is not None and not ceiling > 0:
+        raise ValueError(f"--max-kl must be more than 0, not {ceiling:g}")
+    if measure not in MEASURES:
+        raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
+
+
 def advise(
     damage: Damage,
     *,
     budget: float | None = None,
     ceiling: float | None = None,
-    measure: Measure = "kl",
+    measure: str = "kl",
 ) -> Advice:
     """The best choice for ``budget`` bits per weight, or the smallest below a loss of ``ceiling``.
 
     Raises:
-        ValueError: both or none of the two, or one that no choice meets.
+        ValueError: both or none of the two, or one that no choice meets; another measure.
     """
-    if (budget is None) == (ceiling is None):
-        raise ValueError("give either a budget of bits per weight or a ceiling of KL")
+    check_limits(budget=budget, ceiling=ceiling, measure=measure)
     units = damage.units
     if budget is not None:
         chosen = _within_bits(units, budget, measure)
@@ -174,9 +181,9 @@ def point(units: Sequence[Unit], chosen: Sequence[int], label: str = "") -> Poin
     )
 
 
-def front(units: Sequence[Unit], measure: Measure, count: int = POINTS) -> tuple[Point, ...]:
-    """The best choices at evenly spaced bits per weight, from the least there are to the most;
-    those that lose no less than one of fewer bits are left out."""
+def front(units: Sequence[Unit], measure: str, count: int = POINTS) -> tuple[Point, ...]:
+    """The best choices from the fewest bits per weight to the most, closer together where they are
+    few; those that lose no less than one of fewer bits are left out."""
     total = sum(unit.weights for unit in units)
     least, most = (
         sum(unit.weights * end(o.bits for o in unit.options) for unit in units) / total
@@ -184,14 +191,14 @@ def front(units: Sequence[Unit], measure: Measure, count: int = POINTS) -> tuple
     )
     found: list[Point] = []
     for index in range(count):
-        bits = least + (most - least) * index / (count - 1)
+        bits = least + (most - least) * (index / (count - 1)) ** 2
         made = point(units, _within_bits(units, bits, measure))
         if not found or getattr(made, measure) < getattr(found[-1], measure):
             found.append(made)
     return tuple(found)
 
 
-def uniform(units: Sequence[Unit], measure: Measure) -> tuple[Point, ...]:
+def uniform(units: Sequence[Unit], measure: str) -> tuple[Point, ...]:
     """A point for every option that all units have; ``best`` marks those that no other beats in
     bits and in loss."""
     names = {option.label for option in units[0].options}
@@ -204,37 +211,37 @@ def uniform(units: Sequence[Unit], measure: Measure) -> tuple[Point, ...]:
     return tuple(replace(p, best=not any(_beats(q, p, measure) for q in made)) for p in made)
 
 
-def _beats(a: Point, b: Point, measure: Measure) -> bool:
+def _beats(a: Point, b: Point, measure: str) -> bool:
     """Whether ``a`` has less of one, and not more of the other."""
     first, second = (a.bits, getattr(a, measure)), (b.bits, getattr(b, measure))
     return first != second and first[0] <= second[0] and first[1] <= second[1]
 
 
-def _tables(units: Sequence[Unit], measure: Measure) -> tuple[list[list[float]], list[list[float]]]:
+def _tables(units: Sequence[Unit], measure: str) -> tuple[list[list[float]], list[list[float]]]:
     losses = [[getattr(option, measure) for option in unit.options] for unit in units]
     bits = [[unit.weights * option.bits for option in unit.options] for unit in units]
     return losses, bits
 
 
-def _within_bits(units: Sequence[Unit], budget: float, measure: Measure) -> list[int]:
+def _within_bits(units: Sequence[Unit], budget: float, measure: str) -> list[int]:
     losses, bits = _tables(units, measure)
     total = sum(unit.weights for unit in units)
     least = sum(min(row) for row in bits) / total
     if budget < least * (1 - 1e-9):
         raise ValueError(
             f"a budget of {budget:g} bits per weight is less than the {least:.4g} of the smallest "
-            "formats to choose from; raise it, or name smaller ones with --formats"
+            "formats to choose from; raise it, or name smaller ones in --formats"
         )
     return choose(losses, bits, max(budget, least) * total)
 
 
-def _within_loss(units: Sequence[Unit], ceiling: float, measure: Measure) -> list[int]:
+def _within_loss(units: Sequence[Unit], ceiling: float, measure: str) -> list[int]:
     losses, bits = _tables(units, measure)
     least = sum(min(row) for row in losses)
     if ceiling < least:
         raise ValueError(
             f"a ceiling of {ceiling:g} nats per token is less than the {least:.4g} that the best "
-            "formats to choose from lose; raise it, or add wider ones with --formats"
+            "formats to choose from lose; raise it, or add wider ones to --formats"
         )
     return choose(bits, losses, ceiling)
 

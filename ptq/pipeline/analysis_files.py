@@ -73,9 +73,9 @@ def read_analysis(folder: Path) -> Analysis:
     return found
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
+def check_folder(folder: Path, *, overwrite: bool, adding: bool = False) -> None:
     """Make sure that results may go to ``folder``: it is new, empty, holds an unfinished analysis,
-    or, with ``overwrite``, a finished one.
+    or, with ``overwrite`` or to be added to, a finished one.
 
     Raises:
         FileExistsError, ValueError: otherwise, with what to do.
@@ -91,8 +91,26 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
             f"{folder} holds {', '.join(strangers[:3])}, which no analysis wrote: choose another "
             "--out"
         )
-    if RESULT in holds and not overwrite:
+    if RESULT in holds and not overwrite and not adding:
         raise FileExistsError(f"{folder} holds a finished analysis: choose another, or --overwrite")
+
+
+def finished(folder: Path, identity: Mapping[str, object]) -> Analysis | None:
+    """The analysis in ``folder`` if that is finished.
+
+    Raises:
+        FileExistsError: one of another run.
+        ValueError: it is damaged.
+    """
+    if not (folder / RESULT).exists():
+        return None
+    found = read_analysis(folder)
+    if json.dumps(found.identity, sort_keys=True) != json.dumps(identity, sort_keys=True):
+        raise FileExistsError(
+            f"{folder / RESULT} is an analysis of another model, text or version, or with other "
+            "options: choose another --out, or --overwrite"
+        )
+    return found
 
 
 class Partial:
@@ -153,14 +171,18 @@ class Partial:
                 os.fsync(file.fileno())
 
 
-def write_results(folder: Path, analysis: Analysis, page: str | None = None) -> None:
-    """Write the tables, the page if there is one, and analysis.json, that one last; then remove
-    the partial file."""
+def write_results(
+    folder: Path, analysis: Analysis, page: str | None = None, recipe: str | None = None
+) -> None:
+    """Write the tables, the page and the advised recipe if there are any, and analysis.json, that
+    one last; then remove the partial file."""
     write_file(folder / TABLE, [table(analysis.blocks).encode()])
     if analysis.direct_cast is not None:
         write_file(folder / CAST_TABLE, [cast_results.table(analysis.direct_cast).encode()])
     if analysis.advice is not None:
         write_file(folder / FRONT_TABLE, [advice.table(analysis.advice).encode()])
+    if recipe is not None:
+        write_file(folder / RECIPE, [recipe.encode()])
     if page is not None:
         write_file(folder / PAGE, [page.encode()])
     compact = json.dumps(plain(analysis), ensure_ascii=False, separators=(",", ":"))

@@ -30,7 +30,7 @@ from ptq.pipeline.analysis import (
     spread_rows,
     tensor_analysis,
 )
-from ptq.pipeline.analysis_files import VERSION, Analysis, Partial
+from ptq.pipeline.analysis_files import VERSION, Analysis, Partial, finished
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
@@ -154,8 +154,8 @@ def analyze(
 
     Args:
         folder: where finished blocks are kept, and where a later call with the same arguments goes
-            on; None keeps nothing.
-        overwrite: begin again where another run has left finished blocks.
+            on; a finished analysis there is returned as it is. None keeps nothing.
+        overwrite: begin again where a run has left finished blocks, or its results.
         dtype: of the computation; None is float32 on a CPU, else the model's own.
         on_block: told a block, how many there are, and whether an earlier run measured it.
 
@@ -190,6 +190,8 @@ def analyze(
         "ptq": __version__,
         "text": data.description,
     }
+    if folder is not None and not overwrite and (known := finished(folder, identity)) is not None:
+        return known
     partial = Partial(folder, identity, overwrite=overwrite)
     for block, count, resumed in _blocks(source, data.batches, plan, options, partial, device):
         if on_block is not None:

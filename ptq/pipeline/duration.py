@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.calib.walk import PREPARE
-from ptq.pipeline.budget import LENGTH, SEQUENCES
+from ptq.pipeline.damage import LENGTH, SEQUENCES
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.solve import PART_ELEMENTS
 from ptq.pipeline.speed import FEATURES, Speed, attention_flops

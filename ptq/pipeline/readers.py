@@ -88,7 +88,8 @@ def _with_own_rules(plan: Plan) -> Plan:
 
     def own(layer: LayerPlan) -> LayerPlan:
         rule = default_rule(layer.recipe.fmt)
-        return replace(layer, recipe=replace(layer.recipe, input_rule=rule))
+        # rules of the run say nothing more of a layer, and may be of formats without that rule
+        return replace(layer, recipe=replace(layer.recipe, rules=(), input_rule=rule))
 
     return replace(plan, layers={name: own(layer) for name, layer in plan.layers.items()})
 

@@ -7,10 +7,14 @@ from ptq.pipeline.recipe import Recipe
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Every choice of ``recipe`` as a line of TOML. What is None is left out, as TOML has no word
-    for it; reading the text gives an equal recipe."""
+    """Every choice of ``recipe`` as a line of TOML, and a line for each rule. What is None is left
+    out, as TOML has no word for it; reading the text gives an equal recipe."""
     choices = {name: value for name, value in recipe.to_dict().items() if value is not None}
-    return "".join(f"{name} = {_value(value)}\n" for name, value in choices.items())
+    rules = "".join(f"  {_value(rule)},\n" for rule in choices["rules"])
+    return "".join(
+        f"rules = [\n{rules}]\n" if name == "rules" and rules else f"{name} = {_value(value)}\n"
+        for name, value in choices.items()
+    )
 
 
 def _value(value: object) -> str:

@@ -210,13 +210,11 @@ def evaluate(
                     "compare models with the same tokenizer"
                 )
         targets = row[1:].to(logits.device)
-        for part in _chunks(len(targets)):
-            sums["nll"] += float(nll(logits[part], targets[part]).sum())
-            if against is not None:
-                sums["reference_nll"] += float(nll(against[part], targets[part]).sum())
-                sums["kl"] += float(kl_divergence(against[part], logits[part]).sum())
-                sums["kl_top25"] += float(kl_top(against[part], logits[part]).sum())
-                sums["top1_agreement"] += float(same_top1(against[part], logits[part]).sum())
+        sums["nll"] += total_nll(logits[:-1], targets)
+        if against is not None:
+            sums["reference_nll"] += total_nll(against[:-1], targets)
+            for name, total in comparison(against[:-1], logits[:-1]).items():
+                sums[name] += total
         if on_window is not None:
             on_window(done + 1, len(rows))
     count = len(rows) * (seq_len - 1)
@@ -235,6 +233,33 @@ def evaluate(
         seq_len=seq_len,
         seconds=seconds,
     )
+
+
+def comparison(
+    reference: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
+) -> dict[str, float]:
+    """Sums over tokens of ``kl`` and ``kl_top25`` in nats, and of ``top1_agreement``: how many
+    tokens both find most likely."""
+    sums = {"kl": 0.0, "kl_top25": 0.0, "top1_agreement": 0.0}
+    for part in _chunks(len(logits)):
+        sums["kl"] += float(kl_divergence(reference[part], logits[part]).sum())
+        sums["kl_top25"] += float(kl_top(reference[part], logits[part]).sum())
+        sums["top1_agreement"] += float(same_top1(reference[part], logits[part]).sum())
+    return sums
+
+
+def total_nll(logits: Float[Tensor, "tokens vocab"], targets: Int64[Tensor, "tokens"]) -> float:
+    """The sum of :func:`nll`, in parts that bound memory."""
+    return sum(float(nll(logits[part], targets[part]).sum()) for part in _chunks(len(targets)))
+
+
+def check_logits(logits: Tensor, where: str) -> None:
+    """Raise ValueError for NaN or +infinity; ``where`` they are from."""
+    if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
+        raise ValueError(
+            f"{where}: NaN or infinite logits; the weights are damaged, or the dtype is too "
+            "narrow: try --dtype float32"
+        )
 
 
 def _exp(x: float) -> float:
@@ -259,9 +284,5 @@ def _logits(model: nn.Module, row: Tensor, where: str) -> tuple[Tensor, float]:
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     elapsed = time.perf_counter() - start
-    if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
-        raise ValueError(
-            f"{where}: NaN or infinite logits; the weights are damaged, or the dtype is too "
-            "narrow: try --dtype float32"
-        )
+    check_logits(logits, where)
     return logits, elapsed

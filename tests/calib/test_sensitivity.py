@@ -1,5 +1,6 @@
 """What errors of layers cost, block by block, against a derivative of the whole model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptq.calib.sensitivity import sensitivities
+from ptq.calib.sensitivity import ALL, Layers, sensitivities
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
 
@@ -28,17 +29,22 @@ def sequences() -> list[Tensor]:
 def coarse(model: torch.nn.Module):
     """Weights and inputs rounded, by name: a choice of much error and one of little."""
 
-    def errors(name: str, x: Tensor) -> dict[str, Tensor]:
-        weight = model.get_submodule(name).weight.detach()
-        return {
-            str(step): torch.round(x / step) * step @ weight.T - x @ weight.T
-            for step in (0.5, 0.05)
-        }
+    def errors(group: Layers, inputs: Sequence[Tensor]):
+        x = torch.cat(list(inputs))
+        for step in (0.5, 0.05):
+            yield str(step), {name: rough(model, name, x, step) for name in group}
 
     return errors
 
 
-def gradients(path: Path, tokens: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def rough(model: torch.nn.Module, name: str, x: Tensor, step: float) -> Tensor:
+    weight = model.get_submodule(name).weight.detach()
+    return torch.round(x / step) * step @ weight.T - x @ weight.T
+
+
+def gradients(
+    path: Path, tokens: Tensor, generator: torch.Generator, top: int = ALL
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What each layer reads, and the gradient by what it returns, from one pass of the model."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,8 +58,8 @@ def gradients(path: Path, tokens: Tensor, seed: int) -> dict[str, tuple[Tensor, 
 
     for name in NAMES:
         watch(name)
-    log_p = model(tokens).logits[0].log_softmax(-1)
-    generator = torch.Generator().manual_seed(seed)
+    logits = model(tokens).logits[0]
+    log_p = (logits.topk(top, -1).values if top else logits).log_softmax(-1)
     drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
     (-log_p.gather(-1, drawn).sum()).backward()
     return {name: (x, out.grad) for name, (x, out) in seen.items()}
@@ -64,23 +70,33 @@ def test_scores_are_those_of_the_whole_models_gradient(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     errors = coarse(model)
+    told: list[tuple[int, int]] = []
     found = sensitivities(
-        MemorySource(model), sequences, NAMES, lambda *_: errors, device="cpu", seed=5
-    )
+        MemorySource(model), sequences, NAMES, lambda *_: errors, device="cpu", seed=5,
+        measures=(ALL, 3), on_block=lambda *step: told.append(step),
+    )  # fmt: skip
+    assert told == [(i, 4) for i in range(1, 5)]
     groups = [tuple(NAMES[2:0:-1]), (NAMES[3],), (NAMES[0],)]
-    assert set(found) == set(groups)
-    passes = [gradients(tiny_llama, tokens, 5 + i) for i, tokens in enumerate(sequences)]
-    for group in groups:
-        for choice in ("0.5", "0.05"):
-            products = torch.stack(
-                [
-                    sum((p[n][1] * errors(n, p[n][0])[choice]).sum(-1).flatten() for n in group)
-                    for p in passes
-                ]
-            )
-            expected = 0.5 * float(products.square().mean())
-            assert found[group][choice] == pytest.approx(expected, rel=1e-3)
-        assert 0 < found[group]["0.05"] < 0.2 * found[group]["0.5"]
+    assert list(found) == groups
+    draws = [torch.Generator().manual_seed(5 + i) for i in range(len(sequences))]
+    for index, top in enumerate((ALL, 3)):
+        passes = [
+            gradients(tiny_llama, t, draw, top) for t, draw in zip(sequences, draws, strict=True)
+        ]
+        for group in groups:
+            for step in (0.5, 0.05):
+                products = torch.stack(
+                    [
+                        sum(
+                            (p[n][1] * rough(model, n, p[n][0], step)).sum(-1).flatten()
+                            for n in group
+                        )
+                        for p in passes
+                    ]
+                )
+                expected = 0.5 * float(products.square().mean())
+                assert found[group][str(step)][index] == pytest.approx(expected, rel=1e-3)
+            assert 0 < found[group]["0.05"][index] < 0.2 * found[group]["0.5"][index]
 
 
 def test_weights_are_read_block_by_block_and_let_go(
@@ -120,7 +136,7 @@ def test_the_model_is_left_as_it_was(make_tiny_model, sequences: list[Tensor]) -
 
     def choose(block, groups):
         seen.append(block.module.mlp.up_proj.weight.dtype)
-        return lambda name, x: {}
+        return lambda group, inputs: iter(())
 
     run = {"device": "cpu", "prepare": prepare}
     sensitivities(MemorySource(model), sequences, NAMES, choose, **run)

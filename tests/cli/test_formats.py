@@ -28,3 +28,12 @@ def test_the_table_and_its_json(ptq: Run):
     first = found[0]
     assert (first["bits_per_weight"], first["group_size"], first["kernels"]) == (4.5, 16, True)
     assert not next(row for row in found if row["format"] == "mxint6")["kernels"]
+
+
+def test_what_units_cost_is_shown_beside_what_is_published(ptq: Run):
+    found = {row["format"]: row for row in json.loads(ptq("formats", "--json").out)}
+    assert found["mxfp8"]["area"] == found["mxfp8"]["paper_area"] == 1
+    assert found["nvint4"]["paper_energy"] == 0.34 and found["mxfp4"]["paper_area"] is None
+    assert found["nvint4"]["area"] < found["nvfp4"]["area"] < found["mxint8"]["area"] < 1
+    for name, row in found.items():  # a native format has a rate, others have none
+        assert (row["blackwell"] is not None) == (row["native"] == BLACKWELL), name

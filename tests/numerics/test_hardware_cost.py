@@ -17,8 +17,8 @@ from ptq.numerics.formats import (
     NVINT4,
 )
 from ptq.numerics.hardware_cost import (
-    BLACKWELL,
     PUBLISHED,
+    TENSOR_CORES,
     aligner_bits,
     gates,
     mac,
@@ -73,4 +73,4 @@ def test_published_figures_have_our_order_and_direction() -> None:
 
 def test_ratios_of_throughput() -> None:
     assert relative_traffic(NVFP4) == 4.5 / 16
-    assert BLACKWELL.keys() == {n for n, f in FORMATS.items() if f.element.mantissa_bits}
+    assert TENSOR_CORES.keys() == {n for n, f in FORMATS.items() if f.element.mantissa_bits}

@@ -47,3 +47,16 @@ def test_the_cheapest_is_always_possible_and_less_is_refused() -> None:
     assert choose([], [], 0.0) == []
     with pytest.raises(ValueError, match="limit of 1 is less than the 2 of the cheapest"):
         choose([[5.0, 0.0]], [[2.0, 3.0]], 1.0)
+
+
+def test_many_units_take_no_time_and_are_near_the_bound() -> None:
+    """Of the relaxed problem: with 2000 units a step more or less is nothing."""
+    draw = np.random.default_rng(0)
+    losses = draw.lognormal(0, 1.5, (2000, 1)) * np.array([1.0, 0.1, 0.01, 0.0])
+    costs = draw.integers(1, 4, (2000, 1)) * np.array([4.0, 6.0, 8.0, 16.0])
+    chosen = choose(losses.tolist(), costs.tolist(), 1.3 * costs[:, 0].sum())
+    rows = np.arange(2000)
+    assert costs[rows, chosen].sum() <= 1.3 * costs[:, 0].sum()
+    price = [10.0**e for e in np.linspace(-3, 1, 200)]
+    bound = max((losses + p * costs).min(1).sum() - p * 1.3 * costs[:, 0].sum() for p in price)
+    assert bound <= losses[rows, chosen].sum() <= 1.01 * bound

@@ -1,4 +1,4 @@
-"""Eight bits where they gain most: the knapsack, what decides together, and a run."""
+"""Eight bits where they gain most: how much room there is, what decides together, and a run."""
 
 import json
 from dataclasses import replace
@@ -12,21 +12,13 @@ from ptq.checkpoint.dialect_choice import Choice
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.pipeline import run
-from ptq.pipeline.budget import Allocation, allocate, knapsack, room
+from ptq.pipeline.budget import Allocation, allocate, room
 from ptq.pipeline.forecast import forecast
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
 from ptq.runtime.evaluate import evaluate
 from ptq.runtime.load import load
-
-
-def test_the_knapsack_is_filled_for_the_largest_gain() -> None:
-    # by gain per cost the first comes first, and then nothing fits
-    assert knapsack([6.5, 5.0, 5.0], [6.0, 5.0, 5.0], 10.0) == [False, True, True]
-    assert knapsack([1e-9, 2e-9], [3e6, 3e6], 4e6) == [False, True]
-    assert knapsack([1.0, -1.0], [1.0, 1.0], 5.0) == [True, False]
-    assert knapsack([1.0], [2.0], 1.0) == [False] and knapsack([], [], 1.0) == []
 
 
 def plan(path: Path, **given: object) -> Plan:

@@ -87,3 +87,12 @@ def test_who_opens_a_mixture_is_known_before_its_layers_are_chosen(tiny_llama: P
     assert mixed is not None and mixed.dialect == "ptq" and "no format for mxfp8" in mixed.reason
     with pytest.raises(ValueError, match="cannot write compressed-tensors: it has no format for"):
         written("compressed-tensors", budget=4.75)
+
+
+def test_rules_of_other_formats_do_not_meet_an_input_rule_of_the_run(tiny_llama: Path) -> None:
+    """The own rule of MXFP6 is none of NVFP4, which a rule by fields would have inherited."""
+    change = {"format": "nvfp4", "rotation": 16}
+    recipe = Recipe.default("mxfp6", scheme="w4a4", rules=(("q_proj", change),))
+    plan = plan_for(Blueprint.of(tiny_llama), recipe, "auto", dtype="bfloat16")
+    q, k = (plan[f"model.layers.0.self_attn.{leaf}_proj"].recipe for leaf in "qk")
+    assert (q.format, q.rotation, k.format) == ("nvfp4", 16, "mxfp6")
