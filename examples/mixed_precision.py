@@ -19,13 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, ptq.Evaluation]:
     parser.add_argument("--format", default="mxfp4")
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--budget", type=float, default=4.75, help="bits per weight, on average")
+    parser.add_argument("--quality", default="default", help="fast, default or best")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=8192, help="of the text to measure on")
     parser.add_argument("--out", type=Path, default=Path("example-output"))
     options = parser.parse_args(arguments)
     text = {"samples": options.samples, "seq_len": options.seq_len}
-    common = {"format": options.format, "scheme": options.scheme, **text}
+    how = {"scheme": options.scheme, "quality": options.quality}
+    common = {"format": options.format, **how, **text}
 
     recipes = {
         "four bits": ptq.Recipe.default(**common),

@@ -44,7 +44,7 @@ def test_quantize_and_evaluate(example, tmp_path: Path, capfd):
 
 
 def test_mixed_precision(example, tmp_path: Path):
-    few = ("--samples", 4, "--seq-len", 64, "--max-tokens", 512)
+    few = ("--quality", "fast", "--samples", 4, "--seq-len", 64, "--max-tokens", 512)
     found = example("mixed_precision", *few)
     assert found["budget"].kl < found["four bits"].kl
     made = ptq.inspect(tmp_path / "out" / "budget")
