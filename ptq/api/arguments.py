@@ -57,6 +57,7 @@ class QuantizeOptions(Choices, total=False):
     device: torch.device | str | None
     dtype: torch.dtype | str | None
     dialect: str
+    target: str | None
     activations: str
     hessian_memory: float | None
     overwrite: bool

@@ -195,11 +195,13 @@ def inspect(model: Name, *, revision: str | None = None) -> Report:
     return inspect_checkpoint(resolve_model(model, revision))
 
 
-def verify(model: Name) -> Verdict:
+def verify(model: Name, *, engines: bool = False) -> Verdict:
     """Whether a checkpoint is what was written: its files against SHA256SUMS, and every tensor.
 
     Args:
         model: directory of a checkpoint.
+        engines: open it in transformers, lm-eval and vLLM too, as far as they are installed, and
+            compare probabilities; each in a process of its own.
 
     Returns:
         ``ok``, or a line for each problem.
@@ -207,20 +209,30 @@ def verify(model: Name) -> Verdict:
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    return verify_checkpoint(model)
+    return verify_checkpoint(model, engines=engines)
 
 
-def convert(model: Name, out: Name, to: str = "auto", *, overwrite: bool = False) -> Written:
+def convert(
+    model: Name,
+    out: Name,
+    to: str = "auto",
+    *,
+    target: str | None = None,
+    overwrite: bool = False,
+) -> Written:
     """Write a checkpoint in another dialect: no number changes, or it is refused.
 
     Args:
         model: directory of a checkpoint.
         out: directory of the result, new or empty.
-        to: auto, compressed-tensors or ptq.
+        to: auto, compressed-tensors, modelopt or ptq.
+        target: transformers, vllm, sglang, trtllm or any: who must compute the result right.
         overwrite: replace a checkpoint of ours in ``out``.
 
     Raises:
         ValueError: the dialect cannot express the checkpoint; or it is damaged, or none.
         FileNotFoundError, FileExistsError: of ``model`` or ``out``.
     """
-    return written(Path(out), convert_checkpoint(model, out, to, overwrite=overwrite))
+    return written(
+        Path(out), convert_checkpoint(model, out, to, target=target, overwrite=overwrite)
+    )

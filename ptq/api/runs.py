@@ -17,7 +17,7 @@ from ptq.api.arguments import (
     split,
 )
 from ptq.api.checkpoints import Written, written
-from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.dialect_choice import Choice, Readers
 from ptq.cli import progress as bars
 from ptq.pipeline.forecast import Forecast
 from ptq.pipeline.forecast import forecast as forecast_run
@@ -129,7 +129,10 @@ def quantize(
         seed: of the choice of text.
         device: ``"cpu"``, ``"cuda"``, …; the first GPU if there is one.
         dtype: of the computation; float32 on a CPU, else the model's own.
-        dialect: auto, compressed-tensors or ptq: how the result lies on disk, and so who opens it.
+        dialect: auto, compressed-tensors, modelopt or ptq: how the result lies on disk, and so who
+            opens it.
+        target: transformers, vllm, sglang, trtllm or any (all of them): who must compute the result
+            right; what they would not is refused.
         activations: where they wait between blocks: ram, device or disk.
         hessian_memory: bytes for the statistics of a block's experts at a time; half of what is
             free. The result does not depend on it.
@@ -143,6 +146,7 @@ def quantize(
     """
     run, settled = split(options, format, scheme, recipe)
     device, dtype = placed(run)
+    readers = Readers(run.pop("dialect", "auto"), run.pop("target", None))
     source = model if isinstance(model, nn.Module) else resolve_model(model, revision)
     bar = partial(bars.quantizing, quiet=not progress or follower())
     with shown(progress, bar) as on_block, launched(device) as place:
@@ -163,6 +167,7 @@ def quantize(
             tokenizer=tokenizer,
             on_plan=begins if progress is True and not follower() else None,
             on_block=on_block,
+            dialect=readers,
             **run,
         )
     if not isinstance(done, Choice):

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.dialect import Conversion
+from ptq.checkpoint.engines import (
+    ENGINES,
+    SGLANG,
+    TENSORRT,
+    TRANSFORMERS,
+    VLLM,
+    Opening,
+    Verdict,
+)
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
 from ptq.numerics.formats import E4M3_LARGEST, MXFP4, NVFP4, NVINT4, Format
 
@@ -21,11 +30,10 @@ SIZES = (16, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layer as the engines that are held to an export will meet it."""
+    """A layer that is to be written."""
 
     name: str
     info: LayerInfo
-    engines: tuple[str, ...]
     dtype: str | None
 
     @property
@@ -39,7 +47,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Layers that an engine would compute wrongly without an error.
+    """Layers that have no place in this dialect, or one where no engine looks.
 
     Attributes:
         reason: with a way out; ``{layer}`` stands for the :class:`Candidate`.
@@ -53,9 +61,19 @@ class Refusal:
         return self.reason.format(layer=layer, sizes=SIZES) if self.when(layer) else None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What an engine was read (not run) to make of layers like these."""
+
+    engine: str
+    when: Callable[[str, LayerInfo], bool]
+    verdict: Verdict
+    note: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CtFormat:
-    """A format of ours in compressed-tensors, and what engines were read (not run) to make of it.
+    """A format of ours in compressed-tensors, and what engines make of it.
 
     Attributes:
         name: of the format there.
@@ -63,9 +81,7 @@ class CtFormat:
         dynamic: ``dynamic`` in those of inputs, which are else the same.
         conversion: None if tensors are stored as in the ``ptq`` dialect.
         refusals: of single layers, besides :data:`REFUSALS`.
-        sglang, tensorrt: verdicts on unrotated layers, for the model card; ``tensorrt`` by whether
-            inputs are quantized.
-        weight_only: a caveat where only weights are quantized, for the model card.
+        rules: besides :data:`RULES`.
     """
 
     format: Format
@@ -74,9 +90,7 @@ class CtFormat:
     dynamic: bool | str = True
     conversion: Conversion | None = None
     refusals: tuple[Refusal, ...] = ()
-    sglang: str
-    tensorrt: Mapping[bool, str]
-    weight_only: str | None = None
+    rules: tuple[Rule, ...] = ()
 
     @property
     def keeps_global_scale(self) -> bool:
@@ -166,11 +180,39 @@ REFUSALS = (
         "engines rotate in blocks of {sizes}, not {layer.info.rotation}; choose one of those, or "
         "use dialect ptq",
     ),
-    Refusal(
-        lambda layer: layer.rotated and layer.info.bias and "vLLM" in layer.engines,
+)
+
+
+def _rotated(name: str, info: LayerInfo) -> bool:
+    return info.rotation > 1
+
+
+def _weights_alone(name: str, info: LayerInfo) -> bool:
+    return not info.quantize_inputs
+
+
+def _all(name: str, info: LayerInfo) -> bool:
+    return True
+
+
+NO_ROTATION = "it does not rotate inputs; use --rotation none, or dialect ptq"
+RULES = (
+    Rule(TRANSFORMERS, _rotated, Verdict.IMPORT, "which attaches the online rotation"),
+    Rule(
+        TRANSFORMERS,
+        lambda name, info: is_expert(name) and info.quantize_inputs,
+        Verdict.NARROW,
+        "it decompresses experts when it loads them",
+    ),
+    Rule(
+        VLLM,
+        lambda name, info: info.rotation > 1 and info.bias,
+        Verdict.STOPS,
         "vLLM asserts that a rotated linear layer has no bias; leave it unrotated, or use dialect "
         "ptq",
     ),
+    Rule(VLLM, _rotated, Verdict.RIGHT, "with `tensor_parallel_size=1` only"),
+    Rule(SGLANG, _rotated, Verdict.WRONG, NO_ROTATION),
 )
 
 _NVFP4 = CtFormat(
@@ -186,35 +228,58 @@ _NVFP4 = CtFormat(
     dynamic="local",
     refusals=(
         Refusal(
-            lambda layer: (
-                layer.rotated and not layer.info.quantize_inputs and "vLLM" in layer.engines
-            ),
-            "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, "
-            "or dialect ptq",
-        ),
-        Refusal(
-            lambda layer: layer.expert and "transformers" in layer.engines,
-            "transformers drops the global scale of NVFP4 experts (#48371); use mxfp4, or dialect "
-            "ptq",
-        ),
-        Refusal(
             lambda layer: layer.info.quantize_inputs and not layer.info.static_inputs,
             "NVFP4 inputs need a calibrated global scale; calibrate it, or use dialect ptq",
         ),
     ),
-    sglang="right",
-    tensorrt={False: "stops with an error", True: "right"},
+    rules=(
+        Rule(
+            TRANSFORMERS,
+            lambda name, info: is_expert(name),
+            Verdict.IMPORT,
+            "which reads the global scales of experts",
+        ),
+        Rule(
+            VLLM,
+            lambda name, info: info.rotation > 1 and not info.quantize_inputs,
+            Verdict.WRONG,
+            "vLLM computes rotated weight-only NVFP4 wrongly on Blackwell; use w4a4, no rotation, "
+            "or dialect ptq",
+        ),
+        Rule(
+            TENSORRT,
+            _weights_alone,
+            Verdict.STOPS,
+            "it loads no weight-only NVFP4; use --scheme w4a4, or mxfp4",
+        ),
+        Rule(
+            TENSORRT,
+            lambda name, info: info.rotation > 1 and info.quantize_inputs,
+            Verdict.WRONG,
+            NO_ROTATION,
+        ),
+    ),
 )
 _MXFP4 = CtFormat(
     format=MXFP4,
     name="mxfp4-pack-quantized",
     weights=_FOUR_BITS
     | {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
-    sglang="stops with an error",
-    tensorrt={False: "right", True: "right, with 16-bit activations"},
-    weight_only=(
-        "vLLM on Blackwell GPUs quantizes the activations too, although this model was made for "
-        "16 bit."
+    rules=(
+        Rule(
+            VLLM,
+            _weights_alone,
+            Verdict.RIGHT,
+            "on Blackwell GPUs it quantizes the inputs too, although this model was made for 16 "
+            "bits",
+        ),
+        Rule(SGLANG, _all, Verdict.STOPS, "it has no MXFP4 of this dialect; use nvfp4"),
+        Rule(
+            TENSORRT,
+            lambda name, info: info.quantize_inputs,
+            Verdict.NARROW,
+        ),
+        Rule(TENSORRT, _rotated, Verdict.WRONG, NO_ROTATION),
     ),
 )
 _NVINT4 = CtFormat(
@@ -241,8 +306,34 @@ _NVINT4 = CtFormat(
             "model, or dialect ptq",
         ),
     ),
-    sglang="**do not use it**, its int4 kernel neither takes nor refuses groups of 16",
-    tensorrt={False: "stops with an error"},
+    rules=(
+        Rule(
+            SGLANG,
+            _all,
+            Verdict.WRONG,
+            "its int4 kernel neither takes nor refuses groups of 16; use nvfp4",
+        ),
+        Rule(TENSORRT, _all, Verdict.STOPS, "it has no int4 of groups of 16; use nvfp4 with w4a4"),
+    ),
 )
 
 CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4)}
+
+# From best to worst.
+_ORDER = tuple(Verdict)
+
+
+def ct_opens(layers: Mapping[str, LayerInfo]) -> dict[str, Opening]:
+    """What every engine makes of a checkpoint with these layers: the worst that a rule says of one
+    of them, which is named where it is a reason not to write it."""
+    found = dict.fromkeys(ENGINES, Opening(Verdict.RIGHT))
+    for name, info in layers.items():
+        for rule in (*RULES, *CT_FORMATS[info.format].rules):
+            if not rule.when(name, info):
+                continue
+            old, note = found[rule.engine], rule.note
+            worse = _ORDER.index(rule.verdict) > _ORDER.index(old.verdict)
+            if worse or (rule.verdict == old.verdict and not old.note):
+                note = note if rule.verdict.serves else f"{name}: {note}"
+                found[rule.engine] = Opening(rule.verdict, note)
+    return found

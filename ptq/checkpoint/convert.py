@@ -20,13 +20,20 @@ from ptq.checkpoint.writer import CheckpointWriter
 
 
 def convert(
-    source: Path | str, out: Path | str, dialect: str, *, overwrite: bool = False
+    source: Path | str,
+    out: Path | str,
+    dialect: str,
+    *,
+    target: str | None = None,
+    overwrite: bool = False,
 ) -> Choice:
     """Write the checkpoint ``source`` to the directory ``out`` in ``dialect``; all codes, scales
     and other tensors stand for the same numbers.
 
     Args:
         dialect: a key of :data:`ptq.checkpoint.dialects.DIALECTS`, or ``auto``.
+        target: whose engines must compute the result right, see
+            :func:`ptq.checkpoint.dialect_choice.choose`.
         overwrite: replace a checkpoint of ours in ``out``.
 
     Returns:
@@ -50,22 +57,32 @@ def convert(
         overwrite=overwrite,
         dialect=dialect,
         kv_cache=parsed.kv_cache,
+        target=target,
     )
+    with writer:
+        try:
+            _copy(found, writer)
+            return writer.finish(_others(found), companion_files(found.path))
+        except ValueError:
+            writer.abandon()
+            raise
+
+
+def _copy(found: Checkpoint, writer: CheckpointWriter) -> None:
+    """The quantized layers of a checkpoint, block by block, but for those that are there."""
     reports = {report.name: report for report in found.reports}
     # reports are in the order of the model
     names = [*(name for name in reports if name in found.layers), *found.layers]
-    with writer:
-        for block, layers in _blocks({name: found.layers[name] for name in names}).items():
-            if writer.has(block):
-                continue
-            tensors = {
-                f"{name}.{leaf}": tensor
-                for name in layers
-                for leaf, tensor in found.stored_layer(name).items()
-            }
-            told = [reports[name] for name in layers if name in reports]
-            writer.add(block, tensors, layers, told)
-        return writer.finish(_others(found), companion_files(found.path))
+    for block, layers in _blocks({name: found.layers[name] for name in names}).items():
+        if writer.has(block):
+            continue
+        tensors = {
+            f"{name}.{leaf}": tensor
+            for name in layers
+            for leaf, tensor in found.stored_layer(name).items()
+        }
+        told = [reports[name] for name in layers if name in reports]
+        writer.add(block, tensors, layers, told)
 
 
 def _blocks(layers: dict[str, LayerInfo]) -> dict[str, dict[str, LayerInfo]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.engines import Openings
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization
 
 Layers = Mapping[str, LayerInfo]
@@ -20,18 +21,16 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is to be written, and who has to compute it exactly: the question to a dialect.
+    """What is to be written: the question to a dialect.
 
     Attributes:
         layers: descriptions by name.
-        engines: that are held to it, such as ``"vLLM"``.
         dtype: of the rest of the model, as in config.json (``"bfloat16"``); None is unknown.
         scales: global scales of weights (any convention) by layer, as far as they are known.
         foreign: why other programs do not look for these layers at all, or None.
     """
 
     layers: Layers
-    engines: tuple[str, ...]
     dtype: str | None
     scales: Tensors
     foreign: str | None = None
@@ -46,11 +45,14 @@ class Conversion:
 
     Attributes:
         types: what must be on disk for ``read``, with the types that it may have.
+        optional: what may be there besides.
         write, read: raise ValueError where they would have to round, ``read`` also for shapes that
-            do not belong together.
+            do not belong together. ``read`` may give global scales as float64 divisors, where no
+            float32 divisor stands for the stored factor.
     """
 
     types: Mapping[str, tuple[torch.dtype, ...]]
+    optional: tuple[str, ...] = ()
     write: Callable[[Tensors], dict[str, Tensor]]
     read: Callable[[Tensors], dict[str, Tensor]]
 
@@ -65,19 +67,22 @@ class Dialect:
             the names of its other linear layers.
         parse: the inverse of ``config``; raises ValueError for what it does not know, and therefore
             might read wrongly.
-        refusal: why an export would be computed wrongly without an error, and what to do; None if
-            it is right.
-        engines: Markdown for the model card, a sentence or two for each engine: right, wrong, or an
-            error.
+        refusal: why it has no place for an export, whoever reads it, and what to do; None if it
+            has.
+        opens: what each of :data:`ptq.checkpoint.engines.ENGINES` makes of layers that are not
+            refused.
+        caveats: Markdown for the model card, sentences about all engines.
+        held_to: engines that must compute right what is written in this dialect without a target.
         why_import: what goes wrong with such layers in transformers without ``import ptq.hf``, for
             the model card; None if nothing does.
         conversion: of layers like this one; None if they lie on disk as in ``ptq``.
-        packed: name of the tensor that shows that a layer is quantized; its rows are the outputs.
+        packed: name of the tensor with the codes; its rows are the outputs.
+        mark: name of the tensor that shows that a layer is quantized.
         extra_tensors: what is stored besides the tensors of the model, by full name.
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
-        unread_by_vllm: why vLLM does not open this dialect, and what to do; None if it does.
         needs: packages that transformers needs to open it.
         extra_files: JSON files besides config.json, by name, from the ``quantization_config``.
+        config_file: a file beside the weights that may say alone what config.json should.
         applies_input_rule: whether all who read it scale inputs by the rule that it names; if not,
             they may take the format's own
             (:func:`ptq.numerics.activations.default_rule`).
@@ -87,13 +92,16 @@ class Dialect:
     config: Callable[[Quantization, Layers, Iterable[str]], JsonDict]
     parse: Callable[[Mapping[str, object]], Quantization]
     refusal: Callable[[Export], str | None]
-    engines: Callable[[Layers], list[str]]
+    opens: Callable[[Layers], Openings]
+    caveats: Callable[[Layers], list[str]] = lambda layers: []
+    held_to: tuple[str, ...] = ()
     why_import: Callable[[Layers], str | None] = lambda layers: None
     conversion: Callable[[LayerInfo], Conversion | None] = lambda info: None
     packed: str = "weight_packed"
+    mark: str = "weight_scale"
     extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
     is_extra: Callable[[str], bool] = lambda name: False
     extra_files: Callable[[JsonDict], dict[str, JsonDict]] = lambda config: {}
+    config_file: str | None = None
     applies_input_rule: bool = True
-    unread_by_vllm: str | None = None
     needs: tuple[str, ...] = ()

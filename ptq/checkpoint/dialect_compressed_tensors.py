@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Candidate, CtFormat
+from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Candidate, ct_opens
 from ptq.checkpoint.dialect import Conversion, Dialect, Export, Layers, Tensors
+from ptq.checkpoint.engines import VLLM
 from ptq.checkpoint.quantization_config import (
     VERSION,
     JsonDict,
@@ -277,7 +278,7 @@ def ct_refusal(export: Export) -> str | None:
     if len({(info.quantize_inputs, info.input_rule) for info in layers.values()}) > 1:
         return "layers quantize their inputs in different ways; use one scheme, or dialect ptq"
     for name, info in layers.items():
-        layer = Candidate(name=name, info=info, engines=export.engines, dtype=export.dtype)
+        layer = Candidate(name=name, info=info, dtype=export.dtype)
         for refusal in (*REFUSALS, *CT_FORMATS[info.format].refusals):
             if reason := refusal.of(layer):
                 return f"{name}: {reason}"
@@ -325,29 +326,11 @@ def _scale_refusal(layers: Layers, scales: Tensors) -> str | None:
     return None
 
 
-def _engines(layers: Layers) -> list[str]:
-    """Of layers that :func:`ct_refusal` lets through; what other engines do was read, not run
-    (C2)."""
-    rotated = any(info.rotation > 1 for info in layers.values())
-    inputs = any(info.quantize_inputs for info in layers.values())
-    fmt = CT_FORMATS[_format(layers).name]
-    lines = ["**ptq** (`ptq.load`): right.", f"**transformers**{_in_transformers(layers, fmt)}."]
-    if rotated:
-        lines.append("**vLLM** ≥ 0.33: right, with `tensor_parallel_size=1` only.")
-        lines.append(
-            "**SGLang**, **TensorRT-LLM**: **do not rotate and compute it wrongly without an "
-            "error**. Do not use them."
-        )
-    else:
-        lines.append("**vLLM** ≥ 0.33: right.")
-        lines.append(f"**SGLang**: {fmt.sglang}. **TensorRT-LLM**: {fmt.tensorrt[inputs]}.")
-    if inputs:
-        lines.append(
-            f"{_about_input_rules(layers)} GPUs without FP4 units keep activations in 16 bit."
-        )
-    elif fmt.weight_only:
-        lines.append(fmt.weight_only)
-    return lines
+def _caveats(layers: Layers) -> list[str]:
+    """Of layers that :func:`ct_refusal` lets through; what engines do was read, not run (C2)."""
+    if any(info.quantize_inputs for info in layers.values()):
+        return [f"{_about_input_rules(layers)} GPUs without FP4 units keep activations in 16 bit."]
+    return []
 
 
 def _about_input_rules(layers: Layers) -> str:
@@ -368,12 +351,6 @@ def _format(layers: Layers) -> Format:
     return FORMATS[next(iter(layers.values())).format]
 
 
-def _in_transformers(layers: Layers, fmt: CtFormat) -> str:
-    if _why_import(layers) is not None:
-        return " with compressed-tensors: right after `import ptq.hf`, an error without it"
-    return " with compressed-tensors: right, decompressed to bf16 on first use"
-
-
 def _why_import(layers: Layers) -> str | None:
     if _sizes(layers):
         return "attaches the online rotation"
@@ -389,7 +366,9 @@ COMPRESSED_TENSORS = Dialect(
     config=ct_config,
     parse=parse_ct,
     refusal=ct_refusal,
-    engines=_engines,
+    opens=ct_opens,
+    caveats=_caveats,
+    held_to=(VLLM,),
     why_import=_why_import,
     conversion=_conversion,
     extra_tensors=rotation_tensors,

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.dialect import Dialect, Export, Layers
+from ptq.checkpoint.engines import ENGINES, TRANSFORMERS, Opening, Verdict
 from ptq.checkpoint.quantization_config import (
     LEFT_OUT,
     PER_LAYER,
@@ -128,12 +129,15 @@ def _refusal(export: Export) -> str | None:
     return None
 
 
-def _engines(layers: Layers) -> list[str]:
-    return [
-        "**ptq** (`ptq.load`) and **transformers** after `import ptq.hf`: right, an error without "
-        "it.",
-        "**vLLM** does not know this dialect; **SGLang** and **TensorRT-LLM** stop with an error.",
-    ]
+def _opens(layers: Layers) -> dict[str, Opening]:
+    found = {
+        engine: Opening(
+            Verdict.STOPS,
+            f"{engine} does not know the ptq dialect; use --dialect compressed-tensors",
+        )
+        for engine in ENGINES
+    }
+    return found | {TRANSFORMERS: Opening(Verdict.IMPORT)}
 
 
 def _why_import(layers: Layers) -> str:
@@ -145,9 +149,8 @@ PTQ = Dialect(
     config=ptq_config,
     parse=parse_ptq,
     refusal=_refusal,
-    engines=_engines,
+    opens=_opens,
     why_import=_why_import,
-    unread_by_vllm="vLLM does not know the ptq dialect; quantize with --dialect compressed-tensors",
     extra_tensors=guard_tensors,
     is_extra=is_note,
 )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_compressed_tensors import COMPRESSED_TENSORS
+from ptq.checkpoint.dialect_modelopt import MODELOPT
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.quantization_config import Quantization
 
@@ -11,6 +12,7 @@ DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         COMPRESSED_TENSORS,
+        MODELOPT,
         PTQ,
     )
 }

@@ -17,6 +17,8 @@ from ptq.numerics.formats import FORMATS, Format
 
 REMEDY = "the checkpoint is damaged, copy or quantize it again"
 GLOBALS = ("weight_global_scale", "input_global_scale")
+# float64 where no float32 divisor stands for the factor that a file holds
+DIVISORS = (torch.float32, torch.float64)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Of a global scale and of its reciprocal: normal float32 numbers, so that neither is 0 or infinite.
 NORMAL = (2.0**-126, 2.0**126)
@@ -37,7 +39,7 @@ def check_layer(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> No
     """
     fmt = FORMATS[info.format]
     check_types(_types(fmt, info), tensors, name, fmt.name)
-    optional = {leaf: (torch.float32,) for leaf in GLOBALS if leaf in tensors}
+    optional = {leaf: DIVISORS for leaf in GLOBALS if leaf in tensors}
     check_types(optional, tensors, name, fmt.name)
     _check_shapes(tensors, fmt, name)
     for leaf in GLOBALS:
@@ -83,8 +85,8 @@ def check_numbers(tensor: Tensor, name: str) -> None:
 def _types(fmt: Format, info: LayerInfo) -> dict[str, tuple[torch.dtype, ...]]:
     scale = fmt.scale_dtype if fmt.has_global_scale else torch.uint8
     types = {"weight_packed": (torch.uint8,), "weight_scale": (scale,)}
-    types |= {"weight_global_scale": (torch.float32,)} if fmt.has_global_scale else {}
-    return types | ({"input_global_scale": (torch.float32,)} if info.static_inputs else {})
+    types |= {"weight_global_scale": DIVISORS} if fmt.has_global_scale else {}
+    return types | ({"input_global_scale": DIVISORS} if info.static_inputs else {})
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], fmt: Format, name: str) -> None:

@@ -3,8 +3,10 @@ how to load it."""
 
 from collections.abc import Iterable, Mapping
 
+from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.engines import IMPORT, IMPORTED, TRANSFORMERS, Kind, Verdict, opened_by
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.activations import default_rule
@@ -15,6 +17,8 @@ _KEY_VALUES = {
     "fp8": "calibrated scales for E4M3: `ptq` computes with them, and vLLM with "
     "`--kv-cache-dtype fp8`; transformers alone leaves keys and values in 16 bit, and says so",
 }
+TASK = "text-generation"
+LICENCE = ("license", "license_name", "license_link")  # what a source says of its own
 
 
 def model_card(
@@ -66,13 +70,20 @@ def model_card(
         "tags: [ptq, quantized, " + ", ".join(formats) + "]",
     ]
     lines += [f"base_model: {source}"] if isinstance(source, str) and source.count("/") == 1 else []
+    said = {key: provenance.get(key) for key in LICENCE}
+    lines += [f"{key}: {value}" for key, value in said.items() if isinstance(value, str)]
+    lines += [f"pipeline_tag: {TASK}"]
     lines += [
         "---",
         "",
         f"# {name}",
         "",
+        "```",
+        f"pip install {' '.join(_packages(dialect, layers))}",
+        "```",
+        "",
         "```python",
-        *_loading(dialect.why_import(layers)),
+        *_loading(dialect, layers),
         "```",
         "",
     ]
@@ -84,7 +95,9 @@ def model_card(
     lines += [
         "## What runs it",
         "",
-        *(f"- {line}" for line in dialect.engines(layers)),
+        "- **ptq** (`ptq.load`): right.",
+        *(f"- {line}" for line in _engines(dialect, layers)),
+        *(f"- {line}" for line in dialect.caveats(layers)),
         "",
         "## Recipe",
         "",
@@ -108,14 +121,44 @@ def _nested(layers: Mapping[str, LayerInfo]) -> str:
     )
 
 
+def _engines(dialect: Dialect, layers: Mapping[str, LayerInfo]) -> list[str]:
+    """A line for each engine: what it makes of the checkpoint, and who says so (C2)."""
+    kind = Kind.of(dialect.name, layers)
+    lines = []
+    for engine, opening in dialect.opens(layers).items():
+        imported = opening.verdict is Verdict.IMPORT
+        versions = opened_by(IMPORTED if imported else engine, kind)
+        evidence = f"tested with {versions}" if versions else "read in its source, not run"
+        wrong = opening.verdict is Verdict.WRONG
+        verdict = f"**{opening.verdict.value}, do not use it**" if wrong else opening.verdict.value
+        note = f"; {opening.note}" if opening.note and opening.verdict.serves else ""
+        lines.append(f"**{engine}**: {verdict}{note} ({evidence}).")
+    return lines
+
+
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
 
 
-def _loading(why_import: str | None) -> list[str]:
+def _opens(dialect: Dialect, layers: Mapping[str, LayerInfo]) -> bool:
+    """Whether transformers reads it, if only after an import."""
+    return dialect.opens(layers)[TRANSFORMERS].verdict.serves
+
+
+def _packages(dialect: Dialect, layers: Mapping[str, LayerInfo]) -> list[str]:
+    """What has to be installed for :func:`_loading`."""
+    ours = dialect.why_import(layers) is not None or not _opens(dialect, layers)
+    needed = [name.replace("_", "-") for name in dialect.needs]
+    return ["transformers", *needed, *(["ptq-llm"] if ours else [])]
+
+
+def _loading(dialect: Dialect, layers: Mapping[str, LayerInfo]) -> list[str]:
     """Python that loads the model."""
+    if not _opens(dialect, layers):
+        return ["import ptq", 'model = ptq.load("path/to/this/directory")']
+    why = dialect.why_import(layers)
     return [
-        *([f"import ptq.hf  # {why_import}"] if why_import else []),
+        *([f"{IMPORT}  # {why}"] if why else []),
         "from transformers import AutoModelForCausalLM",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
     ]

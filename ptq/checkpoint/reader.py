@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.dialects import dialect_of, parse
+from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
@@ -18,7 +18,7 @@ from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.formats import FORMATS
 from ptq.reading.model_config import read_model_config
 from ptq.reading.safetensors_layout import Entry, check_listed, read_header, read_index
-from ptq.reading.schema import read_json
+from ptq.reading.schema import JsonObject, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,7 +79,7 @@ def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -
     result = dict(tensors) | {"weight_scale": bits}
     for leaf in GLOBALS:
         if leaf in tensors:
-            result[leaf] = (1 / tensors[leaf]).reshape(())
+            result[leaf] = (1 / tensors[leaf]).reshape(()).float()
     return result
 
 
@@ -128,7 +128,7 @@ class Checkpoint:
 
     def layer_names(self) -> list[str]:
         """The quantized layers, in the order of the files."""
-        suffix = f".{self._dialect.packed}"
+        suffix = f".{self._dialect.mark}"
         return [name.removesuffix(suffix) for name in self.entries if name.endswith(suffix)]
 
     @cached_property
@@ -157,7 +157,7 @@ class Checkpoint:
         conversion = self._dialect.conversion(info)
         leaves = {"weight_packed", "weight_scale", *GLOBALS, "bias"}
         if conversion is not None:
-            leaves |= conversion.types.keys()
+            leaves |= {*conversion.types, *conversion.optional}
         tensors = {
             leaf: self.tensor(f"{name}.{leaf}")
             for leaf in sorted(leaves)
@@ -240,7 +240,13 @@ def read_config(path: Path) -> JsonDict:
         raise FileNotFoundError(
             f"{path} has no config.json" if path.is_dir() else f"{path} does not exist"
         )
-    return read_model_config(path)
+    config = read_model_config(path)
+    if not config.get("quantization_config"):
+        for dialect in DIALECTS.values():
+            if dialect.config_file and (path / dialect.config_file).is_file():
+                said = read_json(path / dialect.config_file, JsonObject, "copy it again")
+                return config | {"quantization_config": {"quant_method": dialect.name, **said}}
+    return config
 
 
 def config_dtype(config: Mapping[str, object]) -> str | None:

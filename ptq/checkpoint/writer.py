@@ -24,7 +24,8 @@ from ptq.checkpoint.checksums import write_sums
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice, choose
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.layer_checks import check_layer
+from ptq.checkpoint.engines import TARGETS, refusals
+from ptq.checkpoint.layer_checks import GLOBALS, check_layer
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.model_card import model_card
 from ptq.checkpoint.progress_file import NAME as PROGRESS
@@ -73,6 +74,7 @@ class CheckpointWriter:
         weights: Mapping[str, str] | None = None,
         overwrite: bool = False,
         dialect: str = "auto",
+        target: str | None = None,
         shard_bytes: int = SHARD_BYTES,
         foreign: str | None = None,
         kv_cache: str | None = None,
@@ -88,8 +90,8 @@ class CheckpointWriter:
                 them apart.
             overwrite: replace a checkpoint at ``path``, once the new one is complete.
             kv_cache: how keys and values are kept, if blocks have scales for them.
-            dialect, foreign: see :func:`ptq.checkpoint.dialect_choice.choose`; they may differ
-                between the runs of one checkpoint.
+            dialect, target, foreign: see :func:`ptq.checkpoint.dialect_choice.choose`; they may
+                differ between the runs of one checkpoint.
 
         Raises:
             FileExistsError: ``path`` exists and is not an empty directory.
@@ -99,7 +101,7 @@ class CheckpointWriter:
         self.path = Path(os.path.abspath(path))
         self.work = WorkFolder(self.path, overwrite=overwrite)
         self.partial = self.work.path
-        self.source_config, self.dialect = source_config, dialect
+        self.source_config, self.dialect, self.target = source_config, dialect, target
         self.shard_bytes = shard_bytes
         self.recipe, self.provenance = _plain(recipe), _plain(provenance)
         identity = {
@@ -128,9 +130,14 @@ class CheckpointWriter:
         made = found.parsed
         if (made.recipe, made.provenance) != (self.recipe, self.provenance):
             return None
-        if self.dialect not in ("auto", found.dialect):
+        if self.dialect not in ("auto", found.dialect) or not self._serves(found):
             return None
         return Choice(found.dialect, "an earlier run of the same command had finished it")
+
+    def _serves(self, found: Checkpoint) -> bool:
+        """Whether a checkpoint is for the engines of the target."""
+        openings = DIALECTS[found.dialect].opens(found.layers)
+        return self.target is None or not refusals(openings, TARGETS[self.target])
 
     def settle(self) -> None:
         """Remove what a run that is ``done`` left behind: it was killed in its last moments.
@@ -173,6 +180,11 @@ class CheckpointWriter:
         """What the run goes on from."""
         state = self.tuning.file if self.tuning is not None else None
         return {b.file for b in self.blocks.values()} | {PROGRESS} | ({state} if state else set())
+
+    def abandon(self) -> None:
+        """Forget all blocks: what is refused is not continued, and leaving the context removes
+        it."""
+        self.blocks = {}
 
     def has(self, block: str) -> bool:
         """Whether a block is finished."""
@@ -334,6 +346,7 @@ class CheckpointWriter:
         return choose(
             layers,
             self.dialect,
+            target=self.target,
             dtype=config_dtype(self.source_config),
             scales=scales,
             foreign=self.foreign,
@@ -348,6 +361,7 @@ class CheckpointWriter:
                 for name, info in block.layers.items()
                 if (conversion := dialect.conversion(info)) is not None
             }
+            _refuse_wide(path, conversions, dialect)
             if conversions:
                 tensors = {name: read_tensor(entry) for name, entry in read_header(path).items()}
                 for name, conversion in conversions.items():
@@ -368,6 +382,17 @@ class CheckpointWriter:
             file = self.partial / f"rest-{i:05}.safetensors"
             write_tensors(file, {name: tensor})
             yield read_header(file)
+
+
+def _refuse_wide(file: Path, converted: Mapping[str, object], dialect: Dialect) -> None:
+    """Raise ValueError for a divisor in float64 where files hold those of float32."""
+    for name, entry in read_header(file).items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in GLOBALS and entry.dtype == "F64" and owner not in converted:
+            raise ValueError(
+                f"cannot write {dialect.name}: {name} is the reciprocal of no float32 number, and "
+                "would be rounded; keep the dialect that it has"
+            )
 
 
 def _plain(data: Mapping[str, object]) -> JsonDict:

@@ -6,7 +6,7 @@ Numbers go to stdout, progress and messages to stderr; exit codes are those of p
 
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -31,12 +31,16 @@ from ptq.cli.options import (
     Json,
     ModelFirst,
     Quiet,
+    Revision,
     parse_device,
     parse_dtype,
 )
 from ptq.cli.pages import Html, check_page, write_page
 from ptq.cli.quantize import quantize
 from ptq.cli.serve import serve
+
+if TYPE_CHECKING:
+    from ptq.runtime.lm_eval_tasks import TaskResults
 
 app = typer.Typer(
     name="ptq",
@@ -106,6 +110,27 @@ def evaluate(
         ),
     ] = None,
     bits: Bits = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            show_default="none",
+            help="Tasks of lm-eval, or YAML files of some, instead of a text.",
+        ),
+    ] = None,
+    task_files: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default="none", help="Where more task files are."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="all", help="Use at most so many questions of a task."),
+    ] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Write the result into the model card of the checkpoint, too."),
+    ] = False,
+    revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
     keep: Annotated[
@@ -124,12 +149,27 @@ def evaluate(
 
     The text is cut into windows that do not overlap and are fed without a start token. KL is in
     nats per token, over the full vocabulary; 'KL top 25' is over the reference's 25 most likely
-    tokens, both sides renormalised over them.
+    tokens, both sides renormalised over them. With --tasks lm-eval asks the questions
+    (pip install 'ptq-llm[lm-eval]').
     """
+    from ptq.checkpoint.checksums import read_sums
+    from ptq.checkpoint.evaluations import record
     from ptq.cli import display, progress
     from ptq.runtime import kept_evaluations
     from ptq.runtime.compare import compare
+    from ptq.runtime.loaded_model import resolve_model
 
+    if tasks is not None:
+        if keep or card:
+            raise ValueError("--keep and --card are for a text, not for --tasks")
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        done = on_tasks(model, reference, names, task_files, limit, revision, device, dtype)
+        display.print_json(done.to_dict()) if json else display.show(*done.tables())
+        return
+    if revision is not None:
+        model = str(resolve_model(model, revision))
+    if card:
+        read_sums(Path(model))  # before any work
     if keep and bits is not None:
         raise ValueError("--keep does not go with --bits: it is of the checkpoint as it is stored")
     if keep:
@@ -149,10 +189,33 @@ def evaluate(
         )
     if keep:
         kept_evaluations.keep(Path(model), result)
+    if card:
+        record(Path(model), {**result.to_dict(), **({} if bits is None else {"bits": bits})})
     if json:
         display.print_json(({} if bits is None else {"bits": bits}) | result.to_dict())
     else:
         display.show(*result.tables())
+
+
+def on_tasks(
+    model: str,
+    reference: str | None,
+    names: list[str],
+    files: Path | None,
+    limit: int | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> "TaskResults":
+    """``ptq eval --tasks``; what is asked for is looked up before models are loaded."""
+    from ptq.runtime.lm_eval_tasks import check_tasks, run_tasks
+    from ptq.runtime.loaded_model import load_model, resolve_model
+
+    check_tasks(names, files)
+    place, kind = parse_device(device), parse_dtype(dtype)
+    subject = load_model(resolve_model(model, revision), device=place, dtype=kind)
+    against = None if reference is None else load_model(reference, device=place, dtype=kind)
+    return run_tasks(subject, names, reference=against, files=files, limit=limit)
 
 
 @app.command(cls=ModelFirst)
@@ -189,6 +252,13 @@ def verify(
     checkpoint: Annotated[
         Path, typer.Argument(help="Directory of a quantized checkpoint.", metavar="MODEL")
     ],
+    engines: Annotated[
+        bool,
+        typer.Option(
+            "--engines",
+            help="Open it in each engine that is installed too, and compare probabilities.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -196,12 +266,15 @@ def verify(
     """Whether a checkpoint is what was written: files missing, changed or added since, and tensors
     that no reader should take.
 
-    One line for each problem, and exit code 2 if there is any; 0 if all is well.
+    One line for each problem, and exit code 2 if there is any; 0 if all is well. With --engines a
+    line for each of transformers, lm-eval and vLLM: it works, refuses the checkpoint, or computes
+    it wrongly, which is a problem.
     """
     from ptq.cli import display
     from ptq.runtime.verify import verify as verify_checkpoint
 
-    verdict = verify_checkpoint(checkpoint)
+    told = display.telling_engines(quiet)
+    verdict = verify_checkpoint(checkpoint, engines=engines, on_engine=told)
     if json:
         display.print_json(verdict.to_dict())
     else:

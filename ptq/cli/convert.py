@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ptq.cli.errors import guarded
-from ptq.cli.options import DIALECTS, Debug, Quiet, values
+from ptq.cli.options import DIALECTS, Debug, Quiet, Target, values
 
 
 @guarded
@@ -18,6 +18,7 @@ def convert(
     to: Annotated[
         str, typer.Option(**values(DIALECTS, "How the result lies on disk, and so who opens it."))
     ] = "auto",
+    target: Target = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")
     ] = False,
@@ -32,6 +33,6 @@ def convert(
     from ptq.checkpoint.convert import convert as convert_checkpoint
     from ptq.cli import display
 
-    choice = convert_checkpoint(checkpoint, out, to, overwrite=overwrite)
+    choice = convert_checkpoint(checkpoint, out, to, target=target, overwrite=overwrite)
     if not quiet:
         display.out.print(f"{out}: {choice.dialect} ({choice.reason})", markup=False)

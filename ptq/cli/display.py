@@ -4,12 +4,14 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ptq.checkpoint.engines import Result
 from ptq.cli.terminal import err, note, out
 from ptq.reading.printable import printable
 from ptq.runtime.figures import number
@@ -49,8 +51,38 @@ def print_verdict(verdict: Verdict, *, quiet: bool) -> None:
     if verdict.ok and not quiet:
         looked = ", ".join(verdict.checked)
         out.print(f"{verdict.path}: ok ({looked})", markup=False, soft_wrap=True)
+    if verdict.engines:
+        print_engines(verdict.engines)
     if not quiet:
         note(f"not checked: {'; '.join(verdict.unchecked)}")
+
+
+def print_engines(engines: Iterable[Result]) -> None:
+    """What engines made of a checkpoint."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("engine", "version", "result"):
+        table.add_column(name)
+    table.add_column("KL", justify="right", no_wrap=True)
+    table.add_column("of ptq in bf16", justify="right", no_wrap=True)
+    for found in engines:
+        result = f"{found.outcome}: {found.reason}" if found.reason else found.outcome
+        result += ", the same bits as ptq in bf16" if found.same_bits else ""
+        kl, yardstick = (
+            "" if value is None else f"{value:.1e}" for value in (found.kl, found.yardstick)
+        )
+        row = (found.engine, found.version, result, kl, yardstick)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    out.print(table)
+
+
+def telling_engines(quiet: bool) -> Callable[[str], None]:
+    """Says which engine is just opened, for ``on_engine``."""
+
+    def on_engine(name: str) -> None:
+        if not quiet:
+            note(f"opening it in {name}")
+
+    return on_engine
 
 
 # ---------------------------------------------------------------- tables

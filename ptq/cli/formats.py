@@ -74,6 +74,8 @@ def rows() -> list[Row]:
 def opens(format: str, scheme: str) -> str:
     """Who computes a checkpoint of the default recipe right, by the dialect that it gets."""
     from ptq.checkpoint.dialect_choice import choose
+    from ptq.checkpoint.dialects import DIALECTS
+    from ptq.checkpoint.engines import Verdict
     from ptq.checkpoint.quantization_config import LayerInfo
     from ptq.pipeline.recipe import Recipe
 
@@ -84,10 +86,11 @@ def opens(format: str, scheme: str) -> str:
         quantize_inputs=recipe.quantize_inputs,
         static_inputs=recipe.static_inputs,
     )
-    dialect = choose({"model.layers.0.mlp.down_proj": info}, dtype="bfloat16").dialect
-    if dialect == "ptq":
-        return "ptq"
-    return "all" if info.rotation == 1 else "vLLM, ptq"
+    layers = {"model.layers.0.mlp.down_proj": info}
+    openings = DIALECTS[choose(layers, dtype="bfloat16").dialect].opens(layers)
+    plain = (Verdict.RIGHT, Verdict.NARROW)
+    engines = [engine for engine, opening in openings.items() if opening.verdict in plain]
+    return "all" if len(engines) == len(openings) else ", ".join([*engines, "ptq"])
 
 
 @guarded
@@ -130,7 +133,8 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         "for a gain from w4a4, not to run it.",
         "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "
         "unpacks them: the same numbers, slower.",
-        "w4a16 in, w4a4 in: what opens the result; all is vLLM, ptq, and transformers with "
-        "compressed-tensors; transformers opens every checkpoint after import ptq.",
+        "w4a16 in, w4a4 in: what opens the result; all is ptq, transformers, vLLM, SGLang and "
+        "TensorRT-LLM, as far as is known: docs/engines.md. transformers opens the others after "
+        "import ptq.",
     ):
         display.out.print(line, style="dim", markup=False)

@@ -23,7 +23,8 @@ SCALES = (
 INPUT_RULES = ("absmax", "four_six", "theta", "ceil", "ocp", "round")
 KEY_VALUES = ("fp8",)
 QUALITIES = ("fast", "default", "best")
-DIALECTS = ("auto", "compressed-tensors", "ptq")
+DIALECTS = ("auto", "compressed-tensors", "modelopt", "ptq")
+TARGETS = ("transformers", "vllm", "sglang", "trtllm", "any")
 ACTIVATIONS = ("ram", "device", "disk")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,6 +81,32 @@ Field = Annotated[
         metavar="NAME",
         show_default="text, messages or conversations, whichever is there",
         help="Column of a .jsonl or .parquet text; 'messages' for chats.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        **values(
+            TARGETS,
+            "Who must compute the result right, or it is refused; any: all of them.",
+        ),
+        show_default="none: ptq, and others where they can",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BRANCH|TAG|COMMIT",
+        show_default="the hub's main",
+        help="Of a model on the hub.",
+        rich_help_panel=RUN,
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private", help="Nobody else sees the repository, if it is made.", rich_help_panel=OUTPUT
     ),
 ]
 Json = Annotated[

@@ -29,7 +29,10 @@ from ptq.cli.options import (
     Dtype,
     Field,
     Json,
+    Private,
     Quiet,
+    Revision,
+    Target,
     make_recipe,
     parse_device,
     parse_dtype,
@@ -277,6 +280,18 @@ def quantize(
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
+    target: Target = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            show_default="none",
+            help="Upload the result, with the token of hf auth login or HF_TOKEN.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    private: Private = False,
+    revision: Revision = None,
     hessian_memory: Annotated[
         float | None,
         typer.Option(
@@ -319,7 +334,9 @@ def quantize(
     share the work: torchrun --nproc-per-node N -m ptq quantize …
     """
     from ptq.checkpoint.companions import has_chat_template
-    from ptq.checkpoint.dialect_choice import Choice
+    from ptq.checkpoint.dialect_choice import Choice, Readers
+    from ptq.checkpoint.hub import check_push
+    from ptq.checkpoint.hub import push as upload
     from ptq.cli import display, outcome, outlook, progress
     from ptq.pipeline.against_nearest import cheap
     from ptq.pipeline.forecast import forecast
@@ -361,9 +378,11 @@ def quantize(
     if out is None and not dry_run:
         raise ValueError("say where the result goes: --out DIR")
     room = parse_gigabytes("--hessian-memory", hessian_memory)
-    source = resolve_model(model)
-    place, kind = parse_device(device), parse_dtype(dtype)
     lead = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks
+    if push_to_hub is not None and lead:
+        check_push(push_to_hub)
+    source = resolve_model(model, revision)
+    place, kind = parse_device(device), parse_dtype(dtype)
     predict = partial(
         forecast,
         source,
@@ -372,6 +391,7 @@ def quantize(
         dtype=kind,
         activations=activations,
         dialect=dialect,
+        target=target,
         hessian_memory=room,
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
     )
@@ -382,6 +402,8 @@ def quantize(
         elif lead:
             outlook.print_outlook(model, prediction, display.out)
             display.show(prediction.memory)
+            for engine, opening in prediction.opens.items():
+                display.out.print(f"in {engine}: {opening}", markup=False, soft_wrap=True)
         return
     assert out is not None
     tells = lead and not quiet
@@ -405,7 +427,7 @@ def quantize(
             device=here,
             dtype=kind,
             overwrite=overwrite,
-            dialect=dialect,
+            dialect=Readers(dialect, target),
             activations=activations,
             hessian_memory=room,
             on_plan=begins if tells else None,
@@ -421,6 +443,9 @@ def quantize(
             compared = _compared(source, report, place)
         outcome.print_outcome(report, choice.dialect, choice.reason, seconds, compared)
         outcome.print_next(model, out, chats=has_chat_template(out), compared=compared is not None)
+    if push_to_hub is not None and lead:
+        address = upload(out, push_to_hub, private=private)
+        display.note(f"uploaded: {address}")
 
 
 def _compared(source: Path, report: "Report", device: "torch.device") -> "AgainstNearest | None":

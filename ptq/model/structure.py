@@ -53,7 +53,16 @@ FOREIGN = (
 LARGEST_PARAMETER = 1 << 36  # the experts of a layer of the largest known models have 2^34 numbers
 LARGEST_BUFFERS = 4 << 30  # causal masks of GPT-Neo: 24 · 2048²
 DEQUANTIZED = ("mxfp4", "fp8")  # methods whose tensors are filled dequantized
-WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+WANTED = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 

@@ -30,6 +30,7 @@ from ptq.calib.expert_rounds import expert_of, split
 from ptq.calib.hessian import entry_bytes
 from ptq.calib.hidden_states import check_storage
 from ptq.calib.observer import statistics_bytes
+from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.reader import config_dtype, read_config
 from ptq.model.blueprint import Blueprint
 from ptq.model.checkpoint_source import CheckpointSource
@@ -61,6 +62,8 @@ class Forecast(Tabular):
     written in ``dialect`` for that ``reason``; ``remarks`` are what else there is to know before.
 
     ``tuning`` is what that takes in all after everything else, 0 without.
+
+    ``opens`` says what engines make of the result in its ``dialect``.
 
     Statistics of experts are taken in ``rounds``; in one they would be ``hessians_at_once``. With
     more than one, experts run once more over their calibration tokens: ``seconds`` counts that.
@@ -97,6 +100,7 @@ class Forecast(Tabular):
     machine_bytes: int
     seconds: float | None
     block_seconds: tuple[float, ...]
+    opens: dict[str, str]
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values."""
@@ -177,6 +181,7 @@ def forecast(
     dtype: torch.dtype | None = None,
     activations: str = "ram",
     dialect: str = "auto",
+    target: str | None = None,
     hessian_memory: float | None = None,
     ranks: int = 1,
 ) -> Forecast:
@@ -191,9 +196,10 @@ def forecast(
     if has_weights(blueprint.path):
         CheckpointSource(blueprint.path).blocks()  # refuses what does not fit together
     named = config_dtype(read_config(blueprint.path)) or "float32"
-    plan = plan_for(blueprint, recipe, dialect, dtype=named, device=device.type)
+    plan = plan_for(blueprint, recipe, dialect, target=target, dtype=named, device=device.type)
     assert plan.written is not None
     check_tunable(plan, on_disk=True, ranks=ranks)
+    openings = DIALECTS[plan.written.dialect].opens(plan.infos)
     skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)
@@ -260,6 +266,7 @@ def forecast(
         machine_bytes=machine_bytes(device),
         seconds=None if times is None else sum(times) + others,
         block_seconds=tuple(times or ()),
+        opens={engine: str(opening) for engine, opening in openings.items()},
         **parts,
     )
 

@@ -23,6 +23,7 @@ def plan_for(
     recipe: Recipe,
     dialect: str | None,
     *,
+    target: str | None = None,
     dtype: str | None,
     device: str = "cpu",
 ) -> Plan:
@@ -33,6 +34,7 @@ def plan_for(
 
     Args:
         dialect: as asked for, ``"auto"`` included; None if nothing is written.
+        target: see :func:`ptq.checkpoint.dialect_choice.choose`.
         dtype: of the rest of the model, as in config.json.
         device: the type of what calibrates.
 
@@ -46,7 +48,7 @@ def plan_for(
     choice = None
     if dialect is not None:
         infos = _with_eight_bits(likely)
-        choice = choose(infos, dialect, dtype=dtype, foreign=plan.foreign)
+        choice = choose(infos, dialect, target=target, dtype=dtype, foreign=plan.foreign)
     written = None if choice is None else choice.dialect
     others = written is not None and not DIALECTS[written].applies_input_rule
     settled = replace(likely if others else plan, written=choice)

@@ -24,11 +24,12 @@ from ptq.calib.hidden_states import check_storage
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination, chosen_by
-from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.dialect_choice import Choice, Readers
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.writer import CheckpointWriter, config_dtype
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.memory_source import MemorySource
+from ptq.model.origin import hub_name, licence
 from ptq.model.source import Source
 from ptq.model.structure import GENERATION, read_generation_config
 from ptq.model.tied_weights import says_untied
@@ -225,7 +226,7 @@ def quantize_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    dialect: str = "auto",
+    dialect: str | Readers = "auto",
     activations: str = "ram",
     hessian_memory: float | None = None,
     tokenizer: Any = None,
@@ -237,6 +238,7 @@ def quantize_model(
     Args:
         model: a directory, a hub id, or a model in memory, whose layers are then replaced in place.
         out: directory of the checkpoint; required unless the model is in memory.
+        dialect: how it is written, and for whom.
         dtype: of the computation; None is float32 on the CPU (weights and activations of 16 bits
             are exact in it), the checkpoint's own on other devices.
         hessian_memory: bytes that the statistics of a block's experts may take at a time; None is a
@@ -256,10 +258,16 @@ def quantize_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_storage(activations)
+    readers = Readers.of(dialect)
     source, tokenizer = _opened(model, out, device, dtype, tokenizer)
     stored = config_dtype(_config(source)) or "float32"
     settle = partial(
-        plan_for, source, dialect=None if out is None else dialect, dtype=stored, device=device.type
+        plan_for,
+        source,
+        dialect=None if out is None else readers.dialect,
+        target=readers.target,
+        dtype=stored,
+        device=device.type,
     )
     settled = cache(lambda: settle(recipe=recipe))
 
@@ -317,7 +325,8 @@ def quantize_model(
         fingerprint=source.fingerprint,
         weights=source.digests(None),
         overwrite=overwrite,
-        dialect=dialect,
+        dialect=readers.dialect,
+        target=readers.target,
         foreign=plan.foreign,
         kv_cache=plan.recipe.kv_cache,
     )
@@ -418,6 +427,15 @@ def _config(source: Source) -> dict[str, object]:
     return says_untied(written, source.config, source.skeleton())
 
 
+def _origin(directory: Path) -> dict[str, object]:
+    """``source``, on the hub if it is from there, with the commit; and its licence."""
+    named = hub_name(directory)
+    where = {"source": directory.name}
+    if named is not None:
+        where = {"source": named[0], "commit": named[1]}
+    return {**where, **licence(directory)}
+
+
 def _provenance(source: Source, data: Calibration, text: TuningText | None) -> dict[str, object]:
     """Where a checkpoint comes from. The dtype of the computation is part of it: a run that
     continues in another one would not be the same run."""
@@ -426,7 +444,7 @@ def _provenance(source: Source, data: Calibration, text: TuningText | None) -> d
         "ptq": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "source": source.path.name,
+        **_origin(source.path),
         "fingerprint": source.fingerprint,
         "calibration": data.description
         | {"dtype": dtype}

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ptq.checkpoint.dialect import Dialect, Export
+from ptq.checkpoint.dialect_choice import refusal
 from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.engines import VLLM
 from ptq.checkpoint.reader import Checkpoint, config_dtype, read_config
 
 # what ``transformers serve`` imports beside transformers
@@ -42,20 +44,20 @@ def choose_server(path: Path, *, host: str, port: int, more: Sequence[str] = ())
             the reason.
     """
     place = ["--host", host, "--port", str(port), *more]
-    refusal = without_vllm(path)
+    reason = without_vllm(path)
     program = find_program("vllm")
-    if refusal is None and program is None:
-        refusal = "vLLM is not installed"
-    if refusal is None and program is not None:
+    if reason is None and program is None:
+        reason = "vLLM is not installed"
+    if reason is None and program is not None:
         return Server([program, "serve", str(path), *place, *_cache(path, more)], None)
     if missing := missing_for_transformers(path):
         names = [name.replace("_", "-") for name in missing if name not in SERVING]
         packages = ["'transformers[serving]'"] * (len(names) < len(missing)) + names
         raise ValueError(
-            f"no server runs {path}: {refusal}; transformers needs {' and '.join(missing)}: pip "
+            f"no server runs {path}: {reason}; transformers needs {' and '.join(missing)}: pip "
             f"install {' '.join(packages)}"
         )
-    return Server([sys.executable, "-c", TRANSFORMERS, "serve", str(path), *place], refusal)
+    return Server([sys.executable, "-c", TRANSFORMERS, "serve", str(path), *place], reason)
 
 
 def _cache(path: Path, more: Sequence[str]) -> list[str]:
@@ -73,14 +75,11 @@ def without_vllm(path: Path) -> str | None:
     dialect = dialect_in(path)
     if dialect is None:
         return None
-    if dialect.unread_by_vllm:
-        return dialect.unread_by_vllm
     checkpoint = Checkpoint(path)
     dtype = config_dtype(checkpoint.config)
-    refusal = dialect.refusal(
-        Export(layers=checkpoint.layers, engines=("vLLM",), dtype=dtype, scales={})
-    )
-    return f"vLLM does not compute it rightly: {refusal}" if refusal else None
+    export = Export(layers=checkpoint.layers, dtype=dtype, scales={})
+    reason = refusal(dialect, export, (VLLM,))
+    return f"vLLM does not run it rightly: {reason}" if reason else None
 
 
 def missing_for_transformers(path: Path) -> list[str]:

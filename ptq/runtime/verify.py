@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ptq.checkpoint.checksums import SUMS, differences
+from ptq.checkpoint.engines import WRONG, Result
 from ptq.checkpoint.layer_checks import FLOATS, check_numbers
 from ptq.checkpoint.reader import Checkpoint
 from ptq.runtime.tables import Table, Tabular
@@ -33,17 +34,19 @@ class Verdict(Tabular):
     Attributes:
         checked, unchecked: what was looked at, and what was not, in words.
         problems: one line each; none if all is well.
+        engines: what came out of those that are installed, if they were asked.
     """
 
     path: str
     checked: tuple[str, ...]
     unchecked: tuple[str, ...]
     problems: tuple[str, ...]
+    engines: tuple[Result, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem."""
-        return not self.problems
+        """Whether there is no problem, and no engine computes it wrongly."""
+        return not self.problems and all(found.outcome != WRONG for found in self.engines)
 
     def to_dict(self) -> dict[str, object]:
         """For JSON: all fields, and ``ok``."""
@@ -56,21 +59,35 @@ class Verdict(Tabular):
         return (Table(title="", columns=(), rows=(), notes=notes),)
 
 
-def verify(path: Path | str) -> Verdict:
+def verify(
+    path: Path | str, *, engines: bool = False, on_engine: Callable[[str], None] | None = None
+) -> Verdict:
     """Ask all ``CHECKS``; reads every file twice, and holds one tensor or layer at a time.
+
+    Args:
+        engines: if there is no problem, open it in what is installed too
+            (:func:`ptq.runtime.engine_check.check_engines`); each holds the whole model.
 
     Raises:
         FileNotFoundError: there is no such directory.
+        ValueError: ``ptq.load`` does not open what has no problem.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no directory: give that of a quantized checkpoint")
+    results: list[Result] = []
+    # two checks may stumble over the same thing
+    problems = tuple(dict.fromkeys(line for check in CHECKS for line in check.problems(path)))
+    if opened := engines and not problems:
+        from ptq.runtime.engine_check import check_engines  # transformers, which takes a while
+
+        results = check_engines(path, on_engine=on_engine)
     return Verdict(
         path=str(path),
         checked=tuple(check.what for check in CHECKS),
-        unchecked=UNCHECKED,
-        # two checks may stumble over the same thing
-        problems=tuple(dict.fromkeys(line for check in CHECKS for line in check.problems(path))),
+        unchecked=UNCHECKED if opened else (*UNCHECKED, UNOPENED),
+        problems=problems,
+        engines=tuple(results),
     )
 
 
@@ -106,5 +123,5 @@ UNCHECKED = (
     f"who wrote {SUMS}",
     "whether config.json is of the same model (ptq.load asks that)",
     "how close the numbers are to the original's (ptq eval measures that)",
-    "whether other engines open it",
 )
+UNOPENED = "whether other engines open it (--engines asks those that are installed)"

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from ptq.checkpoint import dialect_choice
 from ptq.checkpoint.dialect_choice import choose
+from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.engines import TARGETS
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.pipeline.plan import LayerPlan
 from ptq.pipeline.recipe import Recipe
@@ -16,16 +19,15 @@ def one(name=DOWN, **facts):
     return {name: LayerInfo(**({"format": "nvfp4"} | facts))}
 
 
-EXACT = "transformers computes it exactly, and vLLM reads it"
 READ = "transformers and vLLM read it"
-IMPORT = "vLLM reads it, and transformers after `import ptq.hf`"
+IMPORT = "vLLM reads it, and transformers after `import ptq`"
 
 
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        (one(), EXACT),
-        (one(format="nvint4"), EXACT),
+        (one(), READ),
+        (one(format="nvint4"), READ),
         (one(format="mxfp4", rotation=32), IMPORT),
         (one(format="nvint4", rotation=16), IMPORT),
         (one(rotation=16, quantize_inputs=True, static_inputs=True), IMPORT),
@@ -34,12 +36,73 @@ IMPORT = "vLLM reads it, and transformers after `import ptq.hf`"
         (one(format="mxfp4", quantize_inputs=True), READ),
     ],
 )
-def test_what_transformers_and_vllm_read_is_compressed_tensors(layers, reason: str) -> None:
-    """ "Exactly" is said of what tests/runtime/test_transformers_plugin.py compares bit by bit."""
+def test_what_transformers_and_vllm_read_is_compressed_tensors(
+    layers, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialect_choice, "exact", lambda engine, kind: False)
     choice = choose(layers, dtype="bfloat16")
     assert choice.dialect == "compressed-tensors" and choice.reason == reason
     assert choose(layers, "compressed-tensors", dtype="bfloat16").dialect == "compressed-tensors"
     assert choose(layers, "ptq", dtype="bfloat16").dialect == "ptq"
+
+
+def test_exactly_is_said_of_what_was_opened_and_had_the_same_bits(monkeypatch) -> None:
+    monkeypatch.setattr(dialect_choice, "exact", lambda engine, kind: engine == "transformers")
+    assert choose(one(), dtype="bfloat16").reason.startswith("transformers computes it exactly")
+
+
+W4A4 = {"quantize_inputs": True, "static_inputs": True}
+
+
+@pytest.mark.parametrize(
+    ("layers", "target", "dialect", "reason"),
+    [
+        (one(), "transformers", "compressed-tensors", "transformers: right"),
+        (one(rotation=16, **W4A4), "transformers", "compressed-tensors", "after `import"),
+        (one(rotation=16), "transformers", "compressed-tensors", "after `import"),
+        (one(format="mxint4"), "transformers", "ptq", "after `import"),
+        (one(EXPERT), "transformers", "compressed-tensors", "after `import"),
+        (one(EXPERT), "vllm", "compressed-tensors", "vLLM: right"),
+        (one(format="mxfp4", rotation=32), "vllm", "compressed-tensors", "tensor_parallel_size=1"),
+        (one(), "sglang", "compressed-tensors", "SGLang: right"),
+        (one(**W4A4), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
+        (one(format="mxfp4"), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
+        (one(**W4A4), "any", "compressed-tensors", "SGLang: right; TensorRT-LLM: right"),
+    ],
+)
+def test_a_target_gets_the_dialect_that_its_engines_compute_right(layers, target, dialect, reason):
+    choice = choose(layers, target=target, dtype="bfloat16")
+    assert choice.dialect == dialect and reason in choice.reason
+    assert choose(layers, dialect, target=target, dtype="bfloat16") == choice
+
+
+@pytest.mark.parametrize(
+    ("layers", "target", "reason"),
+    [
+        (one(format="mxfp4", rotation=32), "sglang", "does not rotate inputs; use --rotation none"),
+        (one(rotation=16, **W4A4), "trtllm", "does not rotate inputs; use --rotation none"),
+        (one(rotation=16), "vllm", "weight-only NVFP4 wrongly on Blackwell"),
+        (one(format="nvint4"), "sglang", "groups of 16"),
+        (one(format="mxint8"), "vllm", "no format for mxint8"),
+        (one(), "trtllm", "no weight-only NVFP4; use --scheme w4a4"),
+        (one(), "any", "TensorRT-LLM"),
+        (one(format="mxfp4"), "any", "SGLang"),
+    ],
+)
+def test_what_a_target_would_compute_wrong_is_refused_with_a_way_out(layers, target, reason):
+    for dialect in ("auto", "compressed-tensors", "ptq"):
+        with pytest.raises(ValueError, match=f"^nothing to write for --target {target}: ") as e:
+            choose(layers, dialect, target=target, dtype="bfloat16")
+        assert "\n" not in str(e.value)
+        if dialect != "ptq":
+            assert reason in str(e.value)
+
+
+def test_every_dialect_has_a_verdict_on_every_engine() -> None:
+    for name, dialect in DIALECTS.items():
+        assert list(dialect.opens(one())) == list(TARGETS["any"]), name
+    with pytest.raises(ValueError, match="unknown target 'llama'; choose one of transformers"):
+        choose(one(), target="llama", dtype="bfloat16")
 
 
 REFUSED = [
@@ -90,12 +153,9 @@ def test_the_dtype_of_the_model_counts():
             choose(one(), "compressed-tensors", dtype=dtype)
 
 
-def test_nvfp4_experts_are_left_to_those_who_ask_for_vllm():
-    assert (
-        choose(one(EXPERT), "compressed-tensors", dtype="bfloat16").dialect == "compressed-tensors"
-    )
+def test_nvfp4_experts_need_an_import_in_transformers():
     choice = choose(one(EXPERT), dtype="bfloat16")
-    assert choice.dialect == "ptq" and "#48371" in choice.reason
+    assert choice.dialect == "compressed-tensors" and choice.reason == IMPORT
 
 
 def test_global_scales_must_agree_where_engines_fuse():
@@ -113,7 +173,7 @@ def test_global_scales_must_agree_where_engines_fuse():
 
 
 def test_an_unknown_dialect_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="auto, compressed-tensors, ptq"):
+    with pytest.raises(ValueError, match="auto, compressed-tensors, modelopt, ptq"):
         choose(one(), "gguf", dtype="bfloat16")
 
 

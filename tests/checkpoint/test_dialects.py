@@ -12,6 +12,7 @@ from ptq.checkpoint import dialect_choice
 from ptq.checkpoint.dialect import Conversion, Dialect, Layers, Tensors
 from ptq.checkpoint.dialect_ptq import guard_tensors, parse_ptq, ptq_config
 from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
+from ptq.checkpoint.engines import ENGINES, Opening, Verdict
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, summarize
 from ptq.checkpoint.reader import Checkpoint
 from ptq.runtime.inspect import inspect
@@ -58,7 +59,11 @@ TOY = Dialect(
     config=_config,
     parse=_parse,
     refusal=lambda export: "toys do not rotate" if _rotated(export.layers) else None,
-    engines=lambda layers: ["**nobody**: an error."],
+    opens=lambda layers: {
+        **dict.fromkeys(ENGINES, Opening(Verdict.STOPS)),
+        "transformers": Opening(Verdict.IMPORT),
+    },
+    caveats=lambda layers: ["**nobody**: an error."],
     why_import=lambda layers: "or nothing happens",
     conversion=lambda info: Conversion(
         types={"qweight": (torch.uint8,)},
@@ -100,7 +105,7 @@ def test_a_row_is_enough_to_write_read_run_and_describe(make_run, tmp_path, toke
         assert all(torch.equal(one[leaf], other[leaf]) for leaf in one), name
     assert json.loads((theirs / "toy.json").read_text()) == {"method": "toy"}
     card = (theirs / "README.md").read_text()
-    assert "**nobody**: an error." in card and "import ptq.hf  # or nothing happens" in card
+    assert "**nobody**: an error." in card and "import ptq  # or nothing happens" in card
     rows = [inspect(path).layers for path in (ours, theirs)]
     assert rows[0] == rows[1]
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_global_scales_of_weights_that_overflow_are_refused() -> None:
         ("weight_packed", torch.zeros(8, 32, dtype=torch.int8), "is torch.int8"),
         ("weight_global_scale", torch.ones(2), "should be one number"),
         ("weight_global_scale", torch.empty(0), "should be one number"),
-        ("weight_global_scale", torch.ones(1, dtype=torch.float64), "is torch.float64"),
+        ("weight_global_scale", torch.ones(1, dtype=torch.float16), "is torch.float16"),
         ("input_global_scale", torch.ones(1, 1), "should be one number"),
         ("input_global_scale", torch.ones(1).bfloat16(), "is torch.bfloat16"),
         ("bias", torch.ones(7).bfloat16(), "for 8 outputs"),

@@ -33,11 +33,13 @@ def test_a_local_source_is_no_base_model() -> None:
 def test_the_import_is_shown_where_a_load_without_it_is_wrong() -> None:
     plain, rotated = LayerInfo(format="mxfp4"), LayerInfo(format="mxfp4", rotation=32)
     ours = card("ptq", {NAME: plain})
-    assert ours.index("import ptq.hf") < ours.index("from transformers")
+    assert ours.index("import ptq") < ours.index("from transformers")
     assert "an error without" in ours
-    assert "import ptq.hf" not in card("compressed-tensors", {NAME: plain})
-    assert "import ptq.hf  # attaches the online" in card("compressed-tensors", {NAME: rotated})
-    assert "Do not use them" in card("compressed-tensors", {NAME: rotated})
+    assert "import ptq" not in card("compressed-tensors", {NAME: plain})
+    assert "import ptq  # attaches the online" in card("compressed-tensors", {NAME: rotated})
+    rotated_card = card("compressed-tensors", {NAME: rotated})
+    assert "**SGLang**: **computes it wrongly without an error, do not use it**" in rotated_card
+    assert "**vLLM**: right; with `tensor_parallel_size=1` only (" in rotated_card
 
 
 def test_a_card_says_who_scales_activations_how() -> None:
@@ -49,3 +51,22 @@ def test_a_card_says_who_scales_activations_how() -> None:
     assert "| activations | quantized to the same format, scaled by `four_six` |" in card(
         "ptq", {NAME: other}
     )
+
+
+def test_a_card_names_licence_task_and_what_to_install() -> None:
+    choice = Choice("compressed-tensors", "as asked")
+    provenance = {"source": "org/model", "license": "other", "license_name": "mine", "commit": "1"}
+    layers = {NAME: LayerInfo(format="mxfp4")}
+    text = model_card(choice, layers, 1, {}, provenance, "a-model")
+    head = text.split("---")[1].splitlines()
+    assert {"base_model: org/model", "license: other", "license_name: mine"} <= set(head)
+    assert "pipeline_tag: text-generation" in head
+    assert "pip install transformers compressed-tensors\n" in text
+    rotated = card("compressed-tensors", {NAME: LayerInfo(format="mxfp4", rotation=32)})
+    assert "pip install transformers compressed-tensors ptq-llm\n" in rotated
+
+
+def test_what_transformers_does_not_read_is_loaded_otherwise() -> None:
+    text = card("modelopt", {NAME: LayerInfo(format="nvfp4")})
+    assert "ptq.load(" in text and "from_pretrained" not in text
+    assert "pip install transformers ptq-llm\n" in text

@@ -92,6 +92,7 @@ def test_dtypes_and_devices_have_names():
 def test_values_that_help_lists_are_those_of_the_tables():
     from ptq.calib.hidden_states import HiddenStates
     from ptq.checkpoint.dialect_choice import CHOICES
+    from ptq.checkpoint.engines import TARGETS
     from ptq.numerics.activations import input_rules
     from ptq.numerics.algorithms import ALGORITHMS
     from ptq.numerics.formats import FORMATS
@@ -106,6 +107,7 @@ def test_values_that_help_lists_are_those_of_the_tables():
     assert set(options.INPUT_RULES) == {r for fmt in FORMATS.values() for r in input_rules(fmt)}
     assert set(options.QUALITIES) == set(QUALITIES)
     assert options.DIALECTS == CHOICES
+    assert tuple(TARGETS) == options.TARGETS
     for place in options.ACTIVATIONS:
         HiddenStates(place, torch.device("cpu"))
     for name in options.ROTATIONS[:-1]:

@@ -71,7 +71,7 @@ def test_a_rotation_that_vllm_computes_wrongly_is_not_given_to_it(
     found = SimpleNamespace(config=config, layers=layers)
     monkeypatch.setattr(serving, "Checkpoint", lambda path: found)
     reason = without_vllm(tmp_path)
-    assert reason is not None and reason.startswith("vLLM does not compute it rightly: ")
+    assert reason is not None and reason.startswith("vLLM does not run it rightly: ")
     layers["model.layers.0.mlp.down_proj"] = replace(info, rotation=1)
     assert without_vllm(tmp_path) is None
 

@@ -1,0 +1,316 @@
+"""Which engine opens which kind of checkpoint, measured: engine × dialect × format × {dense, MoE} ×
+{none, online rotation} × {W4A16, W4A4}.
+
+    scripts/test_engines [--out results/engines] [--only TEXT]
+
+The dense model is the bundled one, the other a random Mixtral with its tokenizer; both are rounded
+to nearest, for what is asked is whether an engine computes what the files say. Writes
+ptq/checkpoint/engine_results.json, which the model card and "exactly" rely on, and docs/engines.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from ptq.checkpoint.dialect_choice import Readers
+from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.engines import ENGINES, IMPORTED, REFUSED, RESULTS, Kind, Result
+from ptq.checkpoint.reader import Checkpoint
+from ptq.pipeline.recipe import Recipe
+from ptq.pipeline.run import quantize_model
+from ptq.runtime import engine_probe
+from ptq.runtime.engine_check import judged, token_ids
+from ptq.runtime.loaded_model import demo_path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "engines.md"
+FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxfp8")
+ROTATION = 32
+SECONDS = 1800
+# Environment → the ways in which it opens checkpoints, by the name of the probe.
+ENVIRONMENTS = {
+    "oldest": {"plain": "transformers", "plugin": IMPORTED},
+    "newest": {
+        "plain": "transformers",
+        "plugin": IMPORTED,
+        "lm_eval": "lm-eval after import ptq",
+    },
+    "vllm": {"vllm": "vLLM"},
+}
+HEAD = (
+    "Written by `scripts/test_engines`, which opens every kind of checkpoint in every engine that",
+    "runs without a GPU, and compares probabilities over the whole vocabulary after each of 32",
+    "tokens with those of `ptq.load` in float32: KL in nats per token, and in parentheses that of",
+    "`ptq.load` in bfloat16, the yardstick. *Works* is at most ten times that; `=` says that every",
+    "logit is that of `ptq.load` in bfloat16, bit by bit. *16* works with inputs in 16 bits where",
+    f"the checkpoint quantizes them. Rotation is online, in blocks of {ROTATION}. Dense is the",
+    "bundled Llama, MoE a random Mixtral; rounded to nearest.",
+)
+READ = (
+    "SGLang and TensorRT-LLM need a GPU, and so does vLLM but for the build for CPUs above. What",
+    "their source was read to do with each kind, which `--target` goes by:",
+)
+OURS = ("reference", "reference_16", "reference_full")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A checkpoint that is asked for."""
+
+    dialect: str
+    format: str
+    experts: bool
+    rotated: bool
+    scheme: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = (
+            self.dialect,
+            self.format,
+            "moe" if self.experts else "dense",
+            "rotated" if self.rotated else "plain",
+            self.scheme,
+        )
+        return "-".join(parts)
+
+    @property
+    def kind(self) -> Kind:
+        """What engines tell it by."""
+        return Kind(
+            dialect=self.dialect,
+            formats=self.format,
+            experts=self.experts,
+            rotated=self.rotated,
+            quantize_inputs=self.scheme == "w4a4",
+        )
+
+
+def cells() -> Iterator[Cell]:
+    """All of them."""
+    for values in product(DIALECTS, FORMATS, (False, True), (False, True), ("w4a16", "w4a4")):
+        yield Cell(*values)
+
+
+def moe(folder: Path) -> Path:
+    """A random Mixtral of two blocks, whose probabilities are far from uniform."""
+    path = folder / "mixtral"
+    if (path / "config.json").is_file():
+        return path
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+    )
+    MixtralForCausalLM(config).bfloat16().save_pretrained(path)
+    for file in demo_path().glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+def write(cell: Cell, models: Mapping[bool, Path], folder: Path) -> str | None:
+    """Write the checkpoint, or say why it is refused."""
+    out = folder / cell.name
+    if (out / "config.json").is_file():
+        return None
+    recipe = Recipe.default(
+        cell.format,
+        scheme=cell.scheme,
+        algorithm="rtn",
+        rotation=ROTATION if cell.rotated else 1,
+        input_rule="absmax" if cell.scheme == "w4a4" else None,
+        samples=4,
+        seq_len=64,
+    )
+    try:
+        quantize_model(
+            models[cell.experts], out, recipe=recipe, device="cpu", dialect=readers(cell)
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def readers(cell: Cell) -> Readers:
+    """In that dialect, for the engine that can read most of what it holds."""
+    return Readers(cell.dialect, "vllm" if cell.dialect == "modelopt" else "transformers")
+
+
+def run(
+    environment: str, probe: str, names: Sequence[str], folder: Path, python: Path
+) -> dict[str, dict[str, Any]]:
+    """The answers of a probe, by the name of the checkpoint: of one process, or where that dies of
+    one of them, of the next."""
+    place = folder / "answers" / environment / probe
+    place.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        {
+            "path": str(folder / name),
+            "tokens": token_ids(Checkpoint(folder / name)),
+            "result": str(place / f"{name}.pt"),
+        }
+        for name in names
+    ]
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "scripts" / "path"), "OMP_NUM_THREADS": "1"}
+    while left := [job for job in jobs if not Path(job["result"]).is_file()]:
+        print(f"{environment} {probe}: {len(left)} to open", file=sys.stderr, flush=True)
+        command = [str(python), "-P", engine_probe.__file__, probe, str(place / "jobs.json")]
+        try:
+            done = subprocess.run(
+                command, env=environ, capture_output=True, timeout=SECONDS, check=False
+            )
+            reason = f"its process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"no answer after {SECONDS} s"
+        still = [job for job in left if not Path(job["result"]).is_file()]
+        if still:  # the first of them is what it died of
+            torch.save({"version": "", "error": reason}, still[0]["result"])
+    return {
+        name: torch.load(job["result"], weights_only=True)
+        for name, job in zip(names, jobs, strict=True)
+    }
+
+
+def judge_all(
+    answers: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]], engine: str
+) -> dict[str, Result]:
+    """What those of an engine mean, beside those of :data:`OURS`."""
+    found = {}
+    for name, answer in answers.items():
+        exact, rounded, full = (ours[probe][name].get("logits") for probe in OURS)
+        if exact is None or rounded is None:
+            raise SystemExit(f"ptq.load does not open {name}: {ours['reference'][name]['error']}")
+        wanted = full if name.endswith("w4a4") else None
+        found[name] = judged(engine, answer, exact, rounded, wanted)
+    return found
+
+
+def page(
+    rows: Sequence[tuple[Cell, Result]], refused: Mapping[str, str], absent: Sequence[str]
+) -> str:
+    """docs/engines.md."""
+    engines = list(dict.fromkeys((r.engine, r.version) for _, r in rows))
+    lines = [
+        "# Engines",
+        "",
+        *HEAD,
+        "",
+        "## Measured",
+        "",
+        "| checkpoint | " + " | ".join(f"{name}, {version}" for name, version in engines) + " |",
+        "|---|" + "---|" * len(engines),
+    ]
+    notes: dict[str, int] = {}
+    by_cell: dict[Cell, dict[tuple[str, str], Result]] = {}
+    for cell, result in rows:
+        by_cell.setdefault(cell, {})[result.engine, result.version] = result
+    for cell, results in by_cell.items():
+        said = [_cell(results.get(engine), notes) for engine in engines]
+        lines.append(f"| {_title(cell)} | " + " | ".join(said) + " |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in notes.items()), ""]
+    lines += [f"Not installed here, so not run: {', '.join(absent)}.", ""] if absent else []
+    lines += ["## Not written", "", "What `ptq` refuses, with what it says:", ""]
+    lines += [f"- {name}: {reason}" for name, reason in refused.items()]
+    lines += [
+        "",
+        "## Read, not run",
+        "",
+        *READ,
+        "",
+        "| checkpoint | " + " | ".join(ENGINES) + " |",
+        "|---|" + "---|" * len(ENGINES),
+    ]
+    for cell in by_cell:
+        checkpoint_layers = layers_of(cell)
+        openings = DIALECTS[cell.dialect].opens(checkpoint_layers)
+        verdicts = (openings[engine].verdict.value for engine in ENGINES)
+        lines.append(f"| {_title(cell)} | " + " | ".join(verdicts) + " |")
+    return "\n".join([*lines, ""])
+
+
+_LAYERS: dict[str, Any] = {}
+
+
+def layers_of(cell: Cell) -> Any:
+    """The layers of the checkpoint that was written."""
+    return _LAYERS[cell.name]
+
+
+def _title(cell: Cell) -> str:
+    kind = "MoE" if cell.experts else "dense"
+    return f"{cell.dialect} {cell.format} {cell.scheme}, {kind}{', rotated' * cell.rotated}"
+
+
+def _cell(result: Result | None, notes: dict[str, int]) -> str:
+    if result is None:
+        return "—"
+    if result.outcome == REFUSED:
+        number = notes.setdefault(result.reason or "", len(notes) + 1)
+        return f"refused [{number}]"
+    kl = "" if result.kl is None else f" {result.kl:.0e} ({result.yardstick:.0e})"
+    narrow = " 16" if result.outcome != "works" and result.works else ""
+    word = "works" if result.works else f"**{result.outcome}**"
+    return f"{word}{narrow}{' =' * result.same_bits}{kl}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "engines")
+    parser.add_argument("--only", default="", help="a part of the names of what is opened")
+    options = parser.parse_args()
+    folder = options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {False: demo_path(), True: moe(folder)}
+    refused, written = {}, []
+    for cell in cells():
+        if options.only not in cell.name:
+            continue
+        if reason := write(cell, models, folder):
+            refused[_title(cell)] = reason
+        else:
+            written.append(cell)
+            _LAYERS[cell.name] = Checkpoint(folder / cell.name).layers
+    names = [cell.name for cell in written]
+    ours = {probe: run("ours", probe, names, folder, Path(sys.executable)) for probe in OURS}
+    rows, absent = [], []
+    for environment, probes in ENVIRONMENTS.items():
+        python = ROOT / ".engines" / environment / "bin" / "python"
+        if not python.is_file():
+            absent += [f"{name} ({environment})" for name in probes.values()]
+            continue
+        for probe, engine in probes.items():
+            found = judge_all(run(environment, probe, names, folder, python), ours, engine)
+            rows += [(cell, found[cell.name]) for cell in written]
+    rows.sort(key=lambda row: written.index(row[0]))
+    if not options.only:
+        data = [{"kind": asdict(cell.kind), "result": r.to_dict()} for cell, r in rows]
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        PAGE.write_text(page(rows, refused, absent))
+    for cell, result in rows:
+        print(f"{cell.name:48} {result.engine:28} {_cell(result, {})} {result.reason or ''}")
+
+
+if __name__ == "__main__":
+    main()
