@@ -8,6 +8,7 @@ What is said here about other programs was read in compressed-tensors 0.17 to 0.
 5.16 to 5.23 and vLLM 0.33.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from ptq.numerics.formats import FORMATS, Format
 from ptq.numerics.rotation import hadamard
 from ptq.reading.schema import JsonObject, check
 
+EVERY = "Linear"  # a target: all of them
 # Loaders that read config_groups strictly stop at an unknown key and show its text; transformers is
 # among them, which would not rotate inputs, and drop the global scales of experts.
 GUARDS = ("rotated_weights", "expert_global_scales")
@@ -166,7 +168,7 @@ class _Transform:
 
 @dataclass(frozen=True)
 class _Transforms:
-    config_groups: dict[str, _Transform]
+    config_groups: dict[str, _Transform] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,43 +189,71 @@ class _Config:
 
 
 def parse_ct(config: Mapping[str, object]) -> Quantization:
-    """What a ``compressed-tensors`` configuration of ours says.
+    """What a ``compressed-tensors`` configuration says, of ours or of llm-compressor: of groups
+    that name layers the first that matches holds.
 
     Raises:
-        ValueError: it says something that ptq does not write, and therefore might read wrongly.
+        ValueError: it says something that ptq does not know, and therefore might read wrongly.
     """
     said = check(config, _Config, "quantization_config", "ptq writes it otherwise")
-    if len(said.config_groups) != 1:
-        raise ValueError("ptq reads compressed-tensors checkpoints with one config group")
-    (group,) = said.config_groups.values()
+    if not said.config_groups:
+        raise ValueError("quantization_config has no config group: the checkpoint is damaged")
+    ours = said.ptq or _Ours()
+    size, rotated = _parse_transforms(said.transform_config)
+    groups = [
+        (group.targets or [], _parse_group(group, said.format))
+        for group in said.config_groups.values()
+    ]
+    # what names layers goes before what means all of them
+    every = [facts for targets, facts in groups if targets == [EVERY]]
+    base = (every or [facts for _, facts in groups])[0]
+    overrides: dict[str, Mapping[str, object]] = {"hadamard": rotated} if rotated else {}
+    for key, value in base.items():
+        said_of = {
+            pattern: facts[key]
+            for targets, facts in groups
+            for pattern in targets
+            if targets != [EVERY]
+        }
+        if any(other != value for other in said_of.values()):
+            overrides[key] = said_of
+    values = base | {"hadamard": size, "input_rule": ours.input_rule, "nested": 0}
+    return Quantization(
+        values=values,
+        overrides=overrides,
+        ignore=tuple(said.ignore or ()),
+        kv_cache=_parse_kv_cache(said.kv_cache_scheme),
+        recipe=dict(ours.recipe),
+        provenance=dict(ours.provenance),
+    )
+
+
+def _parse_group(group: _Group, format: str | None) -> dict[str, object]:
+    """What a group says of its layers, by keys of PER_LAYER.
+
+    Raises:
+        ValueError: a format, or a variant of one, that ptq does not read.
+    """
     formats = {record.name: record for record in CT_FORMATS.values()}
-    name = group.format or said.format
+    name = group.format or format
     if name not in formats:
         raise ValueError(
             f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(formats)}"
         )
     fmt, weights = formats[name], group.weights
     wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
-    if wrong or weights.get("actorder") not in (None, "weight") or group.targets != ["Linear"]:
+    # columns that were quantized in another order lie in their own
+    if weights.get("actorder") not in (None, "weight", "static"):
+        wrong["actorder"] = weights.get("actorder")
+    classes = [t for t in group.targets or [] if t != EVERY and re.fullmatch(r"[A-Z]\w*", t)]
+    if wrong or classes or not group.targets or (EVERY in group.targets and group.targets[1:]):
         raise ValueError(f"ptq does not read this variant of {name}: {wrong or group.targets}")
-    size, overrides = _parse_transforms(said.transform_config)
-    ours, inputs = said.ptq or _Ours(), group.input_activations is not None
-    values = {
+    inputs = group.input_activations is not None
+    return {
         "format": fmt.format.name,
-        "hadamard": size,
         "quantize_activations": inputs,
         "static_activations": inputs and fmt.format.has_global_scale,
-        "input_rule": ours.input_rule,
-        "nested": 0,
     }
-    return Quantization(
-        values=values,
-        overrides={"hadamard": overrides} if overrides else {},
-        ignore=tuple(said.ignore or ()),
-        kv_cache=_parse_kv_cache(said.kv_cache_scheme),
-        recipe=dict(ours.recipe),
-        provenance=dict(ours.provenance),
-    )
 
 
 def _parse_kv_cache(scheme: JsonDict | None) -> str | None:

@@ -125,7 +125,7 @@ def test_each_block_size_has_a_scheme_and_a_matrix():
     ("key", "value", "message"),
     [
         ("kv_cache_scheme", {"num_bits": 8}, "does not read this kv_cache_scheme"),
-        ("config_groups", {}, "one config group"),
+        ("config_groups", {}, "no config group"),
         ("config_groups", {"g": {"format": "float-quantized", "weights": {}}}, "float-quantized"),
         (
             "config_groups",
