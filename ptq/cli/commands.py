@@ -36,6 +36,7 @@ from ptq.cli.options import (
     parse_dtype,
 )
 from ptq.cli.pages import Html, check_page, write_page
+from ptq.cli.push import push
 from ptq.cli.quantize import quantize
 from ptq.cli.serve import serve
 
@@ -286,6 +287,7 @@ def verify(
 app.command(cls=Command)(compare)
 app.command(cls=Command)(convert)
 app.command(cls=Command)(merge)
+app.command(cls=Command)(push)
 app.command(cls=ModelFirst)(analyze)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(chat)
