@@ -40,7 +40,7 @@ def tiny(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     path = folder / "tiny"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
     return path
 
 
@@ -85,7 +85,7 @@ def modelopt(source: Path, out: Path) -> None:
 
     for name, config in (("modelopt-nvfp4", mtq.NVFP4_DEFAULT_CFG),):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        weight = model.get_submodule(LAYER).weight.detach().float().clone()
+        weight = model.get_submodule(LAYER).weight.detach().float().clone()  # pyright: ignore[reportCallIssue]
         model = mtq.quantize(model, config, lambda m: m(input_ids=IDS))
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out / name)
         save_file({LAYER: weight}, out / name / "expected.safetensors")
