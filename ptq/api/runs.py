@@ -103,6 +103,7 @@ def quantize(
             docs/siblings.md.
         rotation: size of Hadamard blocks, 1 or ``"none"`` for none, ``"auto"`` by measured loss.
         balance: 0 … 1, how far the range of large inputs moves into the weights.
+        balance_factors: ``"exact"``, or ``"power_of_two"``, which only moves exponents.
         eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.
         budget: the same as bits per weight on average, 4.75.
         nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.
