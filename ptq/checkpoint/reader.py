@@ -119,17 +119,22 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it lies on disk; raises ValueError if there is none of that name."""
+        return read_tensor(self._entry(name))
+
+    def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise ValueError(
                 f"{self.path} has no tensor {name}: the checkpoint is incomplete, copy or quantize "
                 "it again"
             )
-        return read_tensor(self.entries[name])
+        return self.entries[name]
 
     def layer_names(self) -> list[str]:
-        """The quantized layers, in the order of the files."""
-        suffix = f".{self._dialect.mark}"
-        return [name.removesuffix(suffix) for name in self.entries if name.endswith(suffix)]
+        """The quantized layers, in the order of the files; also those of which a tensor is missing,
+        unless what is left is an ordinary ``weight``."""
+        marks = {self._dialect.mark, self._dialect.packed} - {"weight"}
+        split = (name.rpartition(".") for name in self.entries)
+        return list(dict.fromkeys(owner for owner, _, leaf in split if leaf in marks))
 
     @cached_property
     def layers(self) -> dict[str, LayerInfo]:
@@ -141,7 +146,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, int]:
         """(outputs, inputs) of a quantized layer."""
-        codes = self.entries[f"{name}.{self._dialect.packed}"]
+        codes = self._entry(f"{name}.{self._dialect.packed}")
         per_byte = 2 if FORMATS[self.layers[name].format].packed else 1
         return codes.shape[0], codes.bytes * per_byte // codes.shape[0]
 

@@ -86,7 +86,9 @@ class Notebook:
 
 
 def test_a_notebook_gets_a_bar_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    clock: Callable[[float], None],
 ):
     assert not progress.in_notebook()
     notebook = Notebook()
