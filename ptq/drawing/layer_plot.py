@@ -66,7 +66,7 @@ def layer_plot(
     room = (x.end - x.start) / max(len(names), 1)
     for i, s in enumerate(series):
         made += _line(s, i, names, x, y, size=2.4 if room > 5 else 1.2)
-    bottom = y.start + 6
+    bottom = y.start + 18  # below the names of blocks, where no line runs
     if room >= ROOM_FOR_NAMES:
         for place, name in enumerate(names):
             word = text(0, 0, shortened(name.rpartition(".")[2], 56), "small soft", anchor="end")
@@ -110,7 +110,7 @@ def _bands(blocks: Sequence[str], x: Axis, y: Axis) -> list[Element]:
                      y=y.end, height=y.start - y.end)
             )  # fmt: skip
         if left >= used:
-            made.append(text(left + 2, y.end + 9, blocks[first], "small soft"))
+            made.append(text(left + 2, y.start + 11, blocks[first], "small soft"))
             used = left + max(ROOM_FOR_BLOCKS, 6.0 * len(blocks[first]))
     return made
 
