@@ -28,12 +28,14 @@ class Export:
         dtype: of the rest of the model, as in config.json (``"bfloat16"``); None is unknown.
         scales: global scales of weights (any convention) by layer, as far as they are known.
         foreign: why other programs do not look for these layers at all, or None.
+        kv_cache: how keys and values are kept, if there are scales for them.
     """
 
     layers: Layers
     dtype: str | None
     scales: Tensors
     foreign: str | None = None
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

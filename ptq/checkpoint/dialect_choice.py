@@ -64,6 +64,7 @@ def choose(
     dtype: str | None,
     scales: Mapping[str, Tensor] | None = None,
     foreign: str | None = None,
+    kv_cache: str | None = None,
 ) -> Choice:
     """The dialect in which to write ``layers``, or a refusal.
 
@@ -73,7 +74,7 @@ def choose(
             names itself, but for the scale rule of inputs, which is then told in the reason.
         target: a key of :data:`ptq.checkpoint.engines.TARGETS`: whose engines must all compute the
             result right. ``"auto"`` then takes the first dialect with which they do.
-        dtype, scales, foreign: see :class:`ptq.checkpoint.dialect.Export`.
+        dtype, scales, foreign, kv_cache: see :class:`ptq.checkpoint.dialect.Export`.
 
     Raises:
         ValueError: an unknown dialect or target; one that cannot express the layers, or that does
@@ -83,7 +84,9 @@ def choose(
         raise ValueError(f"unknown dialect {dialect!r}; choose one of {', '.join(CHOICES)}")
     if target is not None and target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
-    export = Export(layers=layers, dtype=dtype, scales=scales or {}, foreign=foreign)
+    export = Export(
+        layers=layers, dtype=dtype, scales=scales or {}, foreign=foreign, kv_cache=kv_cache
+    )
     if target is not None:
         return _for_target(export, dialect, target)
     if dialect != "auto":

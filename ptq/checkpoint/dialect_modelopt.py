@@ -52,15 +52,7 @@ def modelopt_config(quantization: Quantization, layers: Layers, others: Iterable
     Args:
         others: the linear layers that are not quantized, which are listed by their full names:
             engines also look for parts of names.
-
-    Raises:
-        ValueError: there are scales of keys and values.
     """
-    if quantization.kv_cache is not None:
-        raise ValueError(
-            "cannot write modelopt: ptq writes no scales of keys and values in it; leave out "
-            "--kv-cache, or use dialect compressed-tensors"
-        )
     (inputs,) = {info.quantize_inputs for info in layers.values()}
     arguments: JsonDict = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     return {
@@ -215,6 +207,11 @@ def _conversion(info: LayerInfo) -> Conversion:
 def _refusal(export: Export) -> str | None:
     if export.foreign:
         return f"{export.foreign}; {NOTHING_ELSE}"
+    if export.kv_cache is not None:
+        return (
+            "ptq writes no scales of keys and values in it; leave out --kv-cache, or use dialect "
+            "compressed-tensors"
+        )
     infos = export.layers.values()
     if others := sorted({info.format for info in infos} - {NVFP4.name}):
         return f"it has no format for {', '.join(others)}; use nvfp4, or dialect ptq"

@@ -350,6 +350,7 @@ class CheckpointWriter:
             dtype=config_dtype(self.source_config),
             scales=scales,
             foreign=self.foreign,
+            kv_cache=self.kv_cache,
         )
 
     def _block_parts(self, blocks: Iterable[Block], dialect: Dialect) -> Iterator[dict[str, Entry]]:

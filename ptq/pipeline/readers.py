@@ -48,7 +48,14 @@ def plan_for(
     choice = None
     if dialect is not None:
         infos = _with_eight_bits(likely)
-        choice = choose(infos, dialect, target=target, dtype=dtype, foreign=plan.foreign)
+        choice = choose(
+            infos,
+            dialect,
+            target=target,
+            dtype=dtype,
+            foreign=plan.foreign,
+            kv_cache=plan.recipe.kv_cache,
+        )
     written = None if choice is None else choice.dialect
     others = written is not None and not DIALECTS[written].applies_input_rule
     settled = replace(likely if others else plan, written=choice)

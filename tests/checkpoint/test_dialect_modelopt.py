@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptq.checkpoint.convert import convert
+from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.dialect_modelopt import (
     FILE,
     hf_quant_config,
@@ -82,10 +83,13 @@ def test_a_quantized_cache_is_not_read_and_that_is_told(caplog) -> None:
     said = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
     assert parse_modelopt({"quantization": said}).kv_cache is None
     assert "keys and values are not read" in caplog.text
+
+
+def test_scales_of_keys_and_values_are_refused_before_a_run() -> None:
     layers = {DOWN: LayerInfo(format="nvfp4")}
-    summary = summarize(layers, [], recipe={}, provenance={}, kv_cache="fp8")
-    with pytest.raises(ValueError, match="leave out --kv-cache"):
-        modelopt_config(summary, layers, [])
+    assert choose(layers, "modelopt", dtype="bfloat16").dialect == "modelopt"
+    with pytest.raises(ValueError, match=r"cannot write modelopt: .*leave out --kv-cache"):
+        choose(layers, "modelopt", dtype="bfloat16", kv_cache="fp8")
 
 
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4_AWQ", "MIXED_PRECISION", "W4A8_AWQ"])
