@@ -64,6 +64,14 @@ class Recorder:
         states, calls = self._run(tokens, 1, lambda hidden: hidden)
         return states[0], calls[0]
 
+    def learn(self, tokens: Tensor) -> None:
+        """See what the first block, which is filled, returns for ``tokens``; raise ValueError if
+        that has no hidden states, or as :meth:`check`."""
+        hidden, call = self.first(tokens)
+        self.returned = call(self.blocks[0], hidden)
+        hidden_states(self.returned)
+        self.check(tokens)
+
     def __call__(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states that enter the first block, and the arguments of every block."""
         states, calls = self._run(tokens, len(self.blocks), lambda hidden: hidden)
@@ -104,26 +112,25 @@ class Recorder:
 
         The output layer is not computed: its forward pre-hooks see what it would read.
         """
-        answers = iter([None] * (len(self.blocks) - 1) + [last])
-
-        def answer(hidden: Tensor) -> Tensor:
-            state = next(answers)
-            return hidden if state is None else state
-
-        self._run(tokens, len(self.blocks), answer, to_the_end=True)
+        self._run(tokens, len(self.blocks), self._ending_in(last), to_the_end=True)
 
     def logits(self, tokens: Tensor, last: Tensor) -> Tensor:
         """What the model returns for ``tokens`` where its last block returned ``last``: (sequences,
         length, vocabulary)."""
-        answers = iter([None] * (len(self.blocks) - 1) + [last])
         results: list[Tensor] = []
+        answer = self._ending_in(last)
+        self._run(tokens, len(self.blocks), answer, to_the_end=True, results=results)
+        return results[0]
+
+    def _ending_in(self, last: Tensor) -> Callable[[Tensor], Tensor]:
+        """What stand-ins return: what they are given, but for the last one ``last``."""
+        answers = iter([None] * (len(self.blocks) - 1) + [last])
 
         def answer(hidden: Tensor) -> Tensor:
             state = next(answers)
             return hidden if state is None else state
 
-        self._run(tokens, len(self.blocks), answer, to_the_end=True, results=results)
-        return results[0]
+        return answer
 
     def _run(
         self,

@@ -71,11 +71,7 @@ class BlockByBlock:
         Raises:
             ValueError: they cannot, naming the reason.
         """
-        probe = tokens[:1].to(self.device)
-        hidden, call = self.recorder.first(probe)
-        self.recorder.returned = call(self.recorder.blocks[0], hidden)
-        hidden_states(self.recorder.returned)
-        self.recorder.check(probe)
+        self.recorder.learn(tokens[:1].to(self.device))
 
     @torch.no_grad()
     def begin(self, tokens: Tensor) -> Batch:

@@ -33,6 +33,11 @@ class CalibratedBlock:
     later: ExpertRounds | None = field(default=None, repr=False, compare=False)
     _pools: dict[str, Pool] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def of(cls, name: str, module: nn.Module, index: int, count: int) -> "CalibratedBlock":
+        """A block of that full name that nothing is known of."""
+        return cls(name=name, prefix=f"{name}.", module=module, groups=[], index=index, count=count)
+
     def rounds(self, reduce: Reduce | None = None) -> Iterator[list[InputGroup]]:
         """The groups, as many at a time as memory has room for: all of them at once unless the
         walk has a limit. They have their statistics until the next round is asked for.

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptq.calib.block_arguments import Recorder, hidden_states
+from ptq.calib.block_arguments import hidden_states
 from ptq.calib.calibrated_block import CalibratedBlock
 from ptq.calib.fold import remember
 from ptq.calib.hidden_states import HiddenStates
@@ -73,13 +73,7 @@ def sensitivities(
     tokens = sum(sequence.numel() for sequence in sequences)
     scores: Scores = {}
     with HiddenStates(activations, device) as states:
-        steps = Steps(
-            source=source,
-            batches=sequences,
-            held=[None] * len(sequences),
-            states=states,
-            recorder=Recorder(source.skeleton(), [b for _, b in blocks], torch.device("cpu")),
-        )
+        steps = Steps.of(source, sequences, states)
         read: list[HiddenStates] = []  # by block
         try:
             _forward(steps, blocks, read, lambda done: on_block(done, 2 * len(blocks)))
@@ -89,7 +83,7 @@ def sensitivities(
             ]
             for index in reversed(range(len(blocks))):
                 name, module = blocks[index]
-                block = _block(blocks, index)
+                block = CalibratedBlock.of(name, module, index, len(blocks))
                 source.fill(module, name, device)
                 steps.states = read[index]
                 try:
@@ -135,13 +129,6 @@ def _restored(module: nn.Module) -> Iterator[None]:
         restore()
 
 
-def _block(blocks: Sequence[tuple[str, nn.Module]], index: int) -> CalibratedBlock:
-    name, module = blocks[index]
-    return CalibratedBlock(
-        name=name, prefix=f"{name}.", module=module, groups=[], index=index, count=len(blocks)
-    )
-
-
 @torch.no_grad()
 def _forward(
     steps: Steps,
@@ -158,7 +145,7 @@ def _forward(
             read.append(steps.states.another())
             for batch in range(len(steps.batches)):
                 read[-1][batch] = steps.states[batch]
-            steps.propagate(_block(blocks, index))
+            steps.propagate(CalibratedBlock.of(name, module, index, len(blocks)))
         finally:
             steps.source.release(module)
         told(index + 1)

@@ -12,7 +12,6 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from ptq.calib.block_arguments import Recorder
 from ptq.calib.calibrated_block import CalibratedBlock
 from ptq.calib.hidden_states import HiddenStates
 from ptq.calib.walk import Steps, filled_on_demand
@@ -80,15 +79,7 @@ class SideBySide:
         Raises:
             ValueError: architectures that cannot be run block by block.
         """
-        steps = self._steps = Steps(
-            source=self._source,
-            batches=self._batches,
-            held=[None] * len(self._batches),
-            states=self._states[""],
-            recorder=Recorder(
-                self._source.skeleton(), [b for _, b in self._blocks], torch.device("cpu")
-            ),
-        )
+        steps = self._steps = Steps.of(self._source, self._batches, self._states[""])
         self._filled(0, steps.record)
         for variant in self._variants:
             for batch in range(len(self._batches)):
@@ -96,14 +87,7 @@ class SideBySide:
                 self._states[variant][batch] = read
         for index in range(begin, len(self._blocks)):
             name, module = self._blocks[index]
-            block = CalibratedBlock(
-                name=name,
-                prefix=f"{name}.",
-                module=module,
-                groups=[],
-                index=index,
-                count=len(self._blocks),
-            )
+            block = CalibratedBlock.of(name, module, index, len(self._blocks))
             self._filled(index, lambda block=block: self._through(block, alter))
             yield block
 

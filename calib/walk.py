@@ -119,22 +119,11 @@ def walk(
     _check(batches, source.skeleton())
     masks = held_out([len(batch) for batch in batches]) if held is None else held
     with HiddenStates(activations, device) as states:
-        steps = Steps(
-            source=source,
-            batches=batches,
-            held=[None if mask is None else mask.to(device) for mask in masks],
-            states=states,
-            recorder=Recorder(source.skeleton(), [b for _, b in blocks], torch.device("cpu")),
+        steps = Steps.of(
+            source, batches, states, [None if mask is None else mask.to(device) for mask in masks]
         )
         for index, (name, module) in enumerate(blocks):
-            block = CalibratedBlock(
-                name=name,
-                prefix=f"{name}.",
-                module=module,
-                groups=[],
-                index=index,
-                count=len(blocks) + watch.head,
-            )
+            block = CalibratedBlock.of(name, module, index, len(blocks) + watch.head)
             try:
                 source.fill(module, name, device)
                 if index == 0:  # with its weights: the form of what blocks return is looked at
@@ -179,6 +168,25 @@ class Steps:
     calls: list[list[Call]] = field(default_factory=list)
     short: list[Call] = field(default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        batches: Sequence[Tensor],
+        states: HiddenStates,
+        held: Sequence[Tensor | None] | None = None,
+    ) -> "Steps":
+        """The steps of a walk that has not begun; ``held`` as :func:`walk` takes it, None holds
+        nothing out."""
+        blocks = [module for _, module in source.blocks()]
+        return cls(
+            source=source,
+            batches=batches,
+            held=[None] * len(batches) if held is None else held,
+            states=states,
+            recorder=Recorder(source.skeleton(), blocks, torch.device("cpu")),
+        )
+
     @property
     def device(self) -> torch.device:
         return self.states.device
@@ -188,10 +196,7 @@ class Steps:
         recorder = self.recorder
         with filled_on_demand(self.source, recorder.blocks, self.device):
             probe = self.batches[0][:1].to(self.device)
-            hidden, call = recorder.first(probe)
-            recorder.returned = call(recorder.blocks[0], hidden)
-            hidden_states(recorder.returned)
-            recorder.check(probe)
+            recorder.learn(probe)
             for index, batch in enumerate(self.batches):
                 self.states[index], arguments = recorder(batch.to(self.device))
                 self.calls.append(arguments)

@@ -182,16 +182,8 @@ class Tuning:
     def _block(self, index: int) -> TunedBlock:
         """A block as the run left it, with its latents."""
         name, module = self.model.blocks[index]
-        self.finished.reinstall(
-            CalibratedBlock(
-                name=name,
-                prefix=f"{name}.",
-                module=module,
-                groups=[],
-                index=index,
-                count=len(self.model.blocks),
-            )
-        )
+        count = len(self.model.blocks)
+        self.finished.reinstall(CalibratedBlock.of(name, module, index, count))
         stored = self.writer.read(name)
         latents = {
             self._inner(name, key.removeprefix(LATENT)): tensor.to(self.device)
