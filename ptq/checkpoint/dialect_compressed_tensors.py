@@ -19,10 +19,10 @@ from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Cand
 from ptq.checkpoint.dialect import Conversion, Dialect, Export, Layers, Tensors
 from ptq.checkpoint.engines import VLLM
 from ptq.checkpoint.quantization_config import (
-    VERSION,
     JsonDict,
     LayerInfo,
     Quantization,
+    Section,
     fused_groups,
     is_expert,
     patterns,
@@ -81,12 +81,7 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
     }
     if transforms:
         config["transform_config"] = {"config_groups": transforms}
-    config["ptq"] = {
-        "version": VERSION,
-        "input_rule": quantization.values["input_rule"],
-        "recipe": quantization.recipe,
-        "provenance": quantization.provenance,
-    }
+    config["ptq"] = Section.of(quantization)
     return config
 
 
@@ -172,20 +167,13 @@ class _Transforms:
 
 
 @dataclass(frozen=True)
-class _Ours:
-    input_rule: str = "default"
-    recipe: JsonObject = field(default_factory=dict)
-    provenance: JsonObject = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Config:
     config_groups: dict[str, _Group]
     format: str | None = None
     ignore: list[str] | None = None
     kv_cache_scheme: JsonObject | None = None
     transform_config: _Transforms | None = None
-    ptq: _Ours | None = None
+    ptq: Section | None = None
 
 
 def parse_ct(config: Mapping[str, object]) -> Quantization:
@@ -198,7 +186,7 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
     said = check(config, _Config, "quantization_config", "ptq writes it otherwise")
     if not said.config_groups:
         raise ValueError("quantization_config has no config group: the checkpoint is damaged")
-    ours = said.ptq or _Ours()
+    ours = said.ptq or Section()
     size, rotated = _parse_transforms(said.transform_config)
     groups = [
         (group.targets or [], _parse_group(group, said.format))

@@ -27,10 +27,10 @@ from ptq.checkpoint.engines import (
     Verdict,
 )
 from ptq.checkpoint.quantization_config import (
-    VERSION,
     JsonDict,
     LayerInfo,
     Quantization,
+    Section,
     fused_groups,
 )
 from ptq.numerics.formats import NVFP4
@@ -69,12 +69,7 @@ def modelopt_config(quantization: Quantization, layers: Layers, others: Iterable
         "ignore": list(others),
         "kv_cache_scheme": None,
         "producer": PRODUCER,
-        "ptq": {
-            "version": VERSION,
-            "input_rule": quantization.values["input_rule"],
-            "recipe": quantization.recipe,
-            "provenance": quantization.provenance,
-        },
+        "ptq": Section.of(quantization),
     }
 
 
@@ -90,13 +85,6 @@ def hf_quant_config(config: JsonDict) -> dict[str, JsonDict]:
 
 
 @dataclass(frozen=True)
-class _Ours:
-    input_rule: str = "default"
-    recipe: JsonObject = field(default_factory=dict)
-    provenance: JsonObject = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Said:
     """As config.json has it; in the other file it lies in ``quantization``, under other names."""
 
@@ -106,7 +94,7 @@ class _Said:
     exclude_modules: list[str] = field(default_factory=list)
     kv_cache_scheme: JsonObject | None = None
     kv_cache_quant_algo: str | None = None
-    ptq: _Ours | None = None
+    ptq: Section | None = None
 
 
 def parse_modelopt(config: Mapping[str, object]) -> Quantization:
@@ -129,7 +117,7 @@ def parse_modelopt(config: Mapping[str, object]) -> Quantization:
         )
     if said.kv_cache_quant_algo or said.kv_cache_scheme:
         logger.warning("its scales of keys and values are not read: they stay in 16 bits")
-    ours, inputs = said.ptq or _Ours(), schemes[name]
+    ours, inputs = said.ptq or Section(), schemes[name]
     groups = config.get("config_groups")
     if inputs and isinstance(groups, dict) and groups:
         # it may say NVFP4, and leave the inputs alone

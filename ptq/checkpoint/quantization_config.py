@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from ptq.numerics.formats import FORMATS
 from ptq.reading.name_patterns import check_pattern, matches_name
-from ptq.reading.schema import Count, check, plain
+from ptq.reading.schema import Count, JsonObject, check, plain
 
 VERSION = 1  # of what ptq writes into a configuration, in any dialect
 JsonDict = dict[str, Any]
@@ -223,6 +223,26 @@ def _check(key: str, value: object) -> None:
             f"{key} is {value!r} in quantization_config; it must be a "
             f"{type(PER_LAYER[key]).__name__}"
         )
+
+
+@dataclass(frozen=True)
+class Section:
+    """What ptq alone needs, as it stands under ``ptq`` in the configuration of another's dialect;
+    empty in what others wrote."""
+
+    input_rule: str = "default"
+    recipe: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
+
+    @staticmethod
+    def of(quantization: Quantization) -> JsonDict:
+        """The JSON that this reads."""
+        return {
+            "version": VERSION,
+            "input_rule": quantization.values["input_rule"],
+            "recipe": quantization.recipe,
+            "provenance": quantization.provenance,
+        }
 
 
 def summarize(

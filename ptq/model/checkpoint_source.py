@@ -79,6 +79,20 @@ class CheckpointSource:
         self._blocks = find_blocks(self._model)
         self._compared = False
 
+    @classmethod
+    def on(
+        cls,
+        path: str | Path,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        hashed: bool = False,
+    ) -> "CheckpointSource":
+        """The source of what computes on ``device``: in ``dtype``, or if that is None in float32 on
+        a CPU (16 bits are exact in it) and in the checkpoint's own elsewhere."""
+        wide = torch.float32 if device.type == "cpu" else None
+        return cls(path, dtype=dtype or wide, hashed=hashed)
+
     def _find_origins(self) -> dict[str, Origin]:
         """Where every parameter comes from; splits fused experts of the skeleton into Linears."""
         stored = self._shards.names()

@@ -87,9 +87,7 @@ def measure_damage(
     """
     began = time.monotonic()
     device = torch.device(device)
-    source = CheckpointSource(
-        model, dtype=dtype or (torch.float32 if device.type == "cpu" else None)
-    )
+    source = CheckpointSource.on(model, device, dtype)
     widest = max(options.formats, key=lambda name: FORMATS[name].group_size)
     plan = Plan.of(source, options.recipe(widest, rotation=1), device.type)
     choices = _choices(plan, options)

@@ -164,9 +164,7 @@ def analyze(
     """
     began = time.monotonic()
     device = torch.device(device)
-    source = CheckpointSource(
-        model, dtype=dtype or (torch.float32 if device.type == "cpu" else None)
-    )
+    source = CheckpointSource.on(model, device, dtype)
     recipe = Recipe.default(
         "nvfp4", scheme="w4a4", balance=options.balance, ignore=options.ignore or None
     )

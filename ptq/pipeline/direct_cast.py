@@ -121,9 +121,7 @@ def direct_cast(
     """
     began = time.monotonic()
     device = torch.device(device)
-    source = CheckpointSource(
-        model, dtype=dtype or (torch.float32 if device.type == "cpu" else None)
-    )
+    source = CheckpointSource.on(model, device, dtype)
     variants = [Variant(FORMATS[name], rot) for rot in (False, True) for name in options.formats]
     layers = _layers(source, options, device.type)
     rows, seq_len = _windows(source, options)

@@ -364,8 +364,7 @@ def _opened(
         return source, tokenizer
     if out is None:
         raise ValueError("give a directory for the checkpoint")
-    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    source = CheckpointSource(model, dtype=dtype, hashed=True)
+    source = CheckpointSource.on(model, device, dtype, hashed=True)
     return source, tokenizer or load_tokenizer(source.path)
 
 
