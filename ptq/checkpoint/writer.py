@@ -10,7 +10,6 @@ Every file is durable before progress.json names it. The dialect is decided at t
 layers are known.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +41,7 @@ from ptq.checkpoint.shards import SHARD_BYTES, write_shards
 from ptq.checkpoint.tuning_report import TuningReport, TuningState
 from ptq.checkpoint.work_folder import WorkFolder
 from ptq.reading.safetensors_layout import Entry, read_header
+from ptq.reading.schema import as_json
 
 # Of what changes numbers, if only in their last bits: a run that another version continues would
 # not be the run that its provenance says.
@@ -103,7 +103,7 @@ class CheckpointWriter:
         self.partial = self.work.path
         self.source_config, self.dialect, self.target = source_config, dialect, target
         self.shard_bytes = shard_bytes
-        self.recipe, self.provenance = _plain(recipe), _plain(provenance)
+        self.recipe, self.provenance = as_json(recipe), as_json(provenance)
         identity = {
             "recipe": self.recipe,
             "source": fingerprint,
@@ -394,11 +394,6 @@ def _refuse_wide(file: Path, converted: Mapping[str, object], dialect: Dialect) 
                 f"cannot write {dialect.name}: {name} is the reciprocal of no float32 number, and "
                 "would be rounded; keep the dialect that it has"
             )
-
-
-def _plain(data: Mapping[str, object]) -> JsonDict:
-    """As JSON will give it back: tuples become lists."""
-    return json.loads(json.dumps(data))
 
 
 def _linear_layers(

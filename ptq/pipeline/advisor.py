@@ -2,7 +2,6 @@
 and a recipe that ``ptq quantize --recipe`` takes.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from ptq.pipeline.advice import Advice, Damage, Option, Unit
 from ptq.pipeline.damage import LENGTH, SEQUENCES, damages
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import PER_MODULE, Change, Recipe
+from ptq.reading.schema import as_json
 from ptq.runtime.evaluate import TOP
 from ptq.text.windows import load_calibration, load_tokenizer
 
@@ -101,16 +101,14 @@ def measure_damage(
         seed=options.seed,
         field=options.field,
     )
-    identity = json.loads(
-        json.dumps(
-            {
-                **asdict(options),
-                "fingerprint": source.fingerprint,
-                "dtype": str(source.compute_dtype).removeprefix("torch."),
-                "ptq": __version__,
-                "text": data.description,
-            }
-        )
+    identity = as_json(
+        {
+            **asdict(options),
+            "fingerprint": source.fingerprint,
+            "dtype": str(source.compute_dtype).removeprefix("torch."),
+            "ptq": __version__,
+            "text": data.description,
+        }
     )
     if known is not None and known.identity == identity:
         return known

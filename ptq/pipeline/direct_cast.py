@@ -37,7 +37,7 @@ from ptq.pipeline.cast_results import Cast, DirectCast
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.reading.safetensors_layout import read_header
-from ptq.reading.schema import JsonObject
+from ptq.reading.schema import as_json
 from ptq.runtime.evaluate import check_logits, comparison, total_nll, windows
 from ptq.text.windows import load_text, load_tokenizer
 
@@ -136,7 +136,7 @@ def direct_cast(
         "dtype": str(source.compute_dtype).removeprefix("torch."),
         "ptq": __version__,
     }
-    if known is not None and known.identity == plain_json(identity):
+    if known is not None and known.identity == as_json(identity):
         return known
     names = (ORIGINAL, *(variant.name for variant in variants))
     kept = _Kept(folder, identity, names, len(rows), overwrite=overwrite)
@@ -154,18 +154,13 @@ def direct_cast(
     kept.remove()
     tokens = len(rows) * (seq_len - 1)
     return DirectCast(
-        identity=plain_json(identity),
+        identity=as_json(identity),
         tokens=tokens,
         seq_len=seq_len,
         reference_nll=found.nll[ORIGINAL] / tokens,
         seconds=time.monotonic() - began,
         casts=tuple(found.cast(variant, tokens, seq_len - 1) for variant in variants),
     )
-
-
-def plain_json(identity: Mapping[str, object]) -> JsonObject:
-    """As JSON would give it back."""
-    return json.loads(json.dumps(identity))
 
 
 def _layers(source: CheckpointSource, options: CastOptions, device: str) -> set[str]:

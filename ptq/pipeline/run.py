@@ -47,6 +47,7 @@ from ptq.pipeline.tasks import Task, reduce, tasks
 from ptq.pipeline.tuned_block import latents_of
 from ptq.pipeline.tuning import Step, check_tunable, tune
 from ptq.pipeline.tuning_text import TuningText, load_tuning_text
+from ptq.reading.schema import as_json
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.text.windows import Calibration, load_calibration, load_tokenizer
 
@@ -272,7 +273,7 @@ def quantize_model(
     settled = cache(lambda: settle(recipe=recipe))
 
     def asked() -> dict[str, object]:
-        return json.loads(json.dumps(settled().recipe.to_dict()))
+        return as_json(settled().recipe.to_dict())
 
     companions: list[Path] = []
     chosen = None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -93,6 +94,11 @@ def plain(record: object) -> dict[str, Any]:
     """A dataclass as JSON values, under the names that fields have on disk: the inverse of
     :func:`check`."""
     return _adapter(type(record)).dump_python(record, mode="json", by_alias=True)
+
+
+def as_json(values: Mapping[str, object]) -> dict[str, Any]:
+    """As JSON will give them back: tuples become lists."""
+    return json.loads(json.dumps(values))
 
 
 def open_regular(path: Path) -> BinaryIO:
