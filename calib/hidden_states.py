@@ -1,7 +1,11 @@
 """Where the hidden states of all batches live between two blocks: host memory, the device, or a
 file."""
 
+import os
+import secrets
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +17,25 @@ def check_storage(storage: str) -> None:
     """Raise ValueError for a place that hidden states cannot live in."""
     if storage not in ("ram", "device", "disk"):
         raise ValueError(f"activations must be 'ram', 'device' or 'disk', not {storage!r}")
+
+
+class _Folder:
+    """A new folder of our own among the temporary files, gone with this object or the program.
+
+    Who removes it stands before it is made: a Ctrl-C between the two (tempfile.TemporaryDirectory
+    makes it first) would leave gigabytes behind.
+    """
+
+    def __init__(self):
+        self.path = Path(tempfile.gettempdir()) / f"ptq-activations-{secrets.token_hex(8)}"
+        self._at_the_end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        os.mkdir(self.path, 0o700)
+
+    def remove(self) -> None:
+        """Remove it with what lies in it; what an interrupt leaves of it goes at the end."""
+        if self._at_the_end.alive:
+            shutil.rmtree(self.path)
+            self._at_the_end.detach()
 
 
 class HiddenStates:
@@ -27,11 +50,11 @@ class HiddenStates:
         check_storage(storage)
         self.device, self._storage = device, storage
         self._tensors: dict[int, Tensor] = {}
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: _Folder | None = None
 
     def __enter__(self) -> "HiddenStates":
         if self._storage == "disk":
-            self._directory = tempfile.TemporaryDirectory(prefix="ptq-activations-")
+            self._directory = _Folder()
         return self
 
     def __exit__(
@@ -50,11 +73,11 @@ class HiddenStates:
         """Drop the tensors, and the files they lie in."""
         self._tensors.clear()
         if self._directory is not None:
-            self._directory.cleanup()
+            self._directory.remove()
 
     def __setitem__(self, batch: int, value: Tensor) -> None:
         if self._directory is not None and batch not in self._tensors:
-            self._tensors[batch] = _mapped(Path(self._directory.name) / f"{batch}.bin", value)
+            self._tensors[batch] = _mapped(self._directory.path / f"{batch}.bin", value)
         if self._directory is not None:
             self._tensors[batch].copy_(value)
         else:

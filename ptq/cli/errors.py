@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ptq.reading.printable import printable
@@ -77,6 +78,9 @@ def listening() -> Iterator[list[int]]:
     """Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, so that files are closed and removed on
     the way out, and are noted: libraries turn some into errors of their own."""
     interrupts: list[int] = []
+    with suppress(FileNotFoundError):  # said by those who need a temporary file
+        # found by writing a file, once a process: a signal in between would leave it there
+        tempfile.gettempdir()
 
     def interrupt(number: int, frame: object) -> NoReturn:
         interrupts.append(number)
