@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from ptq.bench import timing
-from ptq.bench.measurement import Limits, Measurement
+from ptq.bench.measurement import LAUNCH, Limits, Measurement
 from ptq.bench.shapes import Layer
 from ptq.kernels import coverage
 from ptq.numerics.formats import E2M1, FORMATS, Format
@@ -133,11 +133,11 @@ def cost(backend: str, shape: tuple[int, int, int], fmt: Format, rotation: int) 
 
 
 def predict(plan: Plan, gpu: Limits) -> Iterator[Measurement]:
-    """Rooflines: the larger of the time to move the bytes and the time to compute; nothing real is
-    faster.
+    """Rooflines: the larger of the time to move the bytes and the time to compute, and no less than
+    a launch takes; nothing real is faster.
 
-    ``rotate+…`` adds one pass over the inputs, which are read in bf16 and written as the product
-    wants them.
+    ``rotate+…`` adds a launch for one pass over the inputs, which are read in bf16 and written as
+    the product wants them.
     """
     by_format = plan.backends_by_format(gpu)
     for layer, n, k in plan.layers:
@@ -146,12 +146,13 @@ def predict(plan: Plan, gpu: Limits) -> Iterator[Measurement]:
                 for backend in names:
                     fmt, shape = FORMATS[name], (count, n, k)
                     moved, flops = cost(backend, shape, fmt, plan.rotation)
-                    seconds = max(moved / gpu.bandwidth, flops / gpu.peak(backend))
+                    seconds = max(moved / gpu.bandwidth, flops / gpu.peak(backend), LAUNCH)
                     if backend.startswith("rotate+"):
                         bits_written = {"w4a16": 16, "w4a8": 8, "w4a4": fmt.bits_per_weight}[
                             backend.removeprefix("rotate+")
                         ]
-                        seconds += count * k * (16 + bits_written) / 8 / gpu.bandwidth
+                        passed = count * k * (16 + bits_written) / 8
+                        seconds += max(passed / gpu.bandwidth, LAUNCH)
                     yield _measurement(
                         plan, layer, shape, backend, fmt, [seconds], gpu, predicted=True
                     )

@@ -99,6 +99,10 @@ class Limits:
         )
 
 
+# Of one launch in a captured graph, in seconds: what a kernel takes that has next to nothing to do
+# (`rotate` at one token, H200, 2026-11-26: 2.1 µs a layer).
+LAUNCH = 2e-6
+
 GPUS = {
     "h100": Limits(
         name="H100",
@@ -121,6 +125,20 @@ GPUS = {
         bf16=1450e12,
         fp4=4650e12,
         source="bandwidth assumed, bf16 and fp4 published",
+    ),
+    "l40s": Limits(
+        name="L40S",
+        bandwidth=0.78e12,
+        bf16=310e12,
+        fp8=620e12,
+        source="assumed: 90 % of the data sheet's bandwidth, 85 % of its peaks",
+    ),
+    "rtx4090": Limits(
+        name="RTX 4090",
+        bandwidth=0.91e12,
+        bf16=140e12,
+        fp8=280e12,
+        source="assumed: 90 % of the data sheet's bandwidth, 85 % of its peaks with sums in fp32",
     ),
     "rtx5090": Limits(
         name="RTX 5090",

@@ -71,7 +71,7 @@ def bench(
     predict: Annotated[
         str | None,
         typer.Option(
-            metavar="h100|h200|b200|rtx5090|a100",
+            metavar="h100|h200|b200|l40s|rtx4090|rtx5090|a100",
             show_default="none: measure",
             help="Measure nothing: print rooflines of a GPU.",
         ),

@@ -221,7 +221,7 @@ def test_a_small_model_is_timed_as_it_is(bench: Run, tiny: Path):
         (["--format", "mxint8"], "no kernel for format 'mxint8'"),
         (["--backend", "marlin"], "no backend 'marlin'"),
         (["--backend", "w4a4", "--predict", "h200"], "w4a4 is not predicted for H200"),
-        (["--predict", "h1000"], "choose from h100, h200, b200, rtx5090, a100"),
+        (["--predict", "h1000"], "choose from h100, h200, b200, l40s, rtx4090, rtx5090, a100"),
         (["--predict", "h200", "--device", "cpu"], "--device does not go with --predict"),
         (["--rotation", "24", "--predict", "h200"], "a rotation of 24"),
         (["--predict", "h200", "--out", "/proc/nothing/runs.jsonl"], "/proc/nothing"),
