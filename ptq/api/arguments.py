@@ -38,6 +38,7 @@ class Choices(TypedDict, total=False):
     budget: float | None
     nested: int
     tune: int
+    tune_codes: str
     kv_cache: str | None
     ignore: tuple[str, ...] | list[str]
     rules: Mapping[str, Any] | tuple[tuple[str, Any], ...] | list[tuple[str, Any]]

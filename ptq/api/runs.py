@@ -108,6 +108,8 @@ def quantize(
         budget: the same as bits per weight on average, 4.75.
         nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.
         tune: steps of end-to-end distillation of codes and norms afterwards; 0 for none.
+        tune_codes: ``"latents"`` that drift, or ``"pv"``: a few codes jump in every step, in the
+            manner of PV-Tuning (docs/siblings.md).
         kv_cache: ``"fp8"`` calibrates scales for keys and values; None leaves them alone.
         scales: how scales of weights are chosen: trial, mse, absmax, …
         weighted: a static search of scales weights columns by the size of their inputs.

@@ -11,6 +11,7 @@ class TuningReport:
     """How codes and norms were distilled from the original model.
 
     Attributes:
+        codes: how they were moved, a key of :data:`ptq.pipeline.recipe.TUNED_BY`.
         steps: asked for; ``done``: taken, fewer where held-out text no longer gained.
         tokens: of the text that was trained on, every window counted once; ``held_out_tokens``: of
             the text that it was judged by.
@@ -30,6 +31,7 @@ class TuningReport:
     kept: int
     flipped: Share
     seconds: float
+    codes: str = "latents"
 
     @property
     def before(self) -> float:
@@ -41,17 +43,21 @@ class TuningReport:
         """Held-out KL of what was kept."""
         return dict(self.held_out)[self.kept]
 
+    @property
+    def _manner(self) -> str:
+        return " in the manner of PV-Tuning" if self.codes == "pv" else ""
+
     def __str__(self) -> str:
         if not self.kept:
             tried = min((kl for step, kl in self.held_out if step), default=self.before)
             return (
-                f"{self.done} steps gained nothing: KL on held-out calibration text was "
-                f"{self.before:.4g} and at best {tried:.4g}; codes and norms stay as they were"
+                f"{self.done} steps{self._manner} gained nothing: KL on held-out calibration text "
+                f"was {self.before:.4g} and at best {tried:.4g}; codes and norms stay as they were"
             )
         return (
-            f"{self.kept} of {self.steps} steps, KL on {self.held_out_tokens} held-out tokens of "
-            f"the calibration text {self.before:.4g} -> {self.after:.4g}, {self.flipped:.2%} of "
-            "the codes changed"
+            f"{self.kept} of {self.steps} steps{self._manner}, KL on {self.held_out_tokens} "
+            f"held-out tokens of the calibration text {self.before:.4g} -> {self.after:.4g}, "
+            f"{self.flipped:.2%} of the codes changed"
         )
 
     def to_dict(self) -> dict[str, object]:

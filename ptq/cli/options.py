@@ -22,6 +22,7 @@ SCALES = (
 )
 INPUT_RULES = ("absmax", "four_six", "theta", "ceil", "ocp", "round")
 KEY_VALUES = ("fp8",)
+TUNED_BY = ("latents", "pv")
 QUALITIES = ("fast", "default", "best")
 DIALECTS = ("auto", "compressed-tensors", "modelopt", "ptq")
 TARGETS = ("transformers", "vllm", "sglang", "trtllm", "any")

@@ -24,6 +24,7 @@ from ptq.cli.options import (
     RUN,
     SCALES,
     SCHEMES,
+    TUNED_BY,
     Debug,
     Device,
     Dtype,
@@ -159,6 +160,18 @@ def quantize(
             show_default="0",
             help="Then distil codes and norms from the original in so many steps; kept if KL on "
             "held-out text falls.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    tune_codes: Annotated[
+        str | None,
+        typer.Option(
+            **values(
+                TUNED_BY,
+                "How --tune moves codes: by latents that drift; or a few at a time, in the manner "
+                "of PV-Tuning.",
+            ),
+            show_default="latents",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -356,6 +369,7 @@ def quantize(
         "budget": budget,
         "nested": nested,
         "tune": tune,
+        "tune_codes": tune_codes,
         "scales": scales,
         "input_rule": input_rule,
         "kv_cache": kv_cache,

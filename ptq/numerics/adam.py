@@ -16,22 +16,25 @@ EPSILON = 1e-16
 WARM_UP, LAST = 5, 0.05  # steps; of the largest rate, what the cosine ends at
 
 
-def adam(
-    value: Float32[Tensor, "*s"],
+def moments(
     gradient: Float32[Tensor, "*s"],
     first: BFloat16[Tensor, "*s"],
     second: BFloat16[Tensor, "*s"],
     *,
     count: int,
-    rate: float,
-) -> tuple[Float32[Tensor, "*s"], BFloat16[Tensor, "*s"], BFloat16[Tensor, "*s"]]:
-    """The value and the moments after a step, the first being ``count`` 1. The step is made of
-    moments that are not rounded yet; an entry whose gradients were all 0 stays."""
+) -> tuple[
+    Float32[Tensor, "*s"],
+    Float32[Tensor, "*s"],
+    BFloat16[Tensor, "*s"],
+    BFloat16[Tensor, "*s"],
+]:
+    """(mean, root, first, second): what a step is made of, ``value - rate * mean / root``, and the
+    moments after ``gradient``, the first being ``count`` 1. Mean and root are of moments that are
+    not rounded yet; an entry whose gradients were all 0 has the mean 0."""
     mean = torch.lerp(first.float(), gradient, 1 - BETAS[0])
     square = torch.lerp(second.float(), gradient.square(), 1 - BETAS[1])
-    scale = 1 / (1 - BETAS[0] ** count)
     root = (square / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
-    return value - rate * scale * (mean / root), mean.bfloat16(), square.bfloat16()
+    return mean / (1 - BETAS[0] ** count), root, mean.bfloat16(), square.bfloat16()
 
 
 def rate(step: int, steps: int) -> float:

@@ -54,6 +54,6 @@ def codes(element: Element, latent: Float32[Tensor, "rows in"]) -> UInt8[Tensor,
 def latent_gradient(
     gradient: Float32[Tensor, "rows in"], quantized: QuantizedTensor
 ) -> Float32[Tensor, "rows in"]:
-    """The derivative by latents, of that by the dequantized weight."""
+    """The derivative by latents or by the values of codes, of that by the dequantized weight."""
     steps = quantized.scales.step().unsqueeze(-1)
     return ungroup(group(gradient, quantized.format) * steps)

@@ -29,6 +29,9 @@ SCHEMES = ("w4a16", "w4a4")
 # Scale choices beyond the rules of ptq.numerics.scales: made inside the GPTQ sweep, from the
 # compensated weights.
 IN_LOOP = {"in_loop_mse": "mse", "trial": "trial"}
+# How tuning moves codes, and what is said of that: by latents that drift through their cells
+# (ptq.numerics.latents), or a few to a neighbour in every step (ptq.numerics.discrete_step).
+TUNED_BY = {"latents": "", "pv": ", codes in the manner of PV-Tuning"}
 # Fields that a rule for single modules may replace.
 PER_MODULE = (
     "format",
@@ -102,6 +105,7 @@ class Recipe:
         kv_cache: ``fp8`` calibrates scales for a cache of keys and values in E4M3; None leaves it.
         tune: steps of end-to-end distillation of codes and norms, after everything else
             (:mod:`ptq.pipeline.tuning`); 0 for none.
+        tune_codes: a key of :data:`TUNED_BY`: how these steps move codes.
         ignore: patterns of modules that stay as they are.
         rules: ``(pattern, {field: value})`` or ``(pattern, "skip")``, the first match wins. Routers
             and gates of shared experts stay as they are unless a rule selects them and nothing
@@ -134,6 +138,7 @@ class Recipe:
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
     kv_cache: str | None = None
     tune: Annotated[int, Field(ge=0, le=100_000)] = 0
+    tune_codes: str = "latents"
     ignore: tuple[Pattern, ...] = ()
     rules: tuple[tuple[Pattern, Change], ...] = ()
     lm_head: bool = False
@@ -155,6 +160,7 @@ class Recipe:
         _choice("order", self.order, ("natural", "act", "group"))
         _choice("global_scale", self.global_scale, ("absmax", "alternating"))
         _choice("input_scale", self.input_scale, ("static", "token"))
+        _choice("tune_codes", self.tune_codes, TUNED_BY)
         _choice("balance_factors", self.balance_factors, ("exact", "power_of_two"))
         if self.kv_cache is not None:
             _choice("kv_cache", self.kv_cache, KEY_VALUES)
@@ -230,7 +236,7 @@ class Recipe:
         if self.kv_cache is not None:
             parts.append(f"keys and values in {self.kv_cache}")
         if self.tune:
-            parts.append(f"{self.tune} steps of tuning")
+            parts.append(f"{self.tune} steps of tuning{TUNED_BY[self.tune_codes]}")
         return ", ".join(parts)
 
     @property

@@ -44,7 +44,7 @@ from ptq.pipeline.readers import plan_for
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import Solved
 from ptq.pipeline.tasks import Task, reduce, tasks
-from ptq.pipeline.tuned_block import latents_of
+from ptq.pipeline.tuned_codes import latents_of
 from ptq.pipeline.tuning import Step, check_tunable, tune
 from ptq.pipeline.tuning_text import TuningText, load_tuning_text
 from ptq.reading.schema import as_json

@@ -1,66 +1,23 @@
-"""What is trained of a quantized block: a latent for every 4-bit code, and the gains of norms.
+"""What is trained of a quantized block: 4-bit codes, and the gains of norms.
 
 Layers compute with codes, and the gains are those that a checkpoint can hold: what is judged is
-what will be loaded. Latents, and gains in float32, are kept beside them.
+what will be loaded. What codes are tuned by, and gains in float32, are kept beside them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ptq.calib.calibrated_block import CalibratedBlock
-from ptq.calib.hidden_states import HiddenStates
-from ptq.numerics.adam import adam
-from ptq.numerics.latents import codes, latent_gradient, latents
-from ptq.numerics.tensor import pack
-from ptq.pipeline.plan import Plan
-from ptq.pipeline.solve import Solved
+from ptq.pipeline.tuned_codes import Trained, TunedCodes, differing
 from ptq.runtime.precision import full_precision
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.runtime.shared_inputs import Readers
 
-# Largest learning rates: of latents, in units of the element; of gains, in root mean squares of
-# those of a norm.
-LATENT_RATE, GAIN_RATE = 1.25e-2, 4e-3
-PARTS = ("value", "first", "second")
-
-
-class Trained:
-    """A float32 tensor and its moments, which wait in ``store`` while they are not needed."""
-
-    def __init__(self, store: HiddenStates, key: int, value: Tensor) -> None:
-        self._store, self._keys = store, [key * len(PARTS) + i for i in range(len(PARTS))]
-        self.count = 0
-        empty = torch.zeros_like(value, dtype=torch.bfloat16)
-        self._put((value.float(), empty, empty.clone()))
-
-    def _put(self, parts: tuple[Tensor, ...]) -> None:
-        for key, part in zip(self._keys, parts, strict=True):
-            self._store[key] = part
-
-    def step(self, gradient: Tensor, rate: float, limit: float | None = None) -> Tensor:
-        """Take a step, and return the new value; its magnitude is at most ``limit``."""
-        value, first, second = (self._store[key] for key in self._keys)
-        self.count += 1
-        value, first, second = adam(value, gradient, first, second, count=self.count, rate=rate)
-        if limit is not None:
-            value.clamp_(-limit, limit)
-        self._put((value, first, second))
-        return value
-
-    def state(self) -> dict[str, Tensor]:
-        """All that it is."""
-        parts = {name: self._store[k] for name, k in zip(PARTS, self._keys, strict=True)}
-        return {**parts, "count": torch.tensor(self.count)}
-
-    def restore(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Become what :meth:`state` gave; the value."""
-        self.count = int(state["count"])
-        self._put(tuple(state[name] for name in PARTS))
-        return self._store[self._keys[0]]
+# Largest learning rate of gains, in root mean squares of those of a norm.
+GAIN_RATE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -96,22 +53,22 @@ class TunedBlock:
         self,
         name: str,
         module: nn.Module,
-        latents: Mapping[str, Tensor],
+        codes: Mapping[str, TunedCodes],
         stored: Callable[[str], torch.dtype | None],
         trained: Callable[[Tensor], Trained],
     ) -> None:
         """Take what ``module`` computes with as the start.
 
         Args:
-            latents: of the codes of the layers to tune, by their names within the block.
+            codes: of the layers of ``module`` to tune, by their names within the block.
             stored: the dtype that a parameter has in a checkpoint, by its name within the block, or
                 None: it is not stored under its name, and stays.
             trained: makes a tensor one that is trained.
         """
         self.name, self.module = name, module
         linears = {n: m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
-        self.layers = {n: linears[n] for n in latents}
-        self._latents = {n: trained(latent.float()) for n, latent in latents.items()}
+        self._codes = dict(codes)
+        self.layers = {n: code.layer for n, code in codes.items()}
         self._names = {layer: n for n, layer in self.layers.items()}
         self._before = {n: layer.weight_packed for n, layer in self.layers.items()}
         self.gains: dict[str, Gain] = {}
@@ -180,22 +137,16 @@ class TunedBlock:
     def update(self, rate: float) -> None:
         """Take a step of ``rate`` times the largest learning rates, and drop the derivatives. What
         no token reached, as experts may be, stays."""
-        for name, layer in self.layers.items():
+        for name, code in self._codes.items():
             gradient = self._gradients.pop(name, None)
             if gradient is not None:
-                by_latent = latent_gradient(gradient, layer.quantized_weight())
-                limit = layer.format.element.max
-                value = self._latents[name].step(by_latent, rate * LATENT_RATE, limit)
-                self._encode(layer, value)
+                code.step(gradient, rate)
         for gain in self.gains.values():
             gradient, gain.parameter.grad = gain.parameter.grad, None
             if gradient is not None:
                 step = rate * GAIN_RATE * gain.scale
                 gain.put(gain.trained.step(gradient.float(), step))
         self._settle()
-
-    def _encode(self, layer: QuantLinear, latent: Tensor) -> None:
-        layer.weight_packed = pack(codes(layer.format.element, latent), layer.format)
 
     # What can be kept.
 
@@ -209,7 +160,7 @@ class TunedBlock:
 
     def changed(self) -> int:
         """How many codes are not those of the start."""
-        return sum(_differing(layer, self._before[n]) for n, layer in self.layers.items())
+        return sum(differing(layer, self._before[n]) for n, layer in self.layers.items())
 
     @property
     def weights(self) -> int:
@@ -218,7 +169,7 @@ class TunedBlock:
 
     def state(self) -> dict[str, Tensor]:
         """All that training needs to go on."""
-        everything = self._latents | {name: gain.trained for name, gain in self.gains.items()}
+        everything = self._codes | {name: gain.trained for name, gain in self.gains.items()}
         return {
             f"{name}:{part}": tensor
             for name, trained in everything.items()
@@ -229,28 +180,14 @@ class TunedBlock:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave."""
 
-        def parts(name: str) -> dict[str, Tensor]:
-            return {part: state[f"{name}:{part}"] for part in (*PARTS, "count")}
+        def parts(name: str, of: tuple[str, ...]) -> dict[str, Tensor]:
+            return {part: state[f"{name}:{part}"] for part in of}
 
-        for name, layer in self.layers.items():
-            self._encode(layer, self._latents[name].restore(parts(name)))
+        for name, code in self._codes.items():
+            code.restore(parts(name, code.PARTS))
         for name, gain in self.gains.items():
-            gain.put(gain.trained.restore(parts(name)))
+            gain.put(gain.trained.restore(parts(name, Trained.PARTS)))
         self._settle()
-
-
-def latents_of(block: CalibratedBlock, solved: Sequence[Solved], plan: Plan) -> dict[str, Tensor]:
-    """Where in the cells of their codes the weights of a block lie, by full names of layers, in
-    float16; none if nothing will be tuned. The original layers are still in their places."""
-    if not plan.recipe.tune:
-        return {}
-    found: dict[str, Tensor] = {}
-    for result in solved:
-        if plan[result.name].tunable:
-            weight = block.module.get_submodule(result.name.removeprefix(block.prefix)).weight
-            rotated = result.rotation.exact(weight.detach().float())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-            found[result.name] = latents(rotated, result.to(rotated.device).weight).half()
-    return found
 
 
 def _kind(layer: QuantLinear) -> tuple[object, ...]:
@@ -267,11 +204,3 @@ def _alike(layers: Iterable[QuantLinear]) -> dict[object, list[QuantLinear]]:
     for layer in layers:
         groups.setdefault(_kind(layer), []).append(layer)
     return groups
-
-
-def _differing(layer: QuantLinear, before: Tensor) -> int:
-    """Codes of a layer that are not those packed in ``before``."""
-    difference = layer.weight_packed ^ before
-    if not layer.format.packed:
-        return int(difference.count_nonzero())
-    return int((difference & 0xF).count_nonzero() + (difference >> 4).count_nonzero())

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.calib.block_arguments import Call, hidden_states
 from ptq.calib.block_by_block import BlockByBlock
@@ -35,8 +35,10 @@ from ptq.model.source import Source
 from ptq.numerics.adam import rate
 from ptq.pipeline.blocks_on_disk import LATENT, BlocksOnDisk
 from ptq.pipeline.plan import Plan
-from ptq.pipeline.tuned_block import Trained, TunedBlock
+from ptq.pipeline.tuned_block import TunedBlock
+from ptq.pipeline.tuned_codes import Jumps, Latents, Moments, Trained, TunedCodes
 from ptq.pipeline.tuning_text import TuningText
+from ptq.runtime.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +171,7 @@ class Tuning:
             return earlier.report
         before = self.look()
         return TuningReport(
+            codes=self.plan.recipe.tune_codes,
             steps=self.plan.recipe.tune,
             done=0,
             tokens=self.text.tokens,
@@ -180,22 +183,36 @@ class Tuning:
         )
 
     def _block(self, index: int) -> TunedBlock:
-        """A block as the run left it, with its latents."""
+        """A block as the run left it, with what it is tuned by."""
         name, module = self.model.blocks[index]
         count = len(self.model.blocks)
         self.finished.reinstall(CalibratedBlock.of(name, module, index, count))
         stored = self.writer.read(name)
-        latents = {
-            self._inner(name, key.removeprefix(LATENT)): tensor.to(self.device)
-            for key, tensor in stored.items()
-            if key.startswith(LATENT)
-        }
 
         def dtype(parameter: str) -> torch.dtype | None:
             tensor = stored.get(self.source.checkpoint_name(f"{name}.{parameter}"))
             return None if tensor is None else tensor.dtype
 
-        return TunedBlock(name, module, latents, dtype, self._trained)
+        return TunedBlock(name, module, self._codes(name, module, stored), dtype, self._trained)
+
+    def _codes(
+        self, block: str, module: nn.Module, stored: Mapping[str, Tensor]
+    ) -> dict[str, TunedCodes]:
+        """How the codes of a block's layers are tuned, by their names within it."""
+        found: dict[str, TunedCodes] = {}
+        if self.plan.recipe.tune_codes == "latents":
+            for key, tensor in stored.items():
+                if key.startswith(LATENT):
+                    name = self._inner(block, key.removeprefix(LATENT))
+                    layer = module.get_submodule(name)
+                    assert isinstance(layer, QuantLinear)  # the run has quantized it
+                    found[name] = Latents(layer, self._trained(tensor.to(self.device).float()))
+            return found
+        for name, inner in module.named_modules():
+            planned = self.plan.layers.get(f"{block}.{name}")
+            if isinstance(inner, QuantLinear) and planned is not None and planned.tunable:
+                found[name] = Jumps(inner, self._moments(inner))
+        return found
 
     def _inner(self, block: str, stored: str) -> str:
         """The name within its block of a layer that a checkpoint calls ``stored``."""
@@ -205,6 +222,11 @@ class Tuning:
     def _trained(self, value: Tensor) -> Trained:
         self._count += 1
         return Trained(self.store, self._count, value)
+
+    def _moments(self, layer: QuantLinear) -> Moments:
+        self._count += 1
+        like = torch.empty(layer.out_features, layer.in_features, device=self.device)
+        return Moments(self.store, self._count, like)
 
     @torch.no_grad()
     def look(self) -> float:

@@ -1,6 +1,6 @@
 """What tuning will need: memory and operations, from shapes alone.
 
-  latents and moments, 8 bytes a code (on disk with ``--activations disk``)
+  latents and moments, 8 bytes a code, or moments alone, 4 (on disk with ``--activations disk``)
 + the packed model, twice: as it is, and the best so far; what is not quantized
 + the last hidden states of the original for all text (on disk likewise)
 + what every block reads in one step, and what one batch needs in a block that is differentiated
@@ -17,7 +17,8 @@ from ptq.pipeline.speed import product_seconds
 from ptq.pipeline.tuning import interval
 from ptq.pipeline.tuning_text import batches_a_step, held_windows
 
-LATENT_BYTES = 8  # float32, and two moments in bfloat16
+# Of a code, by how it is tuned: two moments in bfloat16, and a latent in float32.
+CODE_BYTES = {"latents": 8, "pv": 4}
 # float32 tensors of a layer while it is updated: derivative, latent, moments, steps, codes.
 UPDATE_COPIES = 10
 # of the logits of a sequence, float32: of both models, as they are and normalised, and derivatives
@@ -56,7 +57,9 @@ def tuning_bytes(plan: Plan, shapes: Shapes, activations: str) -> float:
     """Memory at the peak, without the program itself."""
     batch, step, held = _tokens(plan)
     state = shapes.hidden * shapes.itemsize
-    waiting = LATENT_BYTES * shapes.tuned + (plan.recipe.tune * step + held) * state
+    waiting = (
+        CODE_BYTES[plan.recipe.tune_codes] * shapes.tuned + (plan.recipe.tune * step + held) * state
+    )
     waiting += (len(shapes.blocks) + 1) * step * state
     bits = plan.recipe.fmt.bits_per_weight
     largest = max(shapes.blocks)

@@ -23,6 +23,18 @@ def test_a_line_says_what_was_gained() -> None:
     )
 
 
+def test_a_line_says_in_whose_manner() -> None:
+    assert str(report(codes="pv")).startswith("40 of 100 steps in the manner of PV-Tuning, KL on")
+    lost = report(codes="pv", held_out=((0, 0.5),), done=3, kept=0)
+    assert str(lost).startswith("3 steps in the manner of PV-Tuning gained nothing")
+
+
+def test_reports_before_there_was_a_choice_are_of_latents() -> None:
+    written = report().to_dict()
+    del written["codes"]
+    assert check(json.loads(json.dumps(written)), TuningReport, "report") == report()
+
+
 def test_a_line_says_that_nothing_was_gained() -> None:
     kept = report(held_out=((0, 0.5), (20, 0.7), (40, 0.6)), kept=0, flipped=0.0)
     assert "gained nothing" in str(kept) and "0.5 and at best 0.6" in str(kept)

@@ -98,7 +98,7 @@ def test_values_that_help_lists_are_those_of_the_tables():
     from ptq.numerics.formats import FORMATS
     from ptq.numerics.scales import RULES
     from ptq.pipeline.quality import QUALITIES
-    from ptq.pipeline.recipe import IN_LOOP, SCHEMES
+    from ptq.pipeline.recipe import IN_LOOP, SCHEMES, TUNED_BY
 
     assert set(options.FORMATS) == set(FORMATS)
     assert options.SCHEMES == SCHEMES
@@ -107,6 +107,7 @@ def test_values_that_help_lists_are_those_of_the_tables():
     assert set(options.INPUT_RULES) == {r for fmt in FORMATS.values() for r in input_rules(fmt)}
     assert set(options.QUALITIES) == set(QUALITIES)
     assert options.DIALECTS == CHOICES
+    assert tuple(TUNED_BY) == options.TUNED_BY
     assert tuple(TARGETS) == options.TARGETS
     for place in options.ACTIVATIONS:
         HiddenStates(place, torch.device("cpu"))

@@ -15,7 +15,7 @@ from ptq.calib.block_by_block import BlockByBlock
 from ptq.checkpoint.reader import Checkpoint
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.model.blueprint import Blueprint
-from ptq.pipeline import tuned_block, tuning, tuning_text
+from ptq.pipeline import tuned_codes, tuning, tuning_text
 from ptq.pipeline.forecast import forecast
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
@@ -34,7 +34,10 @@ STEPS = 5
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned_block, "LATENT_RATE", 0.05)  # codes flip in a few steps
+        patch.setattr(tuned_codes, "LATENT_RATE", 0.05)  # codes flip in a few steps
+        patch.setattr(tuned_codes, "SHARE", 0.001)  # and jump
+        patch.setattr(tuned_codes, "TRUST", 0.1)
+        patch.setattr(tuned_codes, "WAIT", 1)
         patch.setattr(tuning, "EVERY", 1)
         patch.setattr(tuning_text, "STEP_TOKENS", 96)
         patch.setattr(tuning_text, "HELD_TOKENS", 256)
@@ -75,6 +78,8 @@ def tensors(out: Path) -> dict[str, Tensor]:
         ("qwen2", "compressed-tensors", {"balance": 0.5, "scheme": "w4a4"}),
         ("qwen3", "compressed-tensors", {"format": "nvint4", "ignore": ("v_proj",)}),
         ("qwen3_moe", "ptq", {"rules": (("down_proj", "mxfp8"),)}),
+        ("qwen3_moe", "ptq", {"rules": (("down_proj", "mxfp8"),), "tune_codes": "pv"}),
+        ("llama_tied", "ptq", {"format": "mxfp4", "scheme": "w4a4", "tune_codes": "pv"}),
     ],
 )
 def test_what_is_loaded_is_what_was_judged_and_better_than_before(
@@ -156,10 +161,23 @@ def whole(tiny_llama: Path, recipe, _short: None, tmp_path_factory: pytest.TempP
     return out
 
 
+@pytest.fixture(scope="module")
+def jumped(
+    tiny_llama: Path, recipe, _short: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same in the manner of PV-Tuning."""
+    out = tmp_path_factory.mktemp("jumped") / "q"
+    finish(tiny_llama, out, recipe(scheme="w4a4", tune_codes="pv"), None)
+    return out
+
+
+@pytest.mark.parametrize("by", ["latents", "pv"])
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    tiny_llama: Path, recipe, tmp_path: Path, whole: Path
+    tiny_llama: Path, recipe, tmp_path: Path, request: pytest.FixtureRequest, by: str
 ) -> None:
+    whole: Path = request.getfixturevalue("jumped" if by == "pv" else "whole")
     out, taken = tmp_path / "q", list[int]()
+    chosen = recipe(scheme="w4a4", tune_codes=by)
 
     def stop(step: Step) -> None:
         taken.append(step.done)
@@ -167,9 +185,9 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
             raise Killed
 
     with pytest.raises(Killed):
-        finish(tiny_llama, out, recipe(scheme="w4a4"), stop)
+        finish(tiny_llama, out, chosen, stop)
     assert not out.exists()
-    finish(tiny_llama, out, recipe(scheme="w4a4"), lambda step: taken.append(step.done))
+    finish(tiny_llama, out, chosen, lambda step: taken.append(step.done))
     assert taken == list(range(1, STEPS + 1))  # every step is saved here
     assert contents(out) == contents(whole)
     assert not out.with_name("q.partial").exists()
@@ -280,3 +298,11 @@ def test_what_was_done_is_told(whole: Path) -> None:
     card = (out / "README.md").read_text()
     assert f"| tuning | {checkpoint.tuning} |" in card and "as they were before tuning" in card
     assert inspect(out).tuning == checkpoint.tuning
+
+
+def test_the_report_says_how_codes_were_moved(whole: Path, jumped: Path) -> None:
+    assert [Checkpoint(out).tuning.codes for out in (whole, jumped)] == ["latents", "pv"]  # pyright: ignore[reportOptionalMemberAccess]
+    assert Checkpoint(jumped).recipe["tune_codes"] == "pv"
+    assert "steps in the manner of PV-Tuning" in (jumped / "README.md").read_text()
+    stored = json.loads((jumped / "ptq_report.json").read_text())
+    assert stored["tuning"]["codes"] == "pv" and stored["tuning"]["flipped"] > 0

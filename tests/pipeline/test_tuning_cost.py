@@ -15,8 +15,8 @@ SHAPES = Shapes(
 )
 
 
-def plan(tune: int) -> Plan:
-    recipe = Recipe.default("nvfp4", tune=tune, samples=16, seq_len=512)
+def plan(tune: int, codes: str = "latents") -> Plan:
+    recipe = Recipe.default("nvfp4", tune=tune, tune_codes=codes, samples=16, seq_len=512)
     return Plan(layers={}, recipe=recipe, head=None, samples=16, seq_len=512, foreign=None)
 
 
@@ -24,6 +24,8 @@ def test_latents_and_states_go_to_disk() -> None:
     ram, disk = (tuning_bytes(plan(100), SHAPES, where) for where in ("ram", "disk"))
     states = (100 * 2048 + 8192 + 5 * 2048) * 256 * 4
     assert ram - disk == pytest.approx(8 * SHAPES.tuned + states)
+    jumps = [tuning_bytes(plan(100, "pv"), SHAPES, where) for where in ("ram", "disk")]
+    assert [ram - jumps[0], disk - jumps[1]] == [pytest.approx(4 * SHAPES.tuned), 0]
     larger = replace(SHAPES, tuned=2 * SHAPES.tuned, blocks=SHAPES.blocks * 2)
     assert tuning_bytes(plan(100), larger, "disk") < 1.3 * disk  # one block at a time
 
