@@ -2,6 +2,7 @@
 
     import ptq
 
+    ptq.analyze("path/to/model", "study")                     # which format for which layer, why
     ptq.forecast("path/to/model", format="nvfp4")             # memory, time, size: before anything
     ptq.quantize("path/to/model", "out", format="nvfp4")      # a checkpoint, and its report
     ptq.evaluate("out", "path/to/model")                      # perplexity, KL to the original
@@ -25,9 +26,10 @@ from ptq.runtime import transformers_hook
 
 if TYPE_CHECKING:
     from ptq.api.checkpoints import Written, convert, evaluate, inspect, load, verify
-    from ptq.api.runs import forecast, quantize
+    from ptq.api.runs import analyze, forecast, quantize
     from ptq.pipeline.forecast import Forecast
     from ptq.pipeline.recipe import Recipe
+    from ptq.pipeline.study import Study
     from ptq.runtime.evaluate import Evaluation
     from ptq.runtime.inspect import Report
     from ptq.runtime.verify import Verdict
@@ -37,9 +39,11 @@ __all__ = [
     "Forecast",
     "Recipe",
     "Report",
+    "Study",
     "Verdict",
     "Written",
     "__version__",
+    "analyze",
     "convert",
     "evaluate",
     "forecast",
@@ -56,8 +60,10 @@ _LAZY = {
     "Forecast": "ptq.pipeline.forecast",
     "Recipe": "ptq.pipeline.recipe",
     "Report": "ptq.runtime.inspect",
+    "Study": "ptq.pipeline.study",
     "Verdict": "ptq.runtime.verify",
     "Written": "ptq.api.checkpoints",
+    "analyze": "ptq.api.runs",
     "convert": "ptq.api.checkpoints",
     "evaluate": "ptq.api.checkpoints",
     "forecast": "ptq.api.runs",

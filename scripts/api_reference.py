@@ -15,8 +15,8 @@ import ptq
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
 BEGIN, END = "<!-- reference: written by scripts/api_reference.py -->", "<!-- /reference -->"
-CALLS = ("quantize", "forecast", "load", "evaluate", "inspect", "verify", "convert")
-RESULTS = ("Written", "Forecast", "Evaluation", "Report", "Verdict")
+CALLS = ("analyze", "quantize", "forecast", "load", "evaluate", "inspect", "verify", "convert")
+RESULTS = ("Study", "Written", "Forecast", "Evaluation", "Report", "Verdict")
 SECTIONS = ("Args", "Returns", "Raises", "Attributes")
 
 

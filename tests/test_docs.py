@@ -15,14 +15,17 @@ import typer
 from typer.main import get_command
 
 import ptq
-from ptq.api.arguments import LoadOptions, QuantizeOptions
+from ptq.api.arguments import AnalyzeOptions, LoadOptions, QuantizeOptions
 from ptq.cli.commands import UsageError, app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 COMMANDS = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue] - a group
-UNPACKED = {"quantize": QuantizeOptions, "forecast": QuantizeOptions, "load": LoadOptions}
+UNPACKED = {
+    "analyze": AnalyzeOptions, "quantize": QuantizeOptions, "forecast": QuantizeOptions,
+    "load": LoadOptions,
+}  # fmt: skip
 # Options of other programs, where the text says so.
 FOREIGN = {"--nproc-per-node", "--max-model-len", "--install-completion", "--help"}
 

@@ -11,7 +11,7 @@ import pytest
 import ptq
 from ptq.api.arguments import LoadOptions, QuantizeOptions
 
-CALLS = ["convert", "evaluate", "forecast", "inspect", "load", "quantize", "verify"]
+CALLS = ["analyze", "convert", "evaluate", "forecast", "inspect", "load", "quantize", "verify"]
 UNPACKED = {"quantize": QuantizeOptions, "load": LoadOptions}
 
 

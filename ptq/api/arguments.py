@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -64,6 +64,32 @@ class QuantizeOptions(Choices, total=False):
     overwrite: bool
 
 
+class AnalyzeOptions(TypedDict, total=False):
+    """How a model is looked at; :func:`ptq.analyze` says what each is."""
+
+    scales: str
+    balance: float
+    calibration: str
+    field: str | None
+    samples: int
+    seq_len: int
+    tokens: int
+    numbers: int
+    ignore: tuple[str, ...] | list[str]
+    seed: int
+    text: str
+    max_tokens: int
+    window: int
+    budget: float | None
+    max_kl: float | None
+    measure: str
+    scheme: str
+    formats: tuple[str, ...] | list[str]
+    device: torch.device | str | None
+    dtype: torch.dtype | str | None
+    activations: str
+
+
 class LoadOptions(TypedDict, total=False):
     """How a checkpoint is loaded; :func:`load` says what each is."""
 
@@ -82,12 +108,7 @@ def split(
     beside a recipe."""
     names = Choices.__annotations__.keys()
     known = [*QuantizeOptions.__annotations__, "format", "scheme", "recipe", "progress"]
-    if unknown := sorted(options.keys() - set(known)):
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        raise ValueError(
-            f"unknown argument {unknown[0]!r}{f'; did you mean {near[0]}?' if near else ';'} "
-            "help(ptq.quantize) lists all"
-        )
+    check_names(options, known, "quantize")
     choices = {n: v for n, v in options.items() if n in names and v is not None}
     run = {n: v for n, v in options.items() if n not in names}
     if scheme is not None:
@@ -105,6 +126,17 @@ def split(
     if isinstance(share := choices.get("eight_bit"), str):
         choices["eight_bit"] = parse_share("eight_bit", share)
     return run, make_recipe(format, None if recipe is None else Path(recipe), choices)
+
+
+def check_names(options: Mapping[str, Any], known: Iterable[str], call: str) -> None:
+    """Raise ValueError for an option that a call does not have, with the one that looks like it."""
+    known = list(known)
+    if unknown := sorted(options.keys() - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        raise ValueError(
+            f"unknown argument {unknown[0]!r}{f'; did you mean {near[0]}?' if near else ';'} "
+            f"help(ptq.{call}) lists all"
+        )
 
 
 def placed(run: dict[str, Any]) -> tuple[torch.device, torch.dtype | None]:

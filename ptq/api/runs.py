@@ -1,6 +1,7 @@
-"""Calls that take a model: quantize, and forecast what that needs."""
+"""Calls that take a model: analyze, quantize, and forecast what that needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Unpack, overload
@@ -9,22 +10,27 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ptq.api.arguments import (
+    AnalyzeOptions,
     Name,
     QuantizeOptions,
+    check_names,
     follower,
     placed,
     shown,
     split,
 )
 from ptq.api.checkpoints import Written, written
+from ptq.calib.hidden_states import check_storage
 from ptq.checkpoint.dialect_choice import Choice, Readers
 from ptq.cli import progress as bars
+from ptq.pipeline.analysis_files import check_folder
 from ptq.pipeline.forecast import Forecast
 from ptq.pipeline.forecast import forecast as forecast_run
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import launched
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import Progress, quantize_model
+from ptq.pipeline.study import Study, StudyOptions, Told, study
 from ptq.pipeline.tuning import Step
 from ptq.runtime.loaded_model import resolve_model
 
@@ -205,3 +211,92 @@ def forecast(
     device, dtype = placed(run)
     source = resolve_model(model, revision)
     return forecast_run(source, settled, device=device, dtype=dtype, ranks=ranks, **run)
+
+
+def analyze(
+    model: Name,
+    out: Name | None = None,
+    *,
+    direct_cast: bool = False,
+    advise: bool = False,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool | Callable[[str, int, int, str], object] = True,
+    **options: Unpack[AnalyzeOptions],
+) -> Study:
+    """Which format for which layer, and why; ``ptq analyze`` in Python. The model is not changed.
+
+        study = ptq.analyze("path/to/model", "study", advise=True, budget=5)
+        study.worst[0].name, study.worst[0].advice  # what will hurt, and what to do
+        ptq.quantize("path/to/model", "out", recipe=study.recipe_file)
+
+    Called again after an interruption, it goes on where it stopped; ``direct_cast`` and ``advise``
+    add to what is in ``out``.
+
+    Args:
+        model: a directory, the id of a model on the hub, or ``"demo"``.
+        out: directory of report.html, analysis.json and .csv, new or empty, or that of an
+            unfinished analysis; None writes nothing.
+        direct_cast: also round the whole model in each format, rotated and not: perplexity, KL.
+        advise: also measure what every format costs every layer, and choose: needs ``budget`` or
+            ``max_kl``.
+        revision: branch, tag or commit of a model on the hub.
+        overwrite: replace the analysis in ``out``.
+        progress: bars on stderr, which is the default, or nothing; or what to call after every
+            step with (stage, steps done, steps in all, what the last one was).
+        scales: ``"absmax"``, as in the study, without clipping; ``"mse"`` searches, and no law
+            predicts it.
+        balance: strength of the balanced forms, 0.5; 0 leaves them out.
+        calibration: text that inputs come from, ``"builtin"`` or as in :func:`quantize`;
+            ``field``: its column.
+        samples, seq_len: sequences of it, 8, and tokens in each, 256.
+        tokens: of every input that are rounded and counted, 512.
+        numbers: of every weight that are rounded and counted, 2^20, in evenly spaced rows.
+        ignore: names or patterns of layers to leave out.
+        seed: of the choice of text.
+        text: that a direct cast is measured on, as :func:`evaluate` takes it; ``max_tokens``: of
+            it, 8192; ``window``: tokens in a window, 512.
+        budget: bits per weight on average that advice may spend.
+        max_kl: or the loss, in nats per token, that it is to reach with the fewest bits.
+        measure: of loss: ``"kl"`` over all tokens, ``"kl_top25"`` over the 25 most likely.
+        scheme: ``"w4a4"``, inputs too, or ``"w4a16"``, weights only; of advice.
+        formats: that advice chooses from, all eight unless given.
+        device: the first GPU if there is one.
+        dtype: of the computation; float32 on a CPU, else the model's own.
+        activations: where they wait for a direct cast and advice: ram, device or disk.
+
+    Returns:
+        Tables, and all figures as data.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: in one line: what, where, what to do.
+    """
+    check_names(options, [*AnalyzeOptions.__annotations__, "progress", "revision"], "analyze")
+    run = dict(options)
+    device, dtype = placed(run)
+    activations = str(run.pop("activations", "ram"))
+    check_storage(activations)
+    chosen = StudyOptions.of(run, direct_cast=direct_cast, advise=advise)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_folder(folder, overwrite=overwrite, adding=direct_cast or advise)
+    return study(
+        resolve_model(model, revision),
+        chosen,
+        partial(bars.bar, not progress) if isinstance(progress, bool) else partial(_told, progress),
+        folder=folder,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        activations=activations,
+    )
+
+
+@contextmanager
+def _told(progress: Callable[[str, int, int, str], object], stage: str) -> Iterator[Told]:
+    """A stage whose steps are told to the caller's function."""
+
+    def step(done: int, total: int, text: str, *, known: bool = False) -> None:
+        progress(stage, done, total, text)
+
+    yield step

@@ -1,7 +1,7 @@
 """``ptq analyze``: which format for which layer, and why."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,10 +24,6 @@ from ptq.cli.options import (
     parse_dtype,
     values,
 )
-
-if TYPE_CHECKING:
-    from ptq.pipeline.analysis import BlockAnalysis
-    from ptq.pipeline.analysis_files import Analysis
 
 ANALYSIS_SCALES = ("absmax", "mse")
 MEASURES = ("kl", "kl_top25")
@@ -194,192 +190,57 @@ def analyze(
     where it stopped; --direct-cast and --advise add to what is there. Laws, crossovers, direct
     casts: docs/int-vs-fp.md; advice: docs/analyze.md.
     """
-    from dataclasses import replace
+    from functools import partial
 
-    from ptq.cli import display, progress, study_tables
-    from ptq.pipeline.advice import advise as choose
-    from ptq.pipeline.advice import check_limits
-    from ptq.pipeline.advisor import AdviceOptions, measure_damage, recipe_of
-    from ptq.pipeline.analysis_files import CAST_STATES, check_folder, write_results
-    from ptq.pipeline.analysis_page import analysis_page
-    from ptq.pipeline.analyze import Options
-    from ptq.pipeline.analyze import analyze as measure_tensors
-    from ptq.pipeline.direct_cast import CastOptions
-    from ptq.pipeline.direct_cast import direct_cast as cast
-    from ptq.pipeline.recipe_file import to_toml
+    from ptq.cli import display, progress
+    from ptq.pipeline.analysis_files import check_folder
+    from ptq.pipeline.study import StudyOptions, study
     from ptq.runtime.loaded_model import resolve_model
 
-    options = Options(
-        calibration=calibration,
-        field=field,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        tokens=tokens,
-        values=numbers,
-        scales=scales,
-        balance=balance,
-        ignore=tuple(ignore or ()),
+    options = StudyOptions.of(
+        {
+            "scales": scales,
+            "balance": balance,
+            "calibration": calibration,
+            "field": field,
+            "samples": samples,
+            "seq_len": seq_len,
+            "tokens": tokens,
+            "numbers": numbers,
+            "ignore": ignore,
+            "seed": seed,
+            "text": text,
+            "max_tokens": max_tokens,
+            "window": window,
+            "budget": budget,
+            "max_kl": max_kl,
+            "measure": measure,
+            "scheme": scheme,
+            "formats": None if formats is None else formats.replace(",", " ").split(),
+        },
+        direct_cast=direct_cast,
+        advise=advise,
     )
-    casting = CastOptions(
-        text=text, field=field, seq_len=window, max_tokens=max_tokens, ignore=options.ignore
-    )
-    advising = AdviceOptions(
-        scheme=scheme,
-        formats=FORMATS if formats is None else tuple(formats.replace(",", " ").split()),
-        calibration=calibration,
-        field=field,
-        seed=seed,
-        ignore=options.ignore,
-    )
-    if advise:
-        check_limits(budget=budget, ceiling=max_kl, measure=measure)
-    elif budget is not None or max_kl is not None:
-        raise ValueError("--budget and --max-kl are for --advise")
     if out is not None:
         check_folder(out, overwrite=overwrite, adding=direct_cast or advise)
     source = resolve_model(model)
-    place, kind = parse_device(device), parse_dtype(dtype)
-    with progress.bar(quiet, "analyzing") as step:
-
-        def on_block(block: "BlockAnalysis", count: int, resumed: bool) -> None:
-            step(
-                block.index + 1,
-                count,
-                block.name + (" measured before" if resumed else ""),
-                known=resumed,
-            )
-
-        found = measure_tensors(
-            source,
-            options,
-            folder=out,
-            overwrite=overwrite,
-            device=place,
-            dtype=kind,
-            on_block=on_block,
-        )
-    if out is not None:
-        write_results(out, found, analysis_page(found))
-    if direct_cast:
-        with progress.bar(quiet, "casting") as step:
-            made = cast(
-                source,
-                casting,
-                folder=None if out is None else out / CAST_STATES,
-                overwrite=overwrite,
-                known=found.direct_cast,
-                device=place,
-                dtype=kind,
-                activations=activations,
-                on_step=step,
-            )
-        found = replace(found, direct_cast=made)
-        if out is not None:
-            write_results(out, found, analysis_page(found))
-    recipe = None
-    if advise:
-        with progress.bar(quiet, "measuring damage") as step:
-            damage = measure_damage(
-                source,
-                advising,
-                known=None if found.advice is None else found.advice.damage,
-                device=place,
-                dtype=kind,
-                activations=activations,
-                on_block=lambda done, total: step(done, total, ""),
-            )
-        advice = choose(damage, budget=budget, ceiling=max_kl, measure=measure)
-        found = replace(found, advice=advice)
-        recipe = to_toml(recipe_of(advice, advising))
-        if out is not None:
-            write_results(out, found, analysis_page(found), recipe)
+    found = study(
+        source,
+        options,
+        partial(progress.bar, quiet),
+        folder=out,
+        overwrite=overwrite,
+        device=parse_device(device),
+        dtype=parse_dtype(dtype),
+        activations=activations,
+    )
     if json:
-        display.print_json(summary(found) | ({} if recipe is None else {"recipe": recipe}))
+        display.print_json(found.to_dict())
     elif not quiet:
-        print_summary(found)
-        if direct_cast and found.direct_cast is not None:
-            study_tables.print_direct_cast(found.direct_cast)
-        if advise and found.advice is not None:
-            study_tables.print_advice(found.advice)
+        for table in found.tables():
+            display.show(table)
         if out is not None:
             names = sorted(path.name for path in out.iterdir())
             display.note(f"written to {out}: report.html to look at, all of {', '.join(names)}")
-            if recipe is not None:
+            if found.recipe is not None:
                 display.note(f"next: ptq quantize {model} --recipe {out}/recipe.toml --out DIR")
-
-
-def summary(found: "Analysis") -> dict[str, object]:
-    """What ``--json`` prints: win tables and the worst layers, and what else was asked for; all
-    figures are in analysis.json."""
-    from dataclasses import asdict
-
-    from ptq.pipeline.analysis_summary import lines, wins, worst
-    from ptq.reading.schema import plain
-
-    rule = str(found.identity["scales"])
-    return {
-        "model": found.model,
-        "options": found.identity,
-        "seconds": found.seconds,
-        "crossovers": lines(rule),
-        "wins": [asdict(row) for row in wins(found.blocks, rule)],
-        "worst": [asdict(row) for row in worst(found.blocks)],
-        "direct_cast": None if found.direct_cast is None else plain(found.direct_cast),
-        "advice": None if found.advice is None else plain(found.advice),
-    }
-
-
-def print_summary(found: "Analysis") -> None:
-    """The win table by form, and the layers that will hurt."""
-    from rich import box
-    from rich.table import Table
-
-    from ptq.cli import display
-    from ptq.numerics.formats import FORMATS as FORMAT_RECORDS
-    from ptq.numerics.hardware_cost import relative_area
-    from ptq.pipeline.analysis_summary import tensors, wins, worst
-
-    rule = str(found.identity["scales"])
-    count = sum(1 for _ in tensors(found.blocks))
-    layers = sum(len(block.layers) for block in found.blocks)
-    table = Table(
-        title=f"{layers} layers, {count} tensors, scales {rule}: who has the higher QSNR",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("form", "INT / FP"):
-        table.add_column(name, no_wrap=True)
-    for name in ("INT dB", "FP dB", "INT wins", "in the study", "printed", "corrected", "blocks"):
-        table.add_column(name, justify="right")
-    table.add_column("area", justify="right")
-    for row in wins(found.blocks, rule):
-        if row.role != "all":
-            continue
-        form = " + ".join(
-            [*(["balanced"] if row.balanced else []), *(["rotated"] if row.rotated else [])]
-        )
-        laws = (row.hits.get(law) for law in ("printed", "corrected", "integrated"))
-        table.add_row(
-            form or "as it is",
-            f"{row.ints}/{row.floats}",
-            f"{row.qsnr[0]:.2f}",
-            f"{row.qsnr[1]:.2f}",
-            f"{row.share:.1%}",
-            "–" if row.balanced else f"{row.paper:.1%}",
-            *("–" if hit is None else f"{hit:.1%}" for hit in laws),
-            f"{relative_area(FORMAT_RECORDS[row.ints], FORMAT_RECORDS[row.floats]):.2f}",
-        )
-    display.out.print(table)
-    display.out.print(
-        "printed, corrected, blocks: how often that law of the crest factor names the winner "
-        "(docs/int-vs-fp.md); in the study: Figure 4, Llama-3.1-8B; area: gates of a unit, INT "
-        "over FP, a model and no synthesis.",
-        style="dim",
-    )
-    hurt = Table(title="the layers that will hurt, at their best in four bits", box=box.SIMPLE_HEAD)
-    hurt.add_column("layer", overflow="fold")
-    hurt.add_column("output error", justify="right")
-    hurt.add_column("what to do", ratio=1)
-    for layer in worst(found.blocks):
-        hurt.add_row(layer.name, f"{layer.error:.4f}", "; ".join(layer.advice))
-    display.out.print(hurt)

@@ -92,10 +92,10 @@ def show(table: Tabled) -> None:
     """A table of a result on stdout; its notes below, dim."""
     shown = Table(title=table.title, box=box.SIMPLE_HEAD)
     for index, name in enumerate(table.columns):
-        if index:
-            shown.add_column(name, justify="right")
-        else:
+        if table.left(index):
             shown.add_column(name, overflow="fold")
+        else:
+            shown.add_column(name, justify="right")
     for index, row in enumerate(table.rows):
         shown.add_row(*row, style="dim" if index in table.dim else None)
     out.print(shown)

@@ -19,8 +19,8 @@ from ptq.numerics.formats import FORMATS
 from ptq.pipeline.advice import Advice, Damage, Option, Unit
 from ptq.pipeline.damage import LENGTH, SEQUENCES, damages
 from ptq.pipeline.plan import Plan
-from ptq.pipeline.recipe import PER_MODULE, Change, Recipe
-from ptq.reading.schema import as_json
+from ptq.pipeline.recipe import PER_MODULE, SCHEMES, Change, Recipe
+from ptq.reading.schema import as_json, check_fields
 from ptq.runtime.evaluate import TOP
 from ptq.text.windows import load_calibration, load_tokenizer
 
@@ -48,6 +48,9 @@ class AdviceOptions:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "the advice")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}")
         if not self.formats:
             raise ValueError("name one format at least to choose from")
         for name in self.formats:

@@ -34,6 +34,7 @@ from ptq.pipeline.analysis_files import VERSION, Analysis, Partial, finished
 from ptq.pipeline.balancing import Balancing
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
+from ptq.reading.schema import check_fields
 from ptq.text.windows import load_calibration, load_tokenizer
 
 RULES = ("absmax", "mse")
@@ -65,6 +66,7 @@ class Options:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "the analysis")
         if self.scales not in RULES:
             raise ValueError(f"unknown scales {self.scales!r}; choose from {', '.join(RULES)}")
         for name in ("samples", "seq_len", "tokens", "values"):

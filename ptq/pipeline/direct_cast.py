@@ -37,7 +37,7 @@ from ptq.pipeline.cast_results import Cast, DirectCast
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.recipe import Recipe
 from ptq.reading.safetensors_layout import read_header
-from ptq.reading.schema import as_json
+from ptq.reading.schema import as_json, check_fields
 from ptq.runtime.evaluate import check_logits, comparison, total_nll, windows
 from ptq.text.windows import load_text, load_tokenizer
 
@@ -67,6 +67,10 @@ class CastOptions:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "the direct cast")
+        for name in ("seq_len", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise ValueError(f"{name} of a direct cast must be at least 2, not {value}")
         if unknown := sorted(set(self.formats) - FORMATS.keys()):
             raise ValueError(f"unknown format {unknown[0]!r}; choose from {', '.join(FORMATS)}")
 

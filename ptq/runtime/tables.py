@@ -9,10 +9,11 @@ DIM = '<tr style="opacity:.6">'
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells as they are shown; the first column stands on the left, figures on the right.
+    """Cells as they are shown; words stand on the left, figures on the right.
 
     Attributes:
         rows: of as many cells as there are columns.
+        words: indices of columns of words, beside the first one.
         dim: indices of rows that are there for comparison.
         notes: lines below.
     """
@@ -20,8 +21,13 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: frozenset[int] = frozenset()
     dim: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+
+    def left(self, column: int) -> bool:
+        """Whether a column stands on the left."""
+        return not column or column in self.words
 
     def text(self) -> str:
         """Columns two blanks apart, a rule below their names; no line ends in blanks."""
@@ -29,7 +35,7 @@ class Table:
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         shown = [
             "  ".join(
-                cell.rjust(width) if index else cell.ljust(width)
+                cell.ljust(width) if self.left(index) else cell.rjust(width)
                 for index, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -40,10 +46,18 @@ class Table:
 
     def html(self) -> str:
         """A table element, every cell escaped, with its notes as paragraphs."""
-        head = "".join(f"<th{_side(i)}>{escape(name)}</th>" for i, name in enumerate(self.columns))
+        sides = [
+            f' style="text-align:{"left" if self.left(i) else "right"}"'
+            for i in range(len(self.columns))
+        ]
+        head = "".join(
+            f"<th{side}>{escape(name)}</th>" for side, name in zip(sides, self.columns, strict=True)
+        )
         body = "".join(
             (DIM if index in self.dim else "<tr>")
-            + "".join(f"<td{_side(i)}>{escape(cell)}</td>" for i, cell in enumerate(row))
+            + "".join(
+                f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides, row, strict=True)
+            )
             + "</tr>"
             for index, row in enumerate(self.rows)
         )
@@ -51,10 +65,6 @@ class Table:
         notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in self.notes)
         rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>" if self.rows else ""
         return f"<table>{title}{rows}</table>{notes}"
-
-
-def _side(column: int) -> str:
-    return ' style="text-align:right"' if column else ' style="text-align:left"'
 
 
 class Tabular:

@@ -1,4 +1,4 @@
-"""quantize and forecast from Python: the call of the command line, and what it gives back."""
+"""analyze, quantize and forecast from Python: the calls of the command line, and what they give."""
 
 import json
 
@@ -64,3 +64,48 @@ def test_the_forecast_is_that_of_the_run(demo_model):
     assert wider.quantized == found.quantized and wider.output_bytes > found.output_bytes
     with pytest.raises(ValueError, match="unknown device"):
         ptq.forecast("demo", format="nvfp4", device="tpu")
+
+
+def test_analyze_is_that_of_the_command_line(tiny_llama, tiny_text, tmp_path, capfd):
+    few = {"samples": 4, "seq_len": 32, "tokens": 32, "device": "cpu"}
+    chosen = {**few, "calibration": str(tiny_text), "formats": ("nvfp4", "mxint8"), "budget": 5.5}
+    found = ptq.analyze(tiny_llama, tmp_path / "a", advise=True, **chosen)
+    told = capfd.readouterr().err
+    assert "analyzing 2/2" in told and "measuring damage 4/4" in told
+    assert isinstance(found, ptq.Study) and len(found.layers) == 14 and len(found.worst) == 10
+    assert found.report == tmp_path / "a" / "report.html" and found.report.exists()
+    assert "the layers that will hurt" in str(found) and "<table>" in found._repr_html_()
+    made = ptq.quantize(
+        tiny_llama, tmp_path / "q", recipe=found.recipe_file, progress=False, **QUICK
+    )
+    assert set(made.report.formats) <= {"nvfp4", "mxint8"}
+    with pytest.raises(FileExistsError, match="finished analysis: choose another"):
+        ptq.analyze(tiny_llama, str(tmp_path / "a"), **few)
+    seen = []
+    again = ptq.analyze(  # what was measured is not measured again
+        tiny_llama, tmp_path / "a", advise=True, progress=lambda *step: seen.append(step),
+        **{**chosen, "budget": 6.0},
+    )  # fmt: skip
+    assert seen == [] and again.analysis.blocks == found.analysis.blocks
+    assert again.advice.budget == 6.0 and capfd.readouterr().err == ""
+    ptq.analyze(tiny_llama, progress=lambda *step: seen.append(step), balance=0.0, **few)
+    assert [step[:3] for step in seen] == [("analyzing", 1, 2), ("analyzing", 2, 2)]
+
+
+def test_mistakes_of_an_analysis_are_one_line(tiny_llama, tmp_path):
+    for wrong, message in (
+        ({"sample": 4}, r"unknown argument 'sample'; did you mean samples\? help\(ptq.analyze\)"),
+        ({"budget": 5.0}, "are for --advise"),
+        ({"advise": True}, "either --budget"),
+        ({"activations": "tape"}, "activations must be 'ram'"),
+        ({"device": "tpu"}, "unknown device"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            ptq.analyze(tiny_llama, tmp_path / "a", **wrong)
+        assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="which no analysis wrote"):
+        ptq.analyze(tiny_llama, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such model at revision v1"):
+        ptq.analyze("nobody/nothing", revision="v1")

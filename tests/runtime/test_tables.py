@@ -1,5 +1,6 @@
 """Results as text and as HTML: aligned, escaped, and nothing lost."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -24,6 +25,19 @@ def test_text_is_aligned_and_ends_without_blanks():
         "<b>&        3",
         "below",
     ]
+
+
+def test_words_stand_on_the_left():
+    table = replace(TABLE, columns=("module", "why"), rows=(("a", "long"), ("b", "x")))
+    table = replace(table, words=frozenset({1}), title="", notes=())
+    assert table.text().splitlines() == [
+        "module  why",
+        "────────────",
+        "a       long",
+        "b       x",
+    ]
+    assert table.html().count("text-align:left") == 6
+    assert [TABLE.left(0), TABLE.left(1), table.left(1)] == [True, False, True]
 
 
 class Cells(HTMLParser):
