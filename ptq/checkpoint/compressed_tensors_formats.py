@@ -1,8 +1,9 @@
 """Our formats as compressed-tensors stores them: a record each, with what engines make of it.
 
-FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. NVINT4 becomes int4 with groups of
-16: ``weight_packed`` I32 (out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the
-global scale multiplied in (exact: it is a power of two), ``weight_shape`` I64 [2].
+FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. MXFP8 has its codes in ``weight``
+F8_E4M3 (out, in), the same bytes. NVINT4 becomes int4 with groups of 16: ``weight_packed`` I32
+(out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the global scale multiplied in
+(exact: it is a power of two), ``weight_shape`` I64 [2].
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from ptq.checkpoint.engines import (
     Verdict,
 )
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
-from ptq.numerics.formats import E4M3_LARGEST, MXFP4, NVFP4, NVINT4, Format
+from ptq.numerics.formats import E4M3_LARGEST, MXFP4, MXFP8, NVFP4, NVINT4, Format
 
 # Blocks in which engines rotate.
 SIZES = (16, 32, 64, 128)
@@ -167,6 +168,19 @@ def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def name_e4m3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an MXFP8 layer with its codes in ``weight``, as the E4M3 numbers that they
+    are; other tensors are passed on."""
+    rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "weight_packed"}
+    return rest | {"weight": tensors["weight_packed"].view(torch.float8_e4m3fn)}
+
+
+def unname_e4m3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`name_e4m3`."""
+    rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "weight"}
+    return rest | {"weight_packed": tensors["weight"].view(torch.uint8)}
+
+
 _FOUR_BITS: JsonDict = {"num_bits": 4, "symmetric": True, "dynamic": False}
 
 # Whatever the format.
@@ -195,6 +209,8 @@ def _all(name: str, info: LayerInfo) -> bool:
     return True
 
 
+NOT_KNOWN = "whether it reads MXFP8 of this dialect is not known; use nvfp4"
+SEVERAL = "whether it reads several formats in one checkpoint is not known; use one"
 NO_ROTATION = "it does not rotate inputs; use --rotation none, or dialect ptq"
 RULES = (
     Rule(TRANSFORMERS, _rotated, Verdict.IMPORT, "which attaches the online rotation"),
@@ -317,7 +333,43 @@ _NVINT4 = CtFormat(
     ),
 )
 
-CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4)}
+_MXFP8 = CtFormat(
+    format=MXFP8,
+    name="mxfp8-quantized",
+    weights=_FOUR_BITS
+    | {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
+    conversion=Conversion(
+        types={"weight": (torch.float8_e4m3fn,), "weight_scale": (torch.uint8,)},
+        packed="weight",
+        write=name_e4m3,
+        read=unname_e4m3,
+    ),
+    rules=(
+        Rule(
+            TRANSFORMERS,
+            lambda name, info: is_expert(name),
+            Verdict.IMPORT,
+            "which reads experts in 8 bits",
+        ),
+        Rule(
+            VLLM,
+            _weights_alone,
+            Verdict.RIGHT,
+            "on Blackwell GPUs it quantizes inputs to MXFP8 too, although this model was made for "
+            "16 bits",
+        ),
+        Rule(SGLANG, _all, Verdict.UNKNOWN, NOT_KNOWN),
+        Rule(TENSORRT, _all, Verdict.UNKNOWN, NOT_KNOWN),
+    ),
+)
+
+CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4, _MXFP8)}
 
 # From best to worst.
 _ORDER = tuple(Verdict)
@@ -327,6 +379,8 @@ def ct_opens(layers: Mapping[str, LayerInfo]) -> dict[str, Opening]:
     """What every engine makes of a checkpoint with these layers: the worst that a rule says of one
     of them, which is named where it is a reason not to write it."""
     found = dict.fromkeys(ENGINES, Opening(Verdict.RIGHT))
+    if len({(info.format, info.quantize_inputs) for info in layers.values()}) > 1:
+        found |= dict.fromkeys((SGLANG, TENSORRT), Opening(Verdict.UNKNOWN, SEVERAL))
     for name, info in layers.items():
         for rule in (*RULES, *CT_FORMATS[info.format].rules):
             if not rule.when(name, info):

@@ -17,6 +17,7 @@ from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization
 
 Layers = Mapping[str, LayerInfo]
 Tensors = Mapping[str, Tensor]
+PACKED = "weight_packed"  # the tensor with the codes, if a conversion does not name another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Conversion:
     Attributes:
         types: what must be on disk for ``read``, with the types that it may have.
         optional: what may be there besides.
+        packed: name of the tensor with the codes; its rows are the outputs.
         write, read: raise ValueError where they would have to round, ``read`` also for shapes that
             do not belong together. ``read`` may give global scales as float64 divisors, where no
             float32 divisor stands for the stored factor.
@@ -55,6 +57,7 @@ class Conversion:
 
     types: Mapping[str, tuple[torch.dtype, ...]]
     optional: tuple[str, ...] = ()
+    packed: str = PACKED
     write: Callable[[Tensors], dict[str, Tensor]]
     read: Callable[[Tensors], dict[str, Tensor]]
 
@@ -78,8 +81,7 @@ class Dialect:
         why_import: what goes wrong with such layers in transformers without ``import ptq.hf``, for
             the model card; None if nothing does.
         conversion: of layers like this one; None if they lie on disk as in ``ptq``.
-        packed: name of the tensor with the codes; its rows are the outputs.
-        mark: name of the tensor that shows that a layer is quantized.
+        mark: name of the tensor that shows that a layer is quantized, beside ``weight_packed``.
         extra_tensors: what is stored besides the tensors of the model, by full name.
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
         needs: packages that transformers needs to open it.
@@ -99,7 +101,6 @@ class Dialect:
     held_to: tuple[str, ...] = ()
     why_import: Callable[[Layers], str | None] = lambda layers: None
     conversion: Callable[[LayerInfo], Conversion | None] = lambda info: None
-    packed: str = "weight_packed"
     mark: str = "weight_scale"
     extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
     is_extra: Callable[[str], bool] = lambda name: False
@@ -107,3 +108,9 @@ class Dialect:
     config_file: str | None = None
     applies_input_rule: bool = True
     needs: tuple[str, ...] = ()
+
+    def quantized(self, names: Iterable[str]) -> list[str]:
+        """The quantized layers among tensors of these full names, in their order; also those of
+        which a tensor is missing, unless what is left is an ordinary ``weight``."""
+        split = (name.rpartition(".") for name in names)
+        return list(dict.fromkeys(owner for owner, _, leaf in split if leaf in (self.mark, PACKED)))

@@ -9,12 +9,12 @@ What is said here about other programs was read in compressed-tensors 0.17 to 0.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.compressed_tensors_config import EVERY, KV_CACHES, parse_ct
 from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Candidate, ct_opens
 from ptq.checkpoint.dialect import Conversion, Dialect, Export, Layers, Tensors
 from ptq.checkpoint.engines import VLLM
@@ -23,66 +23,80 @@ from ptq.checkpoint.quantization_config import (
     LayerInfo,
     Quantization,
     Section,
+    expert_groups,
     fused_groups,
     is_expert,
     patterns,
 )
 from ptq.numerics.activations import default_rule
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import hadamard
-from ptq.reading.schema import JsonObject, check
 
-EVERY = "Linear"  # a target: all of them
 # Loaders that read config_groups strictly stop at an unknown key and show its text; transformers is
 # among them, which would not rotate inputs, and drop the global scales of experts.
 GUARDS = ("rotated_weights", "expert_global_scales")
-# Keys and values in E4M3 with a calibrated scale a tensor, by the names of quantization_config.
-KV_CACHES: dict[str, JsonDict] = {
-    "fp8": {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "tensor",
-        "symmetric": True,
-        "dynamic": False,
-    }
-}
+MIXED = "mixed-precision"  # the format of a configuration with several
 GUARD_TEXT = "`import ptq.hf` before from_pretrained"
 
 
 def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str]) -> JsonDict:
-    """The ``quantization_config`` of a model that :func:`ct_refusal` lets through: of one format,
-    with inputs quantized everywhere or nowhere.
+    """The ``quantization_config`` of a model that :func:`ct_refusal` lets through: a group for
+    every format, and for inputs that are quantized or not.
+
+    Several groups name all their layers: a reader that looks for classes first would find that of
+    layers that it merged in a group of all others.
 
     Args:
         others: the linear layers that are not quantized.
     """
     everything = [*layers, *others]
-    ((name, quantize_inputs),) = {(info.format, info.quantize_inputs) for info in layers.values()}
-    fmt = CT_FORMATS[name]
-    group: JsonDict = {
-        "targets": ["Linear"],
-        "format": fmt.name,
-        "weights": fmt.weights,
-        "input_activations": fmt.weights | {"dynamic": fmt.dynamic} if quantize_inputs else None,
-        "output_activations": None,
+    kinds: dict[tuple[str, bool], dict[str, LayerInfo]] = {}
+    for name, info in layers.items():
+        kinds.setdefault((info.format, info.quantize_inputs), {})[name] = info
+    groups = {
+        f"group_{i}": _group(inside, _targets(inside, everything) if len(kinds) > 1 else [EVERY])
+        for i, inside in enumerate(sorted(kinds.values(), key=len, reverse=True))
     }
-    transforms = _transforms(layers, everything)
-    for guard, needed in zip(GUARDS, (transforms, _scaled_experts(layers)), strict=True):
-        if needed:
-            group[guard] = GUARD_TEXT
+    formats = {group["format"] for group in groups.values()}
     config: JsonDict = {
         "quant_method": COMPRESSED_TENSORS.name,
         "version": "0.17.0",
         "quantization_status": "compressed",
-        "format": fmt.name,
-        "config_groups": {"group_0": group},
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "config_groups": groups,
         "ignore": list(quantization.ignore),
         "kv_cache_scheme": KV_CACHES[quantization.kv_cache] if quantization.kv_cache else None,
     }
-    if transforms:
+    if transforms := _transforms(layers, everything):
         config["transform_config"] = {"config_groups": transforms}
     config["ptq"] = Section.of(quantization)
     return config
+
+
+def _targets(layers: Layers, everything: list[str]) -> list[str]:
+    """Patterns of the layers of one of several groups. Experts are all those of a block, whatever
+    their projections are called: vLLM asks for names of its own."""
+    experts, every = expert_groups(layers), expert_groups(everything)
+    others = patterns([name for name in layers if not is_expert(name)], everything)
+    if experts.keys() == every.keys():
+        return [*others, *([r"re:.*\.experts\.\d+\..*"] if experts else [])]
+    return [*others, *(rf"re:{re.escape(block)}\.experts\.\d+\..*" for block in experts)]
+
+
+def _group(layers: Layers, targets: list[str]) -> JsonDict:
+    """The config group of layers that are quantized alike, but for their rotation."""
+    info = next(iter(layers.values()))
+    fmt = CT_FORMATS[info.format]
+    inputs = fmt.weights | {"dynamic": fmt.dynamic} if info.quantize_inputs else None
+    guards = (bool(_sizes(layers)), _scaled_experts(layers))
+    return {
+        "targets": targets,
+        "format": fmt.name,
+        "weights": fmt.weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        **{guard: GUARD_TEXT for guard, needed in zip(GUARDS, guards, strict=True) if needed},
+    }
 
 
 def _scaled_experts(layers: Layers) -> bool:
@@ -136,151 +150,6 @@ def is_rotation_tensor(name: str) -> bool:
     return name.endswith("_input.weight")
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A scheme of quantization, as far as ptq reads it; so are those below."""
-
-    targets: list[str] | None = None
-    weights: JsonObject = field(default_factory=dict)
-    input_activations: JsonObject | None = None
-    format: str | None = None
-
-
-@dataclass(frozen=True)
-class _Place:
-    targets: list[str]
-    location: str
-    ignore: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Transform:
-    type: str
-    apply: list[_Place]
-    head_dim: int = 0
-    randomize: bool = False
-
-
-@dataclass(frozen=True)
-class _Transforms:
-    config_groups: dict[str, _Transform] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Config:
-    config_groups: dict[str, _Group]
-    format: str | None = None
-    ignore: list[str] | None = None
-    kv_cache_scheme: JsonObject | None = None
-    transform_config: _Transforms | None = None
-    ptq: Section | None = None
-
-
-def parse_ct(config: Mapping[str, object]) -> Quantization:
-    """What a ``compressed-tensors`` configuration says, of ours or of llm-compressor: of groups
-    that name layers the first that matches holds.
-
-    Raises:
-        ValueError: it says something that ptq does not know, and therefore might read wrongly.
-    """
-    said = check(config, _Config, "quantization_config", "ptq writes it otherwise")
-    if not said.config_groups:
-        raise ValueError("quantization_config has no config group: the checkpoint is damaged")
-    ours = said.ptq or Section()
-    size, rotated = _parse_transforms(said.transform_config)
-    groups = [
-        (group.targets or [], _parse_group(group, said.format))
-        for group in said.config_groups.values()
-    ]
-    # what names layers goes before what means all of them
-    every = [facts for targets, facts in groups if targets == [EVERY]]
-    base = (every or [facts for _, facts in groups])[0]
-    overrides: dict[str, Mapping[str, object]] = {"hadamard": rotated} if rotated else {}
-    for key, value in base.items():
-        said_of = {
-            pattern: facts[key]
-            for targets, facts in groups
-            for pattern in targets
-            if targets != [EVERY]
-        }
-        if any(other != value for other in said_of.values()):
-            overrides[key] = said_of
-    values = base | {"hadamard": size, "input_rule": ours.input_rule, "nested": 0}
-    return Quantization(
-        values=values,
-        overrides=overrides,
-        ignore=tuple(said.ignore or ()),
-        kv_cache=_parse_kv_cache(said.kv_cache_scheme),
-        recipe=dict(ours.recipe),
-        provenance=dict(ours.provenance),
-    )
-
-
-def _parse_group(group: _Group, format: str | None) -> dict[str, object]:
-    """What a group says of its layers, by keys of PER_LAYER.
-
-    Raises:
-        ValueError: a format, or a variant of one, that ptq does not read.
-    """
-    formats = {record.name: record for record in CT_FORMATS.values()}
-    name = group.format or format
-    if name not in formats:
-        raise ValueError(
-            f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(formats)}"
-        )
-    fmt, weights = formats[name], group.weights
-    wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
-    # columns that were quantized in another order lie in their own
-    if weights.get("actorder") not in (None, "weight", "static"):
-        wrong["actorder"] = weights.get("actorder")
-    classes = [t for t in group.targets or [] if t != EVERY and re.fullmatch(r"[A-Z]\w*", t)]
-    if wrong or classes or not group.targets or (EVERY in group.targets and group.targets[1:]):
-        raise ValueError(f"ptq does not read this variant of {name}: {wrong or group.targets}")
-    inputs = group.input_activations is not None
-    return {
-        "format": fmt.format.name,
-        "quantize_activations": inputs,
-        "static_activations": inputs and fmt.format.has_global_scale,
-    }
-
-
-def _parse_kv_cache(scheme: JsonDict | None) -> str | None:
-    """The name of a scheme for keys and values; other programs write fields that say nothing more
-    as well."""
-    if not scheme:
-        return None
-    for name, wanted in KV_CACHES.items():
-        if all(scheme.get(key) == value for key, value in wanted.items()):
-            return name
-    raise ValueError(
-        f"ptq does not read this kv_cache_scheme: {scheme}; it knows E4M3 with one calibrated "
-        "scale a tensor"
-    )
-
-
-def _parse_transforms(config: _Transforms | None) -> tuple[int, dict[str, int]]:
-    """The block size of all layers (0 for none), and that of some by pattern."""
-    size, overrides = 0, {}
-    for name, scheme in config.config_groups.items() if config else ():
-        inputs = [place for place in scheme.apply if place.location == "input"]
-        if (
-            scheme.type != "hadamard"
-            or scheme.randomize
-            or len(inputs) != 1
-            or len(scheme.apply) != 2
-        ):
-            raise ValueError(
-                f"ptq does not read the transform {name!r} of type {scheme.type!r}, only "
-                "Hadamard on inputs"
-            )
-        overrides |= dict.fromkeys(inputs[0].ignore, 0)
-        if inputs[0].targets == ["Linear"]:
-            size = scheme.head_dim
-        else:
-            overrides |= dict.fromkeys(inputs[0].targets, scheme.head_dim)
-    return size, overrides
-
-
 def ct_refusal(export: Export) -> str | None:
     """Why compressed-tensors is wrong for an export, and what to do; None if it is right."""
     layers = export.layers
@@ -289,18 +158,16 @@ def ct_refusal(export: Export) -> str | None:
     formats = {info.format for info in layers.values()}
     if unknown := sorted(formats - CT_FORMATS.keys()):
         return f"it has no format for {', '.join(unknown)}; use dialect ptq"
-    if len(formats) > 1:
-        return (
-            f"one checkpoint would mix {', '.join(sorted(formats))}; use one format, or dialect ptq"
-        )
-    if len({(info.quantize_inputs, info.input_rule) for info in layers.values()}) > 1:
-        return "layers quantize their inputs in different ways; use one scheme, or dialect ptq"
     for name, info in layers.items():
         layer = Candidate(name=name, info=info, dtype=export.dtype)
         for refusal in (*REFUSALS, *CT_FORMATS[info.format].refusals):
             if reason := refusal.of(layer):
                 return f"{name}: {reason}"
-    if reason := _fused_refusal(layers, export.scales) or _scale_refusal(layers, export.scales):
+    if reason := (
+        _expert_refusal(layers)
+        or _fused_refusal(layers, export.scales)
+        or _scale_refusal(layers, export.scales)
+    ):
         return reason
     if export.dtype != "bfloat16":
         return (
@@ -315,6 +182,12 @@ def _fused_refusal(layers: Layers, scales: Tensors) -> str | None:
     """Of layers that engines merge into one matmul, with one rotation and one global scale."""
     for group in fused_groups(layers):
         first, *rest = group
+        kinds = {(layers[name].format, layers[name].quantize_inputs) for name in group}
+        if len(kinds) > 1:
+            return (
+                f"{', '.join(group)} are one matmul in engines and are quantized in different "
+                "ways; use one format and scheme for them, or dialect ptq"
+            )
         if any(layers[name].rotation != layers[first].rotation for name in rest):
             return (
                 f"{', '.join(group)} are one matmul in engines and have different rotations; use "
@@ -326,6 +199,19 @@ def _fused_refusal(layers: Layers, scales: Tensors) -> str | None:
             return (
                 f"{', '.join(group)} are one matmul in engines, with two global scales; "
                 "requantize, or use dialect ptq"
+            )
+    return None
+
+
+def _expert_refusal(layers: Layers) -> str | None:
+    """Of experts of one block that are quantized in several ways."""
+    for block, names in expert_groups(layers).items():
+        kinds = {(layers[name].format, layers[name].quantize_inputs) for name in names}
+        if len(kinds) > 1:
+            said = ", ".join(sorted({fmt for fmt, _ in kinds}))
+            return (
+                f"the experts of {block} are quantized in several ways ({said}), and engines run "
+                "those of a block in one; use one format and scheme for them, or dialect ptq"
             )
     return None
 
@@ -353,20 +239,27 @@ def _caveats(layers: Layers) -> list[str]:
 
 def _about_input_rules(layers: Layers) -> str:
     """Who scales activations how."""
-    (rule,), own = {info.input_rule for info in layers.values()}, default_rule(_format(layers))
-    if rule in ("default", own):
+    inputs = [info for info in layers.values() if info.quantize_inputs]
+    own = _in_words(default_rule(FORMATS[info.format]) for info in inputs)
+    others = [
+        info.input_rule
+        for info in inputs
+        if info.input_rule not in ("default", default_rule(FORMATS[info.format]))
+    ]
+    if not others:
         return (
             "Engines choose the scales of activations themselves; ptq calibrates and evaluates "
-            f"with `{own}`."
+            f"with {own}."
         )
     return (
-        f"**Engines scale activations by `{own}`, not by `{rule}`**, with which this checkpoint "
-        "was calibrated and which ptq computes: what `ptq eval` says does not hold for them."
+        f"**Engines scale activations by {own}, not by {_in_words(others)}**, with which this "
+        "checkpoint was calibrated and which ptq computes: what `ptq eval` says does not hold for "
+        "them."
     )
 
 
-def _format(layers: Layers) -> Format:
-    return FORMATS[next(iter(layers.values())).format]
+def _in_words(rules: Iterable[str]) -> str:
+    return " or ".join(f"`{rule}`" for rule in sorted(set(rules)))
 
 
 def _why_import(layers: Layers) -> str | None:

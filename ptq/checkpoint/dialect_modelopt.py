@@ -189,7 +189,7 @@ def _conversion(info: LayerInfo) -> Conversion:
     }
     if info.static_inputs:
         types["input_scale"] = (torch.float32,)
-    return Conversion(types=types, write=write_layer, read=read_layer)
+    return Conversion(types=types, packed="weight", write=write_layer, read=read_layer)
 
 
 def _refusal(export: Export) -> str | None:
@@ -247,7 +247,6 @@ MODELOPT = Dialect(
     opens=_opens,
     held_to=(VLLM,),
     conversion=_conversion,
-    packed="weight",
     extra_files=hf_quant_config,
     config_file=FILE,
     applies_input_rule=False,

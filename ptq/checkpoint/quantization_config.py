@@ -68,12 +68,6 @@ class LayerInfo:
         return check(data, cls, "a layer description")
 
 
-def is_expert(name: str) -> bool:
-    """Whether ``name`` is a layer of one of several routed experts, by the hub's naming
-    ``….experts.<number>.…``."""
-    return re.search(r"\.experts\.\d+\.", name) is not None
-
-
 # Engines merge these into one matmul.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -87,6 +81,32 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
             if leaf in family:
                 groups.setdefault((parent, family), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+EXPERT = re.compile(r"(.*)\.experts\.\d+\.")
+
+
+def is_expert(name: str) -> bool:
+    """Whether ``name`` is a layer of one of several routed experts, by the hub's naming
+    ``….experts.<number>.…``."""
+    return EXPERT.match(name) is not None
+
+
+def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """The layers of all experts of a block, by what precedes ``.experts``: engines run them in one
+    scheme."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if (found := EXPERT.match(name)) is not None:
+            groups.setdefault(found.group(1), []).append(name)
+    return groups
+
+
+def decided_together(names: Iterable[str]) -> list[list[str]]:
+    """The layers that engines want in one format, in groups of two or more; some are in two."""
+    names = list(names)
+    experts = [group for group in expert_groups(names).values() if len(group) > 1]
+    return [*fused_groups(names), *experts]
 
 
 def patterns(selected: Iterable[str], everything: Iterable[str]) -> list[str]:
@@ -231,18 +251,22 @@ class Section:
     empty in what others wrote."""
 
     input_rule: str = "default"
+    input_rule_overrides: dict[str, str] = field(default_factory=dict)
     recipe: JsonObject = field(default_factory=dict)
     provenance: JsonObject = field(default_factory=dict)
 
     @staticmethod
     def of(quantization: Quantization) -> JsonDict:
         """The JSON that this reads."""
-        return {
+        said: JsonDict = {
             "version": VERSION,
             "input_rule": quantization.values["input_rule"],
             "recipe": quantization.recipe,
             "provenance": quantization.provenance,
         }
+        if overrides := quantization.overrides.get("input_rule"):
+            said["input_rule_overrides"] = dict(overrides)
+        return said
 
 
 def summarize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.dialect import PACKED
 from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
@@ -132,9 +133,7 @@ class Checkpoint:
     def layer_names(self) -> list[str]:
         """The quantized layers, in the order of the files; also those of which a tensor is missing,
         unless what is left is an ordinary ``weight``."""
-        marks = {self._dialect.mark, self._dialect.packed} - {"weight"}
-        split = (name.rpartition(".") for name in self.entries)
-        return list(dict.fromkeys(owner for owner, _, leaf in split if leaf in marks))
+        return self._dialect.quantized(self.entries)
 
     @cached_property
     def layers(self) -> dict[str, LayerInfo]:
@@ -146,8 +145,10 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, int]:
         """(outputs, inputs) of a quantized layer."""
-        codes = self._entry(f"{name}.{self._dialect.packed}")
-        per_byte = 2 if FORMATS[self.layers[name].format].packed else 1
+        info = self.layers[name]
+        conversion = self._dialect.conversion(info)
+        codes = self._entry(f"{name}.{PACKED if conversion is None else conversion.packed}")
+        per_byte = 2 if FORMATS[info.format].packed else 1
         return codes.shape[0], codes.bytes * per_byte // codes.shape[0]
 
     def layer(self, name: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ GUIDE: dict[str, tuple[str, str]] = {
     "mxint6": ("none", "sensitive layers of a mixed recipe"),
     "mxfp6": (BLACKWELL, "comparisons with mxint6"),
     "mxint8": ("none", "the most sensitive layers of a mixed recipe"),
-    "mxfp8": (BLACKWELL, "comparisons with mxint8"),
+    "mxfp8": (BLACKWELL, "sensitive layers beside nvfp4 or mxfp4, which other engines open too"),
 }
 
 

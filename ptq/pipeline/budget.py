@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.dialect_ptq import PTQ
+from ptq.checkpoint.quantization_config import decided_together, fused_groups
 from ptq.model.source import Source
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.multiple_choice import choose
@@ -97,7 +99,8 @@ def allocate(
     """Choose the layers of ``plan`` that get eight bits, by what that gains on some of ``batches``;
     the same on every rank.
 
-    Only layers that are quantized as the run's recipe says take part, not those with a rule.
+    Only layers that are quantized as the run's recipe says take part, not those with a rule. Layers
+    that engines want in one format decide together, unless the result is none for engines.
     """
     names = [name for name in plan.layers if name != plan.head]
     choices = {
@@ -105,7 +108,17 @@ def allocate(
         for name in names
         if _alike(plan[name].recipe, plan.recipe)
     }
-    units = damages(source, plan, batches, choices, device=device, activations=activations)
+    # what only ptq reads may have experts of several formats in a block
+    alone = plan.written is not None and plan.written.dialect == PTQ.name
+    units = damages(
+        source,
+        plan,
+        batches,
+        choices,
+        device=device,
+        activations=activations,
+        together=fused_groups if alone else decided_together,
+    )
     total = sum(layer.weights for layer in plan.layers.values())
     losses = [[unit.scores[choice][0] for choice in CHOICES] for unit in units]
     costs = [[0.0, float(unit.weights)] for unit in units]

@@ -5,7 +5,7 @@ model: to second order the KL divergence that a choice causes, and such divergen
 that engines fuse decide together.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from ptq.pipeline.solve import Job, solve
 
 # Scores differ by orders of magnitude from site to site, so that few tokens rank them.
 SEQUENCES, LENGTH = 4, 512
+Together = Callable[[Iterable[str]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def damages(
     activations: str = "ram",
     measures: Sequence[int] = (ALL,),
     on_block: Callable[[int, int], object] = lambda done, total: None,
+    together: Together = fused_groups,
 ) -> list[Damaged]:
     """What each choice costs, of all layers that have some, in the order of the model.
 
@@ -58,6 +60,8 @@ def damages(
         choices: by layer, the recipes to choose from, by name; the same names for layers that read
             the same input.
         measures: as :func:`ptq.calib.sensitivity.sensitivities` takes them.
+        together: the groups of layers that decide together, by their names, besides those that
+            read the same input.
     """
     windows = torch.cat([batch[:, :LENGTH] for batch in batches])[:SEQUENCES]
     scores = sensitivities(
@@ -75,16 +79,18 @@ def damages(
     decided = {
         tuple(name for name in group if name in choices): score for group, score in scores.items()
     }
-    return _joined(decided, {name: plan[name].weights for name in choices})
+    return _joined(decided, {name: plan[name].weights for name in choices}, together)
 
 
 def _joined(
-    scores: Mapping[Layers, Mapping[str, tuple[float, ...]]], weights: Mapping[str, int]
+    scores: Mapping[Layers, Mapping[str, tuple[float, ...]]],
+    weights: Mapping[str, int],
+    together: Together = fused_groups,
 ) -> list[Damaged]:
-    """Groups that read the same, joined where an engine fuses layers of several."""
+    """Groups that read the same, joined where layers of several decide together."""
     home = {name: index for index, group in enumerate(scores) for name in group}
     joined = list(range(len(scores)))
-    for family in fused_groups(home):
+    for family in together(home):
         first = joined[home[family[0]]]
         others = {joined[home[name]] for name in family}
         joined = [first if index in others else index for index in joined]

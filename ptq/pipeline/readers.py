@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ptq.checkpoint.dialect_choice import AUTOMATIC, choose
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.checkpoint.quantization_config import LayerInfo, fused_groups
 from ptq.numerics.activations import default_rule
 from ptq.pipeline.budget import WIDE
 from ptq.pipeline.plan import Described, LayerPlan, Plan
@@ -87,8 +87,11 @@ def _with_eight_bits(plan: Plan) -> dict[str, LayerInfo]:
     choosing takes."""
     infos = plan.infos
     if plan.allocates:
-        name, layer = next(iter(plan.layers.items()))
-        infos[name] = replace(layer, recipe=layer.recipe.in_format(WIDE)).info
+        first = next(iter(plan.layers))
+        fused = next((group for group in fused_groups(infos) if first in group), [first])
+        for name in fused:
+            layer = plan[name]
+            infos[name] = replace(layer, recipe=layer.recipe.in_format(WIDE)).info
     return infos
 
 

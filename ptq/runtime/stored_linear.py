@@ -10,10 +10,8 @@ from ptq.checkpoint.dialect import Conversion
 from ptq.checkpoint.dialect_ptq import DECOY, NOTE
 from ptq.checkpoint.layer_checks import check_layer, check_types
 from ptq.checkpoint.quantization_config import LayerInfo
-from ptq.reading.safetensors_layout import Entry
+from ptq.reading.safetensors_layout import DTYPES, Entry
 from ptq.runtime.quant_linear import FIXED, QuantLinear
-
-DTYPES = {"I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class StoredLinear(QuantLinear):
@@ -23,9 +21,11 @@ class StoredLinear(QuantLinear):
         guarded: whether it is saved with what makes other loaders stop.
         conversion: of a dialect that stores other tensors than the layer computes with: those are
             its parameters until :meth:`settle`, and again in state_dict.
+        loaded: whether :meth:`settle` has run.
     """
 
     guarded = False
+    loaded = False
     conversion: Conversion | None = None
 
     def __init__(
@@ -71,7 +71,7 @@ class StoredLinear(QuantLinear):
         self.conversion = conversion
         self._parameters |= dict.fromkeys(FIXED)
         for leaf in conversion.types:
-            if leaf not in stored or stored[leaf].dtype not in DTYPES:
+            if leaf not in stored or DTYPES.get(stored[leaf].dtype) is None:
                 raise ValueError(
                     f"the checkpoint has no {leaf} of a layer in {self.format.name}, or one of "
                     "another type: it is damaged, copy or quantize it again"
@@ -108,6 +108,7 @@ class StoredLinear(QuantLinear):
                 tensor = tensors.get(leaf)
                 kept = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 self._parameters[leaf] = kept
+        self.loaded = True
         if not away:
             check_layer(tensors, self.info, name)
 
@@ -126,11 +127,14 @@ class StoredLinear(QuantLinear):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if self.conversion is not None and not self.loaded:
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.guarded:
             names = (f"{prefix}{leaf}" for leaf in (DECOY, NOTE))
             destination |= {name: torch.empty(0, dtype=torch.uint8) for name in names}
-        if self.conversion is not None and "weight_shape" not in self._parameters:
+        if self.conversion is not None:
             names = [leaf for leaf in FIXED if f"{prefix}{leaf}" in destination]
             tensors = {leaf: destination.pop(f"{prefix}{leaf}") for leaf in names}
             stored = self.conversion.write(tensors)

@@ -3,11 +3,12 @@
 
 - ``ptq`` dialect: quantized layers become QuantLinear; fused experts become modules of linear
   layers, as in :func:`ptq.load`.
-- ``compressed-tensors`` that transformers would compute wrong: with a rotation, as it does not read
-  ``transform_config`` (its issue 42887), and with experts in NVFP4, whose global scale it drops
-  (48371). Those become QuantLinear too, whose weight is rotated back when it is dequantized and
-  saved as it was loaded. All others are left to transformers, but for scales of keys and values,
-  which it drops with a line in its report.
+- ``compressed-tensors`` that transformers would compute wrong, or not at all: with a rotation, as
+  it does not read ``transform_config`` (its issue 42887), with experts in NVFP4, whose global scale
+  it drops (48371), and with experts in MXFP8, which it does not merge. Those become QuantLinear
+  too, whose weight is rotated back when it is dequantized and saved as it was loaded. All others
+  are left to transformers, but for scales of keys and values, which it drops with a line in its
+  report.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from ptq.checkpoint.dialect import Dialect
+from ptq.checkpoint.dialect import PACKED, Dialect
 from ptq.checkpoint.dialect_compressed_tensors import (
     COMPRESSED_TENSORS,
     GUARDS,
@@ -42,7 +43,7 @@ from ptq.runtime.key_values import SCALES, hook_rounding, is_scale
 from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
 from ptq.runtime.stored_linear import StoredLinear
 
-PACKED = ".weight_packed"
+E4M3 = "F8_E4M3"  # as files name it
 
 
 class PtqConfig(QuantizationConfigMixin):
@@ -101,8 +102,9 @@ class StoredLayers(HfQuantizer):
         names = NameMap(model)
         unfused = unfuse(model, names.expert_names)
         self._fused = frozenset(f"{path}.{leaf}" for path in unfused for leaf in FUSED)
+        quantized = dialect.quantized(stored)
         packed = {
-            c.rpartition(".")[0] for n in stored if n.endswith(PACKED) for c in names.candidates(n)
+            c.rpartition(".")[0] for n in quantized for c in names.candidates(f"{n}.{PACKED}")
         }
         for weight in linearize(model, packed):
             parent = model.get_submodule(weight.rpartition(".")[0].rpartition(".")[0])
@@ -112,7 +114,7 @@ class StoredLayers(HfQuantizer):
         for name, entry in stored.items():
             parent, _, leaf = name.rpartition(".")
             leaves.setdefault(parent, {})[leaf] = entry
-        layers = _packed_layers(model, names, stored)
+        layers = _packed_layers(model, names, quantized)
         for target, name in layers.items():
             old = model.get_submodule(target)
             assert isinstance(old, nn.Linear)
@@ -234,12 +236,12 @@ def _entries(checkpoint_files: Iterable[str] | None) -> dict[str, Entry]:
     return {n: e for file in checkpoint_files for n, e in read_header(Path(file)).items()}
 
 
-def _packed_layers(model: nn.Module, names: NameMap, stored: Iterable[str]) -> dict[str, str]:
-    """{name in the model: name in the checkpoint} of packed layers; ValueError if one is not linear
-    in the model."""
+def _packed_layers(model: nn.Module, names: NameMap, quantized: Iterable[str]) -> dict[str, str]:
+    """{name in the model: name in the checkpoint} of layers that are ``quantized`` in the
+    checkpoint; ValueError if one is not linear in the model."""
     modules, result = dict(model.named_modules()), {}
-    for name in (n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)):
-        candidates = (c.removesuffix(PACKED) for c in names.candidates(name + PACKED))
+    for name in quantized:
+        candidates = (c.rpartition(".")[0] for c in names.candidates(f"{name}.{PACKED}"))
         target = next((c for c in candidates if isinstance(modules.get(c), nn.Linear)), None)
         if target is None:
             raise ValueError(
@@ -282,9 +284,14 @@ class RotatedConfig(CompressedTensorsConfig):
             for a in scheme["apply"]
         )
 
-    def drops_scales(self, stored: Iterable[str]) -> bool:
-        """Whether transformers would drop the global scale of experts among these tensors."""
-        return any(n.endswith(".weight_global_scale") and is_expert(n) for n in stored)
+    def spoils(self, stored: Mapping[str, Entry]) -> bool:
+        """Whether transformers would drop the global scale of experts among these tensors, or
+        stops at their 8-bit weights."""
+        return any(
+            is_expert(n)
+            and (n.endswith(".weight_global_scale") or (n.endswith(".weight") and e.dtype == E4M3))
+            for n, e in stored.items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         result = super().to_dict() | self.kept
@@ -307,9 +314,7 @@ class RotatedQuantizer(CompressedTensorsHfQuantizer, StoredLayers):  # pyright: 
     ):
         config = self.quantization_config
         stored = _entries(checkpoint_files) if checkpoint_files else {}
-        self.ours = isinstance(config, RotatedConfig) and (
-            config.online() or config.drops_scales(stored)
-        )
+        self.ours = isinstance(config, RotatedConfig) and (config.online() or config.spoils(stored))
         if not (self.ours and isinstance(config, RotatedConfig)):
             super()._process_model_before_weight_loading(
                 model, dtype=dtype, checkpoint_files=checkpoint_files, **rest

@@ -1,9 +1,18 @@
-"""How compressed-tensors stores formats: NVINT4 as int4."""
+"""How compressed-tensors stores formats: NVINT4 as int4, MXFP8 as E4M3; and who reads mixtures."""
 
 import pytest
 import torch
 
-from ptq.checkpoint.compressed_tensors_formats import fold_int4, unfold_int4
+from ptq.checkpoint.compressed_tensors_formats import (
+    CT_FORMATS,
+    ct_opens,
+    fold_int4,
+    name_e4m3,
+    unfold_int4,
+    unname_e4m3,
+)
+from ptq.checkpoint.engines import Verdict
+from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.tensor import QuantizedTensor, Scales, pack, unpack
 
@@ -75,3 +84,31 @@ def test_shapes_that_do_not_belong_together_are_refused(shape):
     folded = fold_int4(stored(int4())) | {"weight_shape": torch.tensor(shape)}
     with pytest.raises(ValueError, match="weight_shape is"):
         unfold_int4(folded)
+
+
+def test_codes_of_mxfp8_are_the_bytes_of_e4m3():
+    codes = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
+    stored = name_e4m3({"weight_packed": codes, "bias": torch.ones(2)})
+    assert stored.keys() == {"weight", "bias"} and stored["weight"].dtype == torch.float8_e4m3fn
+    numbers = FORMATS["mxfp8"].element.decode(codes)
+    assert torch.equal(stored["weight"].float().nan_to_num(1e9), numbers.nan_to_num(1e9))
+    again = unname_e4m3(stored)
+    assert torch.equal(again["weight_packed"], codes) and again.keys() == {"weight_packed", "bias"}
+    conversion = CT_FORMATS["mxfp8"].conversion
+    assert conversion is not None and conversion.packed == "weight"
+
+
+def test_what_engines_make_of_a_mixture():
+    four, eight = LayerInfo(format="nvfp4"), LayerInfo(format="mxfp8")
+    openings = ct_opens({"a.o_proj": four, "a.down_proj": eight})
+    verdicts = {engine: opening.verdict for engine, opening in openings.items()}
+    assert verdicts == {
+        "transformers": Verdict.RIGHT,
+        "vLLM": Verdict.RIGHT,
+        "SGLang": Verdict.UNKNOWN,
+        "TensorRT-LLM": Verdict.UNKNOWN,
+    }
+    assert "quantizes inputs to MXFP8 too" in openings["vLLM"].note
+    assert "several formats" in str(ct_opens({"a": four, "b": LayerInfo(format="mxfp4")})["SGLang"])
+    experts = {"m.experts.0.w1": eight, "m.experts.0.w2": eight}
+    assert ct_opens(experts)["transformers"].verdict is Verdict.IMPORT

@@ -13,6 +13,7 @@ from ptq.pipeline.recipe import Recipe
 
 Q, K, DOWN = (f"model.layers.0.{x}_proj" for x in ("self_attn.q", "self_attn.k", "mlp.down"))
 EXPERT = "model.layers.0.mlp.experts.7.down_proj"
+OTHER = "model.layers.0.mlp.experts.5.up_proj"
 
 
 def one(name=DOWN, **facts):
@@ -34,6 +35,11 @@ IMPORT = "vLLM reads it, and transformers after `import ptq`"
         (one(Q, format="mxfp4", rotation=32) | one(EXPERT, format="mxfp4"), IMPORT),
         (one(EXPERT, format="mxfp4"), READ),
         (one(format="mxfp4", quantize_inputs=True), READ),
+        (one(format="mxfp8"), READ),
+        (one(Q, format="mxfp8") | one(DOWN), READ),
+        (one(Q, format="nvint4") | one(DOWN, format="mxfp8"), READ),
+        (one(Q) | one(DOWN, quantize_inputs=True, static_inputs=True), READ),
+        (one(Q, format="mxfp8") | one(EXPERT), IMPORT),
     ],
 )
 def test_what_transformers_and_vllm_read_is_compressed_tensors(
@@ -67,6 +73,7 @@ W4A4 = {"quantize_inputs": True, "static_inputs": True}
         (one(), "sglang", "compressed-tensors", "SGLang: right"),
         (one(**W4A4), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
         (one(format="mxfp4"), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
+        (one(Q, **W4A4) | one(DOWN, format="mxfp8"), "vllm", "compressed-tensors", "vLLM: right"),
         (one(**W4A4), "any", "compressed-tensors", "SGLang: right; TensorRT-LLM: right"),
     ],
 )
@@ -87,6 +94,8 @@ def test_a_target_gets_the_dialect_that_its_engines_compute_right(layers, target
         (one(), "trtllm", "no weight-only NVFP4; use --scheme w4a4"),
         (one(), "any", "TensorRT-LLM"),
         (one(format="mxfp4"), "any", "SGLang"),
+        (one(format="mxfp8"), "sglang", "MXFP8 of this dialect is not known"),
+        (one(Q, **W4A4) | one(DOWN, format="mxfp8"), "trtllm", "several formats"),
     ],
 )
 def test_what_a_target_would_compute_wrong_is_refused_with_a_way_out(layers, target, reason):
@@ -107,14 +116,15 @@ def test_every_dialect_has_a_verdict_on_every_engine() -> None:
 
 REFUSED = [
     (one(format="mxint4"), "no format for mxint4"),
-    (one(Q) | one(DOWN, format="mxfp4"), "mix mxfp4, nvfp4"),
+    (one(Q) | one(K, format="mxfp8"), "are quantized in different ways"),
+    (one(Q) | one(K, quantize_inputs=True, static_inputs=True), "are quantized in different ways"),
+    (one(EXPERT) | one(OTHER, format="mxfp8"), "quantized in several ways"),
     (one(EXPERT, format="mxfp4", rotation=32), "experts"),
     (one(rotation=16), "weight-only NVFP4"),
     (one(rotation=16, bias=True, quantize_inputs=True, static_inputs=True), "bias"),
     (one(format="mxfp4", rotation=256), "256"),
     (one(quantize_inputs=True), "calibrated global scale"),
     (one(format="nvint4", quantize_inputs=True, static_inputs=True), "int4 inputs"),
-    (one(Q) | one(DOWN, quantize_inputs=True, static_inputs=True), "different ways"),
     (one(Q, format="mxfp4") | one(K, format="mxfp4", rotation=32), "different rotations"),
 ]
 

@@ -86,7 +86,14 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
 
 @pytest.mark.parametrize(
     ("fmt", "inputs"),
-    [("nvfp4", True), ("nvfp4", False), ("mxfp4", True), ("mxfp4", False), ("nvint4", False)],
+    [
+        ("nvfp4", True),
+        ("nvfp4", False),
+        ("mxfp4", True),
+        ("mxfp4", False),
+        ("nvint4", False),
+        ("mxfp8", True),
+    ],
 )
 @pytest.mark.parametrize("rotation", [1, 16, 64])
 def test_what_is_read_is_what_was_written(fmt, rotation, inputs):
@@ -121,30 +128,59 @@ def test_each_block_size_has_a_scheme_and_a_matrix():
         assert matrix.dtype == torch.float32 and torch.equal(matrix, hadamard(size))
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("kv_cache_scheme", {"num_bits": 8}, "does not read this kv_cache_scheme"),
-        ("config_groups", {}, "no config group"),
-        ("config_groups", {"g": {"format": "float-quantized", "weights": {}}}, "float-quantized"),
+MIXED = {
+    "model.layers.0.self_attn.q_proj": LayerInfo(format="mxfp8", quantize_inputs=True),
+    "model.layers.0.mlp.down_proj": LayerInfo(
+        format="nvfp4", quantize_inputs=True, static_inputs=True, input_rule="four_six"
+    ),
+    "model.layers.1.self_attn.q_proj": LayerInfo(
+        format="nvfp4", quantize_inputs=True, static_inputs=True, input_rule="four_six"
+    ),
+    "model.layers.1.mlp.down_proj": LayerInfo(format="nvfp4", rotation=16),
+}
+
+
+def test_a_mixture_is_a_group_for_every_format_and_scheme_that_names_its_layers():
+    written = config(MIXED)
+    assert written["format"] == "mixed-precision" and written["ignore"] == ["lm_head"]
+    groups = written["config_groups"]
+    assert [(group["format"], group["targets"]) for group in groups.values()] == [
         (
-            "config_groups",
-            {
-                "g": {
-                    "format": "pack-quantized",
-                    "targets": ["Linear"],
-                    "weights": {"group_size": 128, "type": "int"},
-                }
-            },
-            "128",
+            "nvfp4-pack-quantized",
+            ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"],
         ),
-        (
-            "transform_config",
-            {"config_groups": {"v": {"type": "random-hadamard", "apply": []}}},
-            "random-hadamard",
-        ),
-    ],
-)
-def test_what_ptq_does_not_write_is_refused(key, value, message):
-    with pytest.raises(ValueError, match=message):
-        parse_ct(config(layers("nvfp4")) | {key: value})
+        ("mxfp8-quantized", ["model.layers.0.self_attn.q_proj"]),
+        ("nvfp4-pack-quantized", ["model.layers.1.mlp.down_proj"]),
+    ]
+    eight = groups["group_1"]
+    arguments = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
+    arguments |= {"symmetric": True, "scale_dtype": "torch.uint8"}
+    assert eight["weights"] == arguments | {"dynamic": False}
+    assert eight["input_activations"] == arguments | {"dynamic": True}
+    assert groups["group_2"]["input_activations"] is None
+    assert ["rotated_weights" in group for group in groups.values()] == [False, False, True]
+    parsed = parse_ct(written)
+    assert {name: parsed.layer(name, bias=False) for name in MIXED} == MIXED
+
+
+@pytest.mark.parametrize("leaves", [("w1", "w2", "w3"), ("gate_proj", "up_proj", "down_proj")])
+def test_experts_of_a_mixture_are_named_by_their_block(leaves: tuple[str, ...]):
+    """vLLM asks for the scheme of ``….experts.0.gate_proj`` whatever a model calls it."""
+    attention = {f"model.layers.{i}.self_attn.o_proj": LayerInfo(format="mxfp8") for i in range(2)}
+    experts = {
+        f"model.layers.{i}.mlp.experts.{e}.{leaf}": LayerInfo(format="nvfp4")
+        for i in range(2)
+        for e in range(2)
+        for leaf in leaves
+    }
+    groups = config(attention | experts)["config_groups"]
+    assert groups["group_0"]["targets"] == [r"re:.*\.experts\.\d+\..*"]
+    one = {n: LayerInfo(format="mxfp8") if ".1.mlp." in n else i for n, i in experts.items()}
+    groups = config(attention | one)["config_groups"]
+    assert groups["group_0"]["targets"] == [
+        r"re:.*\.self_attn\.o_proj$",
+        r"re:model\.layers\.1\.mlp\.experts\.\d+\..*",
+    ]
+    assert groups["group_1"]["targets"] == [r"re:model\.layers\.0\.mlp\.experts\.\d+\..*"]
+    parsed = parse_ct(config(attention | one))
+    assert {n: parsed.layer(n, bias=False) for n in attention | one} == attention | one

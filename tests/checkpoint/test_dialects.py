@@ -67,10 +67,10 @@ TOY = Dialect(
     why_import=lambda layers: "or nothing happens",
     conversion=lambda info: Conversion(
         types={"qweight": (torch.uint8,)},
+        packed="qweight",
         write=lambda tensors: _rename("weight_packed", "qweight", tensors),
         read=lambda tensors: _rename("qweight", "weight_packed", tensors),
     ),
-    packed="qweight",
     extra_tensors=lambda layers: {"toy.table": torch.arange(4)},
     is_extra=lambda name: name == "toy.table",
     extra_files=lambda config: {"toy.json": {"method": config["quant_method"]}},

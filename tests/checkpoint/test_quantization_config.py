@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from ptq.checkpoint.quantization_config import (
     LayerInfo,
+    decided_together,
+    expert_groups,
     fused_groups,
     is_expert,
     natural,
@@ -99,3 +101,16 @@ def test_fused_groups_are_within_a_module():
         "x.up_proj",
     ]
     assert fused_groups(names) == [["a.q_proj", "a.k_proj"], ["m.experts.0.w1", "m.experts.0.w3"]]
+
+
+def test_experts_of_a_block_belong_together():
+    names = [
+        "l.0.m.experts.0.w1",
+        "l.0.m.experts.1.w2",
+        "l.1.m.experts.0.w1",
+        "l.0.o",
+        "l.0.up_proj",
+    ]
+    assert expert_groups(names) == {"l.0.m": names[:2], "l.1.m": names[2:3]}
+    gates = ["l.0.gate_proj", "l.0.up_proj"]
+    assert decided_together([*names, gates[0]]) == [gates[::-1], names[:2]]

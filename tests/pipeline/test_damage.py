@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptq.calib.sensitivity import ALL
+from ptq.checkpoint.quantization_config import decided_together
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.pipeline.damage import Damaged, damages, nearest
 from ptq.pipeline.emulated_inputs import emulated
@@ -39,6 +40,17 @@ def test_layers_that_engines_fuse_are_one_and_all_are_there(tiny_llama: Path) ->
     for unit in found:
         assert unit.scores.keys() == {"nvfp4", "mxint8"}
         assert 0 < unit.scores["mxint8"][0] < 0.05 * unit.scores["nvfp4"][0]
+
+
+def test_others_may_decide_together_too(make_tiny_model) -> None:
+    path = make_tiny_model("qwen3_moe", num_hidden_layers=1)
+    apart, joined = measured(path), measured(path, together=decided_together)
+    experts = [unit for unit in joined if any(".experts." in name for name in unit.layers)]
+    assert len(apart) > len(joined) == 3 and len(experts) == 1
+    single = [unit for unit in apart if any(".experts." in name for name in unit.layers)]
+    assert experts[0].weights == sum(unit.weights for unit in single)
+    total = sum(unit.scores["nvfp4"][0] for unit in single)
+    assert experts[0].scores["nvfp4"][0] == pytest.approx(total)
 
 
 def test_losses_are_kl_as_it_is_measured(tiny_llama: Path) -> None:

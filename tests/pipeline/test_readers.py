@@ -84,9 +84,11 @@ def test_who_opens_a_mixture_is_known_before_its_layers_are_chosen(tiny_llama: P
     assert written(None) is None
     pure, mixed = written(), written(eight_bit=0.1)
     assert pure is not None and pure.dialect == "compressed-tensors"
-    assert mixed is not None and mixed.dialect == "ptq" and "no format for mxfp8" in mixed.reason
+    assert mixed is not None and mixed.dialect == "compressed-tensors"
+    six = written(eight_bit=0.1, rules=(("o_proj", "mxint6"),))
+    assert six is not None and six.dialect == "ptq" and "no format for mxint6" in six.reason
     with pytest.raises(ValueError, match="cannot write compressed-tensors: it has no format for"):
-        written("compressed-tensors", budget=4.75)
+        written("compressed-tensors", budget=4.75, rules=(("o_proj", "mxint6"),))
 
 
 def test_rules_of_other_formats_do_not_meet_an_input_rule_of_the_run(tiny_llama: Path) -> None:

@@ -381,6 +381,136 @@ def test_rotated_attention_beside_unrotated_experts_opens(make_run, tmp_path, to
     assert "STOPPED" in without_plugin(tmp_path / "out")
 
 
+MIXTURES = {
+    "mxfp8": ("mxfp8", ()),
+    "nvfp4+mxfp8": ("nvfp4", (("re:.*1.self_attn.[qkv]_proj", "mxfp8"), ("o_proj", "mxfp8"))),
+    "mxfp4+mxfp8": ("mxfp4", (("re:.*0.self_attn.*", "mxfp8"),)),
+    "nvint4+mxfp8+nvfp4": ("nvint4", (("o_proj", "mxfp8"), ("re:.*[qkv]_proj", "nvfp4"))),
+}
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_mixtures_are_the_dequantized_model_in_transformers_alone(make_run, tmp_path, token_ids):
+    for mixture, (fmt, rules) in MIXTURES.items():
+        path = tmp_path / mixture
+        run = make_run("llama", fmt, rules=rules)
+        model = run(path, dialect="compressed-tensors")
+        assert len(Checkpoint(path).quantization["config_groups"]) == len(mixture.split("+"))
+        loaded = from_pretrained(path)  # nothing to do for our plugin
+        assert not any(isinstance(module, QuantLinear) for module in loaded.modules())
+        expected = logits(dense(run, model, tmp_path), token_ids)
+        assert torch.equal(logits(loaded, token_ids), expected), mixture
+        ours = logits(load(path, dtype=torch.bfloat16), token_ids)
+        assert (ours - expected).float().norm() <= 0.02 * expected.float().norm()
+    said = without_plugin(*(tmp_path / mixture for mixture in MIXTURES))
+    assert said.count("LOADED") == len(MIXTURES), said
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+@pytest.mark.parametrize("mixture", ["mxfp8", "nvfp4+mxfp8"])
+def test_mixtures_quantize_inputs_by_group(make_run, tmp_path, token_ids, mixture: str):
+    fmt, rules = MIXTURES[mixture]
+    make_run("llama", fmt, scheme="w4a4", rules=rules)(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    got = logits(from_pretrained(tmp_path / "out"), token_ids).float()
+    expected = logits(load(tmp_path / "out", inputs="quantized"), token_ids).float()
+    # all in 8 bits are near; rounding to 4 bits is chaotic in a random model
+    assert (got - expected).norm() < (0.1 if mixture == "mxfp8" else 0.5) * expected.norm()
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_experts_in_mixtures_are_read_after_the_import_and_stop_without_it(
+    make_run, tmp_path, token_ids
+):
+    cases = [
+        ("mixtral", "mxfp8", ()),
+        ("qwen3_moe", "nvfp4", (("re:.*self_attn.*", "mxfp8"),)),
+        ("mixtral", "mxfp4", (("re:.*0.*experts.*", "mxfp8"),)),
+    ]
+    for index, (kind, fmt, rules) in enumerate(cases):
+        path, again = tmp_path / f"{index}", tmp_path / f"again-{index}"
+        make_run(kind, fmt, rules=rules)(path, dialect="compressed-tensors")
+        model = from_pretrained(path)
+        assert torch.equal(logits(model, token_ids), logits(load(path), token_ids))
+        model.save_pretrained(again)
+        assert_same_tensors(path, again)
+        before, after = (Checkpoint(x).quantization for x in (path, again))
+        assert before["config_groups"].keys() == after["config_groups"].keys()
+    said = without_plugin(*(tmp_path / f"{index}" for index in range(len(cases))))
+    assert "LOADED" not in said and said.count("STOPPED") == len(cases)
+
+
+@pytest.mark.usefixtures("compressed_tensors")
+def test_eight_bits_beside_a_rotation_are_read_after_the_import(make_run, tmp_path, token_ids):
+    rules = (("o_proj", {"format": "mxfp8", "rotation": 1}),)
+    make_run("llama", "mxfp4", rotation=32, rules=rules)(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    model = from_pretrained(tmp_path / "out")
+    expected = logits(load(tmp_path / "out"), token_ids)
+    assert torch.equal(logits(model, token_ids), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    error = (logits(dequantized, token_ids) - expected).float().norm()
+    assert error <= 0.02 * expected.float().norm()
+
+
+def _nan(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.weight"].view(torch.uint8)[1, 2] = 0x7F
+
+
+def _no_scale(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[f"{name}.weight_scale"]
+
+
+def _no_codes(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[f"{name}.weight"]
+
+
+def _short(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :-32].contiguous()
+
+
+def _scale_of_nan(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.weight_scale"][0, 0] = 255
+
+
+def _bf16(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_nan, "weight_packed holds 0x7F .row 1, column 2., which is no code of e4m3"),
+        (_no_scale, "o_proj.weight is stored as torch.float8_e4m3fn: already quantized"),
+        (
+            _no_codes,
+            "no tensor model.layers.0.self_attn.o_proj.weight: the checkpoint is incomplete",
+        ),
+        (_short, "do not belong together in mxfp8"),
+        (_scale_of_nan, "weight_scale holds NaN .byte 0xFF"),
+        (_bf16, "o_proj.weight is torch.bfloat16 and should be torch.float8_e4m3fn"),
+    ],
+)
+def test_damaged_eight_bits_are_refused_in_one_line(make_run, tmp_path, damage, said: str):
+    make_run("llama", "nvfp4", rules=(("o_proj", "mxfp8"),))(
+        tmp_path / "out", dialect="compressed-tensors"
+    )
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, "model.layers.0.self_attn.o_proj")
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()  # it would tell of what is missing
+    with pytest.raises(ValueError, match=said) as caught:
+        load(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("compressed_tensors")
 def test_rotated_experts_of_others_are_rotated(make_run, tmp_path, token_ids):
     make_run("qwen3_moe", "mxfp4", rotation=1)(tmp_path / "out", dialect="compressed-tensors")
