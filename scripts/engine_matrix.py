@@ -1,11 +1,14 @@
 """Which engine opens which kind of checkpoint, measured: engine × dialect × format × {dense, MoE} ×
 {none, online rotation} × {W4A16, W4A4}.
 
-    scripts/test_engines [--out results/engines] [--only TEXT]
+    scripts/test_engines [--out results/engines] [--only TEXT] [--environments vllm]
+    scripts/test_engines --perplexity MODEL TEXT
 
 The dense model is the bundled one, the other a random Mixtral with its tokenizer; both are rounded
 to nearest, for what is asked is whether an engine computes what the files say. Writes
-ptq/checkpoint/engine_results.json, which the model card and "exactly" rely on, and docs/engines.md.
+ptq/checkpoint/engine_results.json, which the card and "exactly" rely on, and docs/engines.md;
+engines of ``--environments`` alone are opened again. ``--perplexity`` measures a model in vLLM
+(scripts/engine_perplexity.py), and writes that into the page.
 """
 
 import argparse
@@ -21,11 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_perplexity import measure
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from ptq.checkpoint.dialect_choice import Readers
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.engines import ENGINES, IMPORTED, REFUSED, RESULTS, Kind, Result
+from ptq.checkpoint.engines import (
+    ENGINES,
+    IMPORTED,
+    PLUGGED,
+    REFUSED,
+    RESULTS,
+    Kind,
+    Result,
+    results,
+)
 from ptq.checkpoint.reader import Checkpoint
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.run import quantize_model
@@ -46,8 +59,9 @@ ENVIRONMENTS = {
         "plugin": IMPORTED,
         "lm_eval": "lm-eval after import ptq",
     },
-    "vllm": {"vllm": "vLLM"},
+    "vllm": {"vllm": "vLLM", "vllm_plugin": PLUGGED},
 }
+PERPLEXITY = "## Perplexity"
 HEAD = (
     "Written by `scripts/test_engines`, which opens every kind of checkpoint in every engine that",
     "runs without a GPU, and compares probabilities over the whole vocabulary after each of 32",
@@ -209,8 +223,30 @@ def judge_all(
     return found
 
 
+def kept(cells: Sequence[Cell], environments: Sequence[str]) -> list[tuple[Cell, Result]]:
+    """The results of ``cells`` in engines that none of ``environments`` opens again."""
+    again = {name for environment in environments for name in ENVIRONMENTS[environment].values()}
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    by_kind = {cell.kind: cell for cell in cells}
+    found = [(Kind(**row["kind"]), Result(**row["result"])) for row in old]
+    return [(by_kind[k], r) for k, r in found if k in by_kind and r.engine not in again]
+
+
+def section(title: str) -> list[str]:
+    """The lines of a section of the page as it is, from its title to the next one."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.is_file() else []
+    if title not in lines:
+        return []
+    rest = lines[lines.index(title) :]
+    end = next((i for i, line in enumerate(rest) if i and line.startswith("## ")), len(rest))
+    return rest[:end]
+
+
 def page(
-    rows: Sequence[tuple[Cell, Result]], refused: Mapping[str, str], absent: Sequence[str]
+    rows: Sequence[tuple[Cell, Result]],
+    refused: Mapping[str, str],
+    absent: Sequence[str],
+    perplexity: Sequence[str] = (),
 ) -> str:
     """docs/engines.md."""
     engines = list(dict.fromkeys((r.engine, r.version) for _, r in rows))
@@ -228,11 +264,12 @@ def page(
     by_cell: dict[Cell, dict[tuple[str, str], Result]] = {}
     for cell, result in rows:
         by_cell.setdefault(cell, {})[result.engine, result.version] = result
-    for cell, results in by_cell.items():
-        said = [_cell(results.get(engine), notes) for engine in engines]
+    for cell, by_engine in by_cell.items():
+        said = [_cell(by_engine.get(engine), notes) for engine in engines]
         lines.append(f"| {_title(cell)} | " + " | ".join(said) + " |")
     lines += ["", *(f"{number}. {reason}" for reason, number in notes.items()), ""]
     lines += [f"Not installed here, so not run: {', '.join(absent)}.", ""] if absent else []
+    lines += perplexity
     lines += ["## Not written", "", "What `ptq` refuses, with what it says:", ""]
     by_reason: dict[str, list[str]] = {}
     for name, reason in refused.items():
@@ -280,13 +317,35 @@ def _cell(result: Result | None, notes: dict[str, int]) -> str:
     return f"{word}{narrow}{' =' * result.same_bits}{kl}"
 
 
+def with_perplexity(page: str, found: Sequence[str]) -> str:
+    """``page`` with a section of what was measured, in the place of the one that it has."""
+    old = "\n".join([*section(PERPLEXITY), ""])
+    new = "\n".join([PERPLEXITY, "", *found, "", ""])
+    if old.strip():
+        return page.replace(old, new)
+    return page.replace("## Not written\n", f"{new}## Not written\n")
+
+
+def engine_python(environment: str) -> Path:
+    """The Python of an environment that ``scripts/test_engines`` makes."""
+    return ROOT / ".engines" / environment / "bin" / "python"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "engines")
     parser.add_argument("--only", default="", help="a part of the names of what is opened")
+    parser.add_argument("--environments", default=",".join(ENVIRONMENTS), help="opened now")
+    parser.add_argument("--perplexity", nargs=2, type=Path, metavar=("MODEL", "TEXT"))
     options = parser.parse_args()
-    folder = options.out
+    folder, environments = options.out.resolve(), options.environments.split(",")
     folder.mkdir(parents=True, exist_ok=True)
+    if options.perplexity:
+        model, text = options.perplexity
+        found = measure(model, text, folder, engine_python("vllm"))
+        PAGE.write_text(with_perplexity(PAGE.read_text(encoding="utf-8"), found))
+        print("\n".join(found))
+        return
     models = {False: demo_path(), True: moe(folder)}
     refused, written = {}, []
     for cell in cells():
@@ -299,9 +358,9 @@ def main() -> None:
             _LAYERS[cell.name] = Checkpoint(folder / cell.name).layers
     names = [cell.name for cell in written]
     ours = {probe: run("ours", probe, names, folder, Path(sys.executable)) for probe in OURS}
-    rows, absent = [], []
-    for environment, probes in ENVIRONMENTS.items():
-        python = ROOT / ".engines" / environment / "bin" / "python"
+    rows, absent = kept(written, environments), []
+    for environment in environments:
+        probes, python = ENVIRONMENTS[environment], engine_python(environment)
         if not python.is_file():
             absent += [f"{name} ({environment})" for name in probes.values()]
             continue
@@ -312,7 +371,8 @@ def main() -> None:
     if not options.only:
         data = [{"kind": asdict(cell.kind), "result": r.to_dict()} for cell, r in rows]
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-        PAGE.write_text(page(rows, refused, absent))
+        results.cache_clear()
+        PAGE.write_text(page(rows, refused, absent, section(PERPLEXITY)))
     for cell, result in rows:
         print(f"{cell.name:48} {result.engine:28} {_cell(result, {})} {result.reason or ''}")
 

@@ -29,7 +29,13 @@ CHECKED = ["numerics", "calib", "model", "pipeline.solve", "runtime.evaluate"]
 install_import_hook([f"ptq.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-pytest_plugins = ["tiny_families", "tiny_checkpoints", "command_line", "browser"]  # tests/fixtures
+pytest_plugins = [  # tests/fixtures
+    "tiny_families",
+    "tiny_checkpoints",
+    "command_line",
+    "browser",
+    "stand_in_vllm",
+]
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -40,6 +40,7 @@ VIOLATIONS = [
     ("pictures are drawn of numbers, and of nothing that ptq knows", "ptq/drawing/svg.py", "torch"),
     ("kernels stand alone", "kernels/tiles.py", "ptq.numerics.formats"),
     ("transformers in model, text, runtime and pipeline only", "calib/walk.py", "transformers"),
+    ("vLLM in runtime only", "ptq/checkpoint/engines.py", "vllm"),
     ("only the command line prints", "ptq/pipeline/run.py", "rich"),
     ("only the command line prints", "ptq/text/windows.py", "typer"),
 ]

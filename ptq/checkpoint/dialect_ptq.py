@@ -1,4 +1,5 @@
-"""The ``ptq`` dialect, which can say everything that ptq does, and which only ptq reads.
+"""The ``ptq`` dialect, which can say everything that ptq does, and which only ptq reads, and others
+with its help: transformers after ``import ptq``, vLLM with its plugin.
 
 Its ``quantization_config`` has exactly these keys; loaders refuse unknown keys and values:
 
@@ -32,7 +33,16 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.dialect import Dialect, Export, Layers
-from ptq.checkpoint.engines import ENGINES, TRANSFORMERS, Opening, Verdict
+from ptq.checkpoint.engines import (
+    ENGINES,
+    PLUGGED,
+    TRANSFORMERS,
+    VLLM,
+    Kind,
+    Opening,
+    Verdict,
+    opened_by,
+)
 from ptq.checkpoint.quantization_config import (
     LEFT_OUT,
     PER_LAYER,
@@ -137,6 +147,8 @@ def _opens(layers: Layers) -> dict[str, Opening]:
         )
         for engine in ENGINES
     }
+    if opened_by(PLUGGED, Kind.of(PTQ.name, layers)) is not None:
+        found[VLLM] = Opening(Verdict.INSTALL, "run there on a CPU, not yet on a GPU")
     return found | {TRANSFORMERS: Opening(Verdict.IMPORT)}
 
 

@@ -27,6 +27,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 IMPORT = "import ptq"  # what teaches transformers our dialects
 IMPORTED = f"transformers after {IMPORT}"  # how it is named where it was opened so
+INSTALL = "pip install ptq-llm"  # what teaches vLLM our dialects, beside it
+PLUGGED = f"vLLM after {INSTALL}"
 RESULTS = Path(__file__).with_name("engine_results.json")
 
 
@@ -36,6 +38,7 @@ class Verdict(Enum):
     RIGHT = "right"
     NARROW = "right, but inputs stay in 16 bits"
     IMPORT = f"right after `{IMPORT}`, an error without it"
+    INSTALL = f"right after `{INSTALL}` beside it, an error without it"
     STOPS = "stops with an error"
     WRONG = "computes it wrongly without an error"
     UNKNOWN = "not known"
@@ -43,7 +46,7 @@ class Verdict(Enum):
     @property
     def serves(self) -> bool:
         """Whether a checkpoint may be written for an engine of which this is said."""
-        return self in (Verdict.RIGHT, Verdict.NARROW, Verdict.IMPORT)
+        return self in (Verdict.RIGHT, Verdict.NARROW, Verdict.IMPORT, Verdict.INSTALL)
 
 
 @dataclass(frozen=True)

