@@ -1,7 +1,9 @@
 """Layers that read the same tensor: whatever the order and the tensors, each gives what it gives
 alone."""
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ptq.runtime.fusion import share_inputs
 from ptq.runtime.quant_linear import QuantLinear
-from ptq.runtime.shared_inputs import MADE, same
+from ptq.runtime.shared_inputs import MADE, Readers, same
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,6 +66,20 @@ def test_a_tensor_that_was_written_into_is_a_new_one(kernels, attention, x) -> N
         layer(wide)
         wide.add_(1)
         assert torch.equal(layer(wide), alone(layer, wide))
+
+
+@torch.no_grad()
+def test_what_not_all_have_taken_goes_with_the_tensor(quantized) -> None:
+    """What was made of a tensor may be a view of it, kept at the tensor."""
+    both = [quantized(nn.Linear(64, 16), "nvfp4", 1) for _ in range(2)]
+    Readers(both).freeze(both)
+    x = torch.randn(2, 3, 64)
+    both[0](x)
+    assert hasattr(x, MADE)
+    seen = weakref.ref(x)
+    del x
+    gc.collect()
+    assert seen() is None
 
 
 @torch.no_grad()
