@@ -41,6 +41,10 @@ import train_demo_model as demo
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from ptq.drawing.axes import Axis, frame, spanning
+from ptq.drawing.style import MARKERS
+from ptq.drawing.svg import Picture, legend, marker, side_by_side, text
+from ptq.drawing.svg import path as path_of
 from ptq.numerics.formats import MXFP8
 from ptq.numerics.scales import Grid, round_to
 
@@ -215,32 +219,61 @@ def summary(runs: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """Loss curves, and their distance to bfloat16 of the same seed."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """Loss curves, and their distance to bfloat16 of the same seed: means of the seeds."""
+    curves = {(r["run"], r["seed"]): np.array(smoothed(r["losses"])) for r in runs}
+    losses, gaps = {}, {}
+    for name in RUNS:
+        own = [seed for run, seed in curves if run == name and ("bfloat16", seed) in curves]
+        if own:
+            losses[name] = np.mean([curves[name, seed] for seed in own], axis=0)
+            gaps[name] = np.mean(
+                [curves[name, seed] - curves["bfloat16", seed] for seed in own], axis=0
+            )
+    if not losses:
+        return
+    # the first steps fall by more than all others
+    late = np.concatenate([loss[len(loss) // 5 :] for loss in losses.values()])
+    seeds = len({r["seed"] for r in runs})
+    whole = side_by_side(
+        [
+            panel(losses, "Training loss", "nats per token", float(late.max())),
+            panel(gaps, "Distance to bfloat16 of the same seed", "nats per token", None),
+        ],
+        2,
+        "Products of 8-bit blocks, forward and backward",
+        f"{max(map(len, losses.values()))} steps, means of {seeds} seeds, smoothed",
+    )
+    path.write_text(whole.file(), encoding="utf-8")
 
-    with matplotlib.rc_context({"svg.hashsalt": "ptq", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        curves = {(r["run"], r["seed"]): np.array(smoothed(r["losses"])) for r in runs}
-        for index, name in enumerate(RUNS):
-            own = [seed for run, seed in curves if run == name and ("bfloat16", seed) in curves]
-            if not own:
-                continue
-            style = {"color": f"C{index}", "linewidth": 1, "label": name}
-            style["linestyle"] = "--" if name.endswith("asymmetric") else "-"
-            left.plot(np.mean([curves[name, seed] for seed in own], axis=0), **style)
-            gaps = [curves[name, seed] - curves["bfloat16", seed] for seed in own]
-            right.plot(np.mean(gaps, axis=0), **style)
-        left.set_ylabel("training loss, nats per token")
-        right.set_ylabel("difference to bfloat16, nats")
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.3)
-        late = left.get_lines()[0].get_ydata() if left.get_lines() else [0.0]
-        left.set_ylim(float(np.min(late)) - 0.2, float(np.quantile(late, 0.95)))
-        left.legend(fontsize=7)
-        figure.savefig(path, metadata={"Date": None})
+
+def panel(found: dict[str, np.ndarray], title: str, y_name: str, highest: float | None) -> Picture:
+    """A plot of one number a step for every run; asymmetric ones are dashed."""
+    wide, top, tall = 430.0, 78.0, 200.0
+    names = list(found)
+    steps = max(map(len, found.values()))
+    values = np.concatenate(list(found.values()))
+    shown = values if highest is None else values[values <= highest]
+    x = Axis(low=1, high=steps, start=44, end=wide - 8)
+    y = spanning(shown.tolist(), top + tall, top)
+    keys, _ = legend(names, wide - 44, x=44, lines=True)
+    for key in keys:
+        key.set("transform", "translate(0 20)")
+    body = [text(0, 12, title, "bold"), *keys]
+    body += frame(x, y, x_name="step", y_name=y_name).back
+    for name, line in found.items():
+        index = list(RUNS).index(name)
+        points = [(x(i + 1), y(float(v))) for i, v in enumerate(line) if v <= y.high]
+        dash = "7 3" if name.endswith("asymmetric") else "none"
+        body.append(path_of(points, class_=f"curve l{index}", stroke_dasharray=dash))
+        at, last = points[-1]
+        said = f"{name}: {float(line[-1]):.4f} at step {len(line)}"
+        body.append(marker(MARKERS[index], at, last, 2.8, class_=f"m f{index}", title=said))
+    return Picture(
+        width=wide,
+        height=top + tall + 32,
+        label=f"{title} by step, of {', '.join(names)}.",
+        body=tuple(body),
+    )
 
 
 def read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -73,3 +73,15 @@ def test_the_summary_pairs_runs_of_a_seed(script: ModuleType) -> None:
     ]
     row = script.summary(runs)["mxfp8"]
     assert row["to_bfloat16"] == 0.375 and row["standard_error"] == 0.125
+
+
+def test_the_picture_has_a_mark_for_every_run(script: ModuleType, tmp_path: Path) -> None:
+    runs = [
+        {"run": name, "seed": seed, "losses": [8 - 0.1 * step + gap for step in range(20)]}
+        for name, gap in zip(script.RUNS, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
+        for seed in (0, 1)
+    ]
+    script.draw(runs, tmp_path / "curves.svg")
+    picture = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert 'data-marks="12"' in picture.partition(">")[2]
+    assert "mxint8, asymmetric: 0.3000 at step 20" in picture
