@@ -1,6 +1,7 @@
 """What tuning will need: memory and operations, from shapes alone.
 
   latents and moments, 8 bytes a code, or moments alone, 4 (on disk with ``--activations disk``)
++ these once more, in memory, while a state is saved
 + the packed model, twice: as it is, and the best so far; what is not quantized
 + the last hidden states of the original for all text (on disk likewise)
 + what every block reads in one step, and what one batch needs in a block that is differentiated
@@ -65,6 +66,7 @@ def tuning_bytes(plan: Plan, shapes: Shapes, activations: str) -> float:
     largest = max(shapes.blocks)
     return (
         (0 if activations == "disk" else waiting)
+        + CODE_BYTES[plan.recipe.tune_codes] * shapes.tuned
         + 2 * shapes.tuned * bits / 8
         + (sum(shapes.blocks) - shapes.tuned) * shapes.itemsize
         + batch * shapes.hidden * TOKEN_COPIES * 4
