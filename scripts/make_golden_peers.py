@@ -8,7 +8,7 @@ tool, never by the tests.
 
 Beside each checkpoint lies ``expected.safetensors``: the logits of eight tokens as the tool itself
 computes them; of ModelOpt, which computes NVFP4 on GPUs alone, the weight of a layer before it was
-rounded.
+rounded, and the largest keys and values that it saw.
 """
 
 import json
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 31]])
 LAYER = "model.layers.0.mlp.down_proj"
+ATTENTION = "model.layers.0.self_attn"
 
 
 def tiny(folder: Path) -> Path:
@@ -45,7 +46,7 @@ def tiny(folder: Path) -> Path:
 
 
 def llm_compressor(source: Path, out: Path) -> None:
-    """NVFP4 and MXFP4 by round to nearest, and both in two groups with ``re:`` targets."""
+    """NVFP4 and MXFP4 by round to nearest, and two formats in two groups with ``re:`` targets."""
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -56,6 +57,17 @@ def llm_compressor(source: Path, out: Path) -> None:
         ),
         "llm-compressor-mxfp4": QuantizationModifier(
             targets=["re:.*self_attn.*", "re:.*mlp.*"], scheme="MXFP4A16", ignore=["lm_head"]
+        ),
+        "llm-compressor-mixture": QuantizationModifier(
+            config_groups={
+                "group_0": QuantizationScheme(
+                    **preset_name_to_scheme("NVFP4A16", ["re:.*mlp.*"]).model_dump()
+                ),
+                "group_1": QuantizationScheme(
+                    **preset_name_to_scheme("MXFP8A16", ["re:.*self_attn.*"]).model_dump()
+                ),
+            },
+            ignore=["lm_head"],
         ),
         "llm-compressor-groups": QuantizationModifier(
             config_groups={
@@ -83,12 +95,21 @@ def modelopt(source: Path, out: Path) -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    for name, config in (("modelopt-nvfp4", mtq.NVFP4_DEFAULT_CFG),):
+    cache = {"quant_cfg": [*mtq.NVFP4_DEFAULT_CFG["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]}
+    for name, config in (
+        ("modelopt-nvfp4", mtq.NVFP4_DEFAULT_CFG),
+        ("modelopt-nvfp4-kv", mtq.NVFP4_DEFAULT_CFG | cache),
+    ):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         weight = model.get_submodule(LAYER).weight.detach().float().clone()  # pyright: ignore[reportCallIssue]
         model = mtq.quantize(model, config, lambda m: m(input_ids=IDS))
+        known = {LAYER: weight}
+        for quantizer in ("k_bmm_quantizer", "v_bmm_quantizer"):
+            found = model.get_submodule(f"{ATTENTION}.{quantizer}") if "kv" in name else None
+            if found is not None:
+                known[f"{ATTENTION}.{quantizer}"] = found.amax.float().reshape(1)
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out / name)
-        save_file({LAYER: weight}, out / name / "expected.safetensors")
+        save_file(known, out / name / "expected.safetensors")
 
 
 def main(tool: str, out: Path) -> None:

@@ -48,6 +48,8 @@ def convert(
     place = check_destination(out, Path(source), overwrite=overwrite)
     config = {key: value for key, value in found.config.items() if key != "quantization_config"}
     parsed = found.parsed
+    if parsed.unread is not None:
+        raise ValueError(f"cannot convert {found.path}: {parsed.unread}, and would be lost")
     writer = CheckpointWriter(
         place,
         source_config=config,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.engines import Openings
-from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, is_key_value_scale
 
 Layers = Mapping[str, LayerInfo]
 Tensors = Mapping[str, Tensor]
@@ -86,6 +86,9 @@ class Dialect:
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
         needs: packages that transformers needs to open it.
         extra_files: JSON files besides config.json, by name, from the ``quantization_config``.
+        store_key_value: name and tensor of a scale of keys or values in it, from those of the
+            ``ptq`` dialect: ``….self_attn.k_scale`` float32 [1]; None if they are the same.
+        key_value_name: the inverse for names; all others are as they are.
         config_file: a file beside the weights that may say alone what config.json should.
         applies_input_rule: whether all who read it scale inputs by the rule that it names; if not,
             they may take the format's own
@@ -105,6 +108,8 @@ class Dialect:
     extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
     is_extra: Callable[[str], bool] = lambda name: False
     extra_files: Callable[[JsonDict], dict[str, JsonDict]] = lambda config: {}
+    store_key_value: Callable[[str, Tensor], tuple[str, Tensor]] | None = None
+    key_value_name: Callable[[str], str] = lambda name: name
     config_file: str | None = None
     applies_input_rule: bool = True
     needs: tuple[str, ...] = ()
@@ -114,3 +119,9 @@ class Dialect:
         which a tensor is missing, unless what is left is an ordinary ``weight``."""
         split = (name.rpartition(".") for name in names)
         return list(dict.fromkeys(owner for owner, _, leaf in split if leaf in (self.mark, PACKED)))
+
+    def stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """Name and tensor as it lies on disk, of one that belongs to no quantized layer."""
+        if self.store_key_value is None or not is_key_value_scale(name):
+            return name, tensor
+        return self.store_key_value(name, tensor)

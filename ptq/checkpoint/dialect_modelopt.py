@@ -3,9 +3,11 @@ rotation.
 
 Under a quantized layer (out, in) lie ``weight`` U8 [out, in/2], ``weight_scale`` F8_E4M3
 [out, in/16], ``weight_scale_2`` F32 [] and, with quantized inputs, ``input_scale`` F32 []; the
-last two multiply, where other dialects divide by their reciprocals. What is quantized is said
-twice: in config.json, and for readers that look for it there in ``hf_quant_config.json``, which
-some checkpoints have alone. Patterns of layers that are left alone are those of a shell.
+last two multiply, where other dialects divide by their reciprocals. Scales of an FP8 cache,
+``k_scale`` and ``v_scale`` F32 [], lie under ``self_attn.k_proj`` and ``self_attn.v_proj``. What is
+quantized is said twice: in config.json, and for readers that look for it there in
+``hf_quant_config.json``, which some checkpoints have alone. Patterns of layers that are left alone
+are those of a shell.
 
 Read in ModelOpt 0.47 and vLLM 0.32.
 """
@@ -27,6 +29,7 @@ from ptq.checkpoint.engines import (
     Verdict,
 )
 from ptq.checkpoint.quantization_config import (
+    KEY_VALUES,
     JsonDict,
     LayerInfo,
     Quantization,
@@ -43,6 +46,10 @@ ALGORITHMS = {True: "NVFP4", False: "W4A16_NVFP4"}
 # Readers refuse a hf_quant_config.json of another producer.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 FILE = "hf_quant_config.json"
+FP8_CACHE: JsonDict = {"dynamic": False, "num_bits": 8, "type": "float"}
+# Where readers look for scales of keys and values, and what the ptq dialect calls them.
+STORED_SCALE = re.compile(r"^(.*\.self_attn)\.([kv])_proj\.\2_scale$")
+CACHE_SCALE = re.compile(r"^(.*\.self_attn)\.([kv])_scale$")
 NOTHING_ELSE = "use dialect ptq"
 
 
@@ -67,7 +74,7 @@ def modelopt_config(quantization: Quantization, layers: Layers, others: Iterable
         },
         "group_size": NVFP4.group_size,
         "ignore": list(others),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": FP8_CACHE if quantization.kv_cache else None,
         "producer": PRODUCER,
         "ptq": Section.of(quantization),
     }
@@ -77,7 +84,7 @@ def hf_quant_config(config: JsonDict) -> dict[str, JsonDict]:
     """The other file that says the same."""
     said = {
         "quant_algo": config["quant_algo"],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": "FP8" if config["kv_cache_scheme"] else None,
         "group_size": NVFP4.group_size,
         "exclude_modules": config["ignore"],
     }
@@ -115,8 +122,11 @@ def parse_modelopt(config: Mapping[str, object]) -> Quantization:
         raise ValueError(
             f"ptq does not read NVFP4 with groups of {said.group_size}, only {NVFP4.group_size}"
         )
-    if said.kv_cache_quant_algo or said.kv_cache_scheme:
-        logger.warning("its scales of keys and values are not read: they stay in 16 bits")
+    cache = _parse_cache(said)
+    unread = None
+    if cache not in (None, *KEY_VALUES):
+        unread = f"its keys and values in {cache} are not read"
+        logger.warning("%s: they stay in 16 bits", unread)
     ours, inputs = said.ptq or Section(), schemes[name]
     groups = config.get("config_groups")
     if inputs and isinstance(groups, dict) and groups:
@@ -132,9 +142,31 @@ def parse_modelopt(config: Mapping[str, object]) -> Quantization:
             "nested": 0,
         },
         ignore=tuple(_pattern(p) for p in (*said.ignore, *said.exclude_modules)),
+        kv_cache=None if unread else cache,
+        unread=unread,
         recipe=dict(ours.recipe),
         provenance=dict(ours.provenance),
     )
+
+
+def _parse_cache(said: _Said) -> str | None:
+    """How keys and values are kept: a name of KEY_VALUES, None, or what it says else."""
+    algorithm, scheme = said.kv_cache_quant_algo, said.kv_cache_scheme
+    if algorithm and algorithm.upper() != "FP8":
+        return algorithm
+    if scheme and any(scheme.get(key) != value for key, value in FP8_CACHE.items()):
+        return str(scheme)
+    return "fp8" if algorithm or scheme else None
+
+
+def store_key_value(name: str, scale: Tensor) -> tuple[str, Tensor]:
+    """A scale of keys or values ``….self_attn.k_scale`` float32 [1] as it lies here."""
+    return CACHE_SCALE.sub(r"\1.\2_proj.\2_scale", name), scale.reshape(())
+
+
+def key_value_name(name: str) -> str:
+    """The inverse of :func:`store_key_value`, for names."""
+    return STORED_SCALE.sub(r"\1.\2_scale", name)
 
 
 def _pattern(glob: str) -> str:
@@ -195,10 +227,10 @@ def _conversion(info: LayerInfo) -> Conversion:
 def _refusal(export: Export) -> str | None:
     if export.foreign:
         return f"{export.foreign}; {NOTHING_ELSE}"
-    if export.kv_cache is not None:
+    if export.kv_cache is not None and not any(".self_attn." in name for name in export.layers):
         return (
-            "ptq writes no scales of keys and values in it; leave out --kv-cache, or use dialect "
-            "compressed-tensors"
+            "its readers look for scales of keys and values under self_attn, which this model does "
+            "not have; leave out --kv-cache, or use dialect compressed-tensors"
         )
     infos = export.layers.values()
     if others := sorted({info.format for info in infos} - {NVFP4.name}):
@@ -248,6 +280,8 @@ MODELOPT = Dialect(
     held_to=(VLLM,),
     conversion=_conversion,
     extra_files=hf_quant_config,
+    store_key_value=store_key_value,
+    key_value_name=key_value_name,
     config_file=FILE,
     applies_input_rule=False,
 )

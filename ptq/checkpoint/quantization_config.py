@@ -19,6 +19,12 @@ from ptq.reading.schema import Count, JsonObject, check, plain
 VERSION = 1  # of what ptq writes into a configuration, in any dialect
 JsonDict = dict[str, Any]
 KEY_VALUES = ("fp8",)  # how keys and values may be kept: E4M3 with a scale a tensor
+KEY_VALUE_SCALES = ("k_scale", "v_scale")  # under an attention layer
+
+
+def is_key_value_scale(name: str) -> bool:
+    """Whether a tensor is one of the two scales of an attention layer."""
+    return name.rpartition(".")[2] in KEY_VALUE_SCALES
 
 
 def _known_format(name: str) -> str:
@@ -173,6 +179,7 @@ class Quantization:
         overrides: {key of ``PER_LAYER``: {pattern: value}}.
         ignore: patterns of linear layers that are not quantized.
         kv_cache: ``"fp8"`` if there are scales for keys and values in E4M3, or None.
+        unread: what it says besides, which is not read and would be lost by writing it again.
         recipe, provenance: how the checkpoint was made, for information.
     """
 
@@ -180,6 +187,7 @@ class Quantization:
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
     kv_cache: str | None = None
+    unread: str | None = None
     recipe: JsonDict = field(default_factory=dict)
     provenance: JsonDict = field(default_factory=dict)
 

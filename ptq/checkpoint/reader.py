@@ -13,7 +13,7 @@ from ptq.checkpoint.dialect import PACKED, Dialect
 from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer, check_types
 from ptq.checkpoint.layer_report import LayerReport
-from ptq.checkpoint.quantization_config import JsonDict, LayerInfo
+from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_key_value_scale
 from ptq.checkpoint.safetensors_files import read_tensor
 from ptq.checkpoint.tuning_report import TuningReport
 from ptq.numerics.formats import FORMATS
@@ -134,15 +134,19 @@ class Checkpoint:
         self.quantization: JsonDict = quantization
         self._dialect = dialect_of(quantization, self.path)
         self.parsed = parse(quantization, self.path)
-        self.entries = _entries(self.path)
+        name_of = self._dialect.key_value_name
+        self.entries = {name_of(name): entry for name, entry in _entries(self.path).items()}
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self.entries)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as it lies on disk; raises ValueError if there is none of that name."""
-        return read_tensor(self._entry(name))
+        """One tensor as it lies on disk, scales of keys and values as the ``ptq`` dialect has them;
+        raises ValueError if there is none of that name."""
+        tensor = read_tensor(self._entry(name))
+        one = is_key_value_scale(name) and tensor.numel() == 1 and tensor.is_floating_point()
+        return tensor.float().reshape(1) if one else tensor
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:

@@ -302,7 +302,8 @@ class CheckpointWriter:
         folder.mkdir()
         choice = self._choose(blocks, layers)
         dialect = DIALECTS[choice.dialect]
-        outside = chain(rest, dialect.extra_tensors(layers).items())
+        others = (dialect.stored(*item) for item in rest)
+        outside = chain(others, dialect.extra_tensors(layers).items())
         parts = [*self._block_parts(blocks, dialect), *self._parts_outside(outside)]
         entries, sums = write_shards(folder, parts, self.shard_bytes)
         others = _linear_layers(entries, layers, dialect)
@@ -363,8 +364,9 @@ class CheckpointWriter:
                 if (conversion := dialect.conversion(info)) is not None
             }
             _refuse_wide(path, conversions, dialect)
-            if conversions:
-                tensors = {name: read_tensor(entry) for name, entry in read_header(path).items()}
+            entries = read_header(path)
+            if conversions or dialect.store_key_value is not None:
+                tensors = {name: read_tensor(entry) for name, entry in entries.items()}
                 for name, conversion in conversions.items():
                     leaves = [key for key in tensors if key.rpartition(".")[0] == name]
                     layer = {key.removeprefix(f"{name}."): tensors.pop(key) for key in leaves}
@@ -374,7 +376,7 @@ class CheckpointWriter:
                         raise ValueError(f"cannot write {dialect.name}: {name}: {error}") from error
                     tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
                 path = path.with_name(f"converted-{block.file}")
-                write_tensors(path, tensors)
+                write_tensors(path, dict(dialect.stored(*item) for item in tensors.items()))
             yield read_header(path)
 
     def _parts_outside(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Entry]]:

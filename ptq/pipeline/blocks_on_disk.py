@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ptq.calib.walk import CalibratedBlock
 from ptq.checkpoint.layer_report import LayerReport
+from ptq.checkpoint.quantization_config import is_key_value_scale
 from ptq.checkpoint.reader import from_disk, to_disk
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.model.attention import cached_attentions, stored_stem
 from ptq.model.source import Source
 from ptq.pipeline.ranks import world
-from ptq.runtime.key_values import SCALES, is_scale, take_scales
+from ptq.runtime.key_values import SCALES, take_scales
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 
 # What names of latents in a block's file begin with; they are no tensors of a checkpoint.
@@ -122,7 +123,7 @@ class BlocksOnDisk:
         infos = self.writer.layers(block.name)
         tensors = from_disk(self.writer.read(block.name), infos)
         self._restore(block, tensors)
-        names = {n: self.source.module_name(n) for n in tensors if is_scale(n)}
+        names = {n: self.source.module_name(n) for n in tensors if is_key_value_scale(n)}
         inner = {own.removeprefix(block.prefix): tensors[n] for n, own in names.items()}
         take_scales(block.module, inner)
         linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}

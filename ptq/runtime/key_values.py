@@ -9,11 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ptq.checkpoint.quantization_config import KEY_VALUE_SCALES, is_key_value_scale
 from ptq.model.attention import cached_attentions, tap
 from ptq.numerics.key_values import round_key_values
 
-KEY_SCALE, VALUE_SCALE = "k_scale", "v_scale"
-SCALES = (KEY_SCALE, VALUE_SCALE)
+SCALES = KEY_SCALE, VALUE_SCALE = KEY_VALUE_SCALES
 
 
 def round_cached(attention: nn.Module, keys: Tensor, values: Tensor) -> None:
@@ -56,7 +56,7 @@ def take_scales(module: nn.Module, tensors: Mapping[str, Tensor]) -> int:
         ValueError: one of two scales is missing, or there is one of no attention layer.
     """
     attentions = cached_attentions(module)
-    owners = {name.rpartition(".")[0] for name in tensors if is_scale(name)}
+    owners = {name.rpartition(".")[0] for name in tensors if is_key_value_scale(name)}
     for inner in sorted(owners):
         if inner not in attentions:
             raise ValueError(f"{inner}.{KEY_SCALE} belongs to no attention layer of the model")
@@ -69,8 +69,3 @@ def take_scales(module: nn.Module, tensors: Mapping[str, Tensor]) -> int:
         device = next(chain(attention.parameters(), attention.buffers())).device
         round_cached(attention, *(tensors[name].to(device) for name in names))
     return len(owners)
-
-
-def is_scale(name: str) -> bool:
-    """Whether a tensor is one of the two scales of an attention layer."""
-    return name.rpartition(".")[2] in SCALES

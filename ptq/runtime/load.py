@@ -11,13 +11,15 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptq.checkpoint.quantization_config import is_key_value_scale
 from ptq.checkpoint.reader import Checkpoint, config_dtype
 from ptq.kernels import gpu
+from ptq.model.attention import cached_attentions
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
 from ptq.runtime.fusion import fuse
 from ptq.runtime.kernel_choice import visits
-from ptq.runtime.key_values import is_scale, take_scales
+from ptq.runtime.key_values import round_cached, take_scales
 from ptq.runtime.nested_width import at_width, converted
 from ptq.runtime.packed_experts import pack_experts
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
@@ -128,11 +130,17 @@ def load(
 def _round_key_values(
     model: PreTrainedModel, checkpoint: Checkpoint, source: CheckpointSource
 ) -> None:
-    """Give attention layers the scales of keys and values."""
+    """Give attention layers the scales of keys and values. Other tools leave out those of 1, which
+    is what engines take where there are none."""
     tensors = {
-        source.module_name(n): checkpoint.tensor(n) for n in checkpoint.entries if is_scale(n)
+        source.module_name(n): checkpoint.tensor(n)
+        for n in checkpoint.entries
+        if is_key_value_scale(n)
     }
-    if not take_scales(model, tensors):
+    if not tensors and not checkpoint.recipe:
+        for attention in cached_attentions(model).values():
+            round_cached(attention, torch.ones(1), torch.ones(1))
+    elif not take_scales(model, tensors):
         raise ValueError(
             f"{checkpoint.path} has no scales of keys and values, although its config.json says "
             f"{checkpoint.parsed.kv_cache}: the checkpoint is damaged, copy it again"

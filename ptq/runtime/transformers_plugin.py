@@ -33,13 +33,13 @@ from ptq.checkpoint.dialect_compressed_tensors import (
 )
 from ptq.checkpoint.dialect_ptq import NOTE, PTQ
 from ptq.checkpoint.dialects import parse
-from ptq.checkpoint.quantization_config import Quantization, is_expert
+from ptq.checkpoint.quantization_config import Quantization, is_expert, is_key_value_scale
 from ptq.model.attention import cached_attentions
 from ptq.model.experts import FUSED, unfuse
 from ptq.model.parameter_names import NameMap
 from ptq.model.structure import linearize
 from ptq.reading.safetensors_layout import Entry, read_header
-from ptq.runtime.key_values import SCALES, hook_rounding, is_scale
+from ptq.runtime.key_values import SCALES, hook_rounding
 from ptq.runtime.load import INPUTS, prepare_kernels, settle_inputs
 from ptq.runtime.stored_linear import StoredLinear
 
@@ -143,7 +143,7 @@ class StoredLayers(HfQuantizer):
     ) -> None:
         """Scales of keys and values for transformers to load, and to save again."""
         attentions = cached_attentions(model)
-        for name in filter(is_scale, stored):
+        for name in filter(is_key_value_scale, stored):
             owners = [candidate.rpartition(".")[0] for candidate in names.candidates(name)]
             owner = next((owner for owner in owners if owner in attentions), None)
             if owner is None:

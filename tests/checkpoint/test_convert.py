@@ -1,6 +1,7 @@
 """A conversion is the checkpoint that would have been written at once, or is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,14 @@ def test_an_interrupted_conversion_goes_on(make_run, tmp_path, monkeypatch):
     convert(tmp_path / "in", tmp_path / "out", "compressed-tensors")
     assert read == [], "finished blocks are not read again"
     assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_what_is_not_read_is_not_lost_in_silence(tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "peers" / "modelopt-nvfp4"
+    shutil.copytree(golden, tmp_path / "in")
+    config = json.loads((golden / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 4, "type": "float"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot convert .*keys and values in .*would be lost"):
+        convert(tmp_path / "in", tmp_path / "out", "compressed-tensors")
+    assert not (tmp_path / "out").exists()

@@ -12,9 +12,11 @@ from ptq.checkpoint.dialect_choice import choose
 from ptq.checkpoint.dialect_modelopt import (
     FILE,
     hf_quant_config,
+    key_value_name,
     modelopt_config,
     parse_modelopt,
     read_layer,
+    store_key_value,
     write_layer,
 )
 from ptq.checkpoint.quantization_config import LayerInfo, summarize
@@ -79,17 +81,42 @@ def test_patterns_are_those_of_a_shell() -> None:
     assert not parsed.ignores("model.layers.11.mlp.gate_proj") and not parsed.ignores("xlm_head")
 
 
-def test_a_quantized_cache_is_not_read_and_that_is_told(caplog) -> None:
-    said = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
-    assert parse_modelopt({"quantization": said}).kv_cache is None
-    assert "keys and values are not read" in caplog.text
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"kv_cache_quant_algo": "FP8"},
+        {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+    ],
+)
+def test_an_fp8_cache_is_read_in_both_words(said: dict) -> None:
+    parsed = parse_modelopt({"quant_algo": "NVFP4"} | said)
+    assert parsed.kv_cache == "fp8" and parsed.unread is None
+    assert parse_modelopt({"quant_algo": "NVFP4", "kv_cache_scheme": None}).kv_cache is None
 
 
-def test_scales_of_keys_and_values_are_refused_before_a_run() -> None:
-    layers = {DOWN: LayerInfo(format="nvfp4")}
-    assert choose(layers, "modelopt", dtype="bfloat16").dialect == "modelopt"
+@pytest.mark.parametrize(
+    "said",
+    [{"kv_cache_quant_algo": "NVFP4"}, {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}],
+)
+def test_another_quantized_cache_is_not_read_and_that_is_told(said: dict, caplog) -> None:
+    parsed = parse_modelopt({"quant_algo": "NVFP4"} | said)
+    assert parsed.kv_cache is None and parsed.unread is not None
+    assert "are not read: they stay in 16 bits" in caplog.text
+
+
+def test_scales_of_keys_and_values_lie_under_their_projections() -> None:
+    stored = store_key_value("model.layers.0.self_attn.k_scale", torch.ones(1))
+    assert stored[0] == "model.layers.0.self_attn.k_proj.k_scale" and stored[1].shape == ()
+    assert key_value_name(stored[0]) == "model.layers.0.self_attn.k_scale"
+    for name in ("model.layers.0.self_attn.k_proj.v_scale", "model.layers.0.mlp.k_proj.k_scale"):
+        assert key_value_name(name) == name
+
+
+def test_models_without_self_attn_have_no_place_for_them() -> None:
+    layers = {"model.layers.0.self_attn.o_proj": LayerInfo(format="nvfp4")}
+    assert choose(layers, "modelopt", dtype="bfloat16", kv_cache="fp8").dialect == "modelopt"
     with pytest.raises(ValueError, match=r"cannot write modelopt: .*leave out --kv-cache"):
-        choose(layers, "modelopt", dtype="bfloat16", kv_cache="fp8")
+        choose({DOWN: layers.popitem()[1]}, "modelopt", dtype="bfloat16", kv_cache="fp8")
 
 
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4_AWQ", "MIXED_PRECISION", "W4A8_AWQ"])

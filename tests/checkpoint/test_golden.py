@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ptq.checkpoint.convert import convert
 from ptq.checkpoint.dialect_ptq import guard_tensors
 from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint, to_disk
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.numerics.formats import FORMATS
+from ptq.numerics.key_values import key_value_scale
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.tensor import QuantizedTensor, Scales
 from ptq.pipeline.recipe import Recipe
@@ -180,7 +182,7 @@ PEERS = GOLDEN / "peers"
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 31]])
 # The largest difference of a logit, of about 5, in bfloat16. These tools multiply the two scales of
 # NVFP4 in bfloat16 before they multiply the codes; ptq rounds once.
-WITHIN = {"mxfp4": 0.0, "nvfp4": 0.1}
+WITHIN = {"mxfp4": 0.0, "mxfp8": 0.0, "nvfp4": 0.1}
 NAMES = sorted(path.name for path in PEERS.iterdir())
 
 
@@ -227,10 +229,64 @@ def test_modelopt_is_read_with_either_file(tmp_path: Path, alone: bool) -> None:
         assert module(input_ids=IDS).logits.isfinite().all()
 
 
-def test_several_groups_are_told_apart() -> None:
-    layers = Checkpoint(PEERS / "llm-compressor-groups").layers
+@pytest.mark.parametrize(
+    ("name", "attention", "mlp"), [("groups", "nvfp4", "mxfp4"), ("mixture", "mxfp8", "nvfp4")]
+)
+def test_several_groups_are_told_apart(name: str, attention: str, mlp: str) -> None:
+    layers = Checkpoint(PEERS / f"llm-compressor-{name}").layers
     formats = {name.split(".")[3]: info.format for name, info in layers.items()}
-    assert formats == {"self_attn": "nvfp4", "mlp": "mxfp4"}
+    assert formats == {"self_attn": attention, "mlp": mlp}
+
+
+def test_modelopt_keeps_an_fp8_cache_under_two_layers(tmp_path: Path) -> None:
+    """Its scales are the largest key and value that it saw over 448, as ptq's are, and are kept by
+    a conversion there and back."""
+    path, attention = PEERS / "modelopt-nvfp4-kv", "model.layers.0.self_attn"
+    checkpoint = Checkpoint(path)
+    assert checkpoint.parsed.kv_cache == "fp8" and checkpoint.parsed.unread is None
+    seen = load_file(path / "expected.safetensors")
+    scales = {}
+    for kind in "kv":
+        scales[kind] = checkpoint.tensor(f"{attention}.{kind}_scale")
+        largest = seen[f"{attention}.{kind}_bmm_quantizer"]
+        assert torch.equal(scales[kind], key_value_scale(largest.reshape(())))
+    module = load(path, dtype=torch.bfloat16, inputs="quantized")
+    assert torch.equal(module.get_submodule(attention).k_scale, scales["k"])
+    convert(path, tmp_path / "ct", "compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "again", "modelopt")
+    stored = load_file(tmp_path / "ct" / "model.safetensors")
+    assert torch.equal(stored[f"{attention}.k_scale"], scales["k"])
+    again, before = (load_file(x / "model.safetensors") for x in (tmp_path / "again", path))
+    assert again.keys() == before.keys()
+    for name, tensor in before.items():
+        assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
+        assert torch.equal(again[name].float(), tensor.float()), name
+    said = json.loads((tmp_path / "again" / "hf_quant_config.json").read_text())["quantization"]
+    assert said["kv_cache_quant_algo"] == "FP8"
+    with torch.no_grad():
+        logits = [
+            load(x, dtype=torch.bfloat16, inputs="quantized")(input_ids=IDS).logits
+            for x in (path, tmp_path / "ct", tmp_path / "again")
+        ]
+        plain = load(PEERS / "modelopt-nvfp4", dtype=torch.bfloat16, inputs="quantized")
+        assert not torch.equal(plain(input_ids=IDS).logits, logits[0])
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_a_cache_without_scales_is_one_with_scales_of_one(tmp_path: Path) -> None:
+    """Engines take 1 where another tool stored none; of ours that is a damaged checkpoint."""
+    for file in (PEERS / "modelopt-nvfp4").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    attention = load(tmp_path).get_submodule("model.layers.0.self_attn")
+    assert attention.k_scale.tolist() == attention.v_scale.tolist() == [1.0]
+    config["quantization_config"]["ptq"] = {"version": 1, "recipe": {"format": "nvfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no scales of keys and values"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

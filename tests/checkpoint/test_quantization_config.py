@@ -12,6 +12,7 @@ from ptq.checkpoint.quantization_config import (
     expert_groups,
     fused_groups,
     is_expert,
+    is_key_value_scale,
     natural,
     patterns,
     summarize,
@@ -114,3 +115,7 @@ def test_experts_of_a_block_belong_together():
     assert expert_groups(names) == {"l.0.m": names[:2], "l.1.m": names[2:3]}
     gates = ["l.0.gate_proj", "l.0.up_proj"]
     assert decided_together([*names, gates[0]]) == [gates[::-1], names[:2]]
+
+
+def test_scales_of_keys_and_values_have_names_of_their_own():
+    assert is_key_value_scale("a.v_scale") and not is_key_value_scale("a.weight_scale")

@@ -6,7 +6,7 @@ from families import FAMILIES, random_model
 
 from ptq.model.attention import cached_attentions, tap
 from ptq.numerics.key_values import round_key_values
-from ptq.runtime.key_values import is_scale, round_cached, take_scales
+from ptq.runtime.key_values import round_cached, take_scales
 
 TOKENS = torch.arange(1, 17)[None]
 
@@ -44,4 +44,3 @@ def test_scales_come_in_pairs_of_one_positive_number() -> None:
     for bad in (torch.zeros(1), torch.tensor([float("nan")]), one.double(), torch.ones(2)):
         with pytest.raises(ValueError, match="one positive float32 number"):
             take_scales(model, {f"{name}.k_scale": bad, f"{name}.v_scale": one})
-    assert is_scale("a.v_scale") and not is_scale("a.weight_scale")
