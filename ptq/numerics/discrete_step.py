@@ -1,18 +1,19 @@
-"""The discrete step of PV-Tuning (arXiv 2405.14852, §3.2) for codes on a scalar grid.
+"""The discrete step of PV-Tuning (arXiv 2405.14852) for codes on a scalar grid.
 
-The loss is linearised at the weights as they are, with a square term that keeps it honest near
-them, in the metric of Adam: a move by δ, in units of the element, is expected to change it by
+The loss is linearised at the weights as they are, with a square term that keeps a value near where
+it is. In units of √v, Adam's root of the derivative by the value, a move by δ changes it by
 
-    m δ + √v δ² / (2 reach),      m, √v: Adam's mean and root of the derivative by the values
+    (m / √v) δ + δ² / (2 reach),      m: Adam's mean of the derivative
 
-A value may go to the neighbour in its element against the sign of m, and gains by that where the
-neighbour's middle lies less than reach · |m| / √v away. Rounding all such values would move far
-more than a linearisation holds for; so only the few that gain most may move, and together no
-further than a share of the weight's norm. A jump is whole: nothing is carried to the next step but
-the moments, unlike with latents (:mod:`ptq.numerics.latents`), which drift through their cells.
+A value may go to its neighbour in the element against the sign of m, and gains by that where the
+middle between both lies less than reach · |m| / √v away. To round all that would gain is further
+than a linearisation holds; so only the few of largest gain move, and together no further than a
+share of the weight's norm. In units of √v, because what is large in nats is often only a noisy
+derivative. A jump is whole: nothing is carried to the next step but the moments, unlike with
+latents (:mod:`ptq.numerics.latents`), which drift through their cells.
 
-The paper moves vectors of a learned codebook and finds the nearest of all of them; here the grid is
-fixed and a value moves by one place at most.
+The paper moves vectors of a learned codebook to the nearest of all of them; here the grid is fixed
+and a value moves by one place at most.
 """
 
 import torch
@@ -49,7 +50,7 @@ def jumps(
     index = torch.searchsorted(grid, values) - mean.sign().long()
     others = grid[index.clamp_(0, len(grid) - 1)]
     gap = (others - values).abs()
-    gain = gap * (mean.abs() - root * gap / (2 * reach))
+    gain = gap * (mean.abs() / root - gap / (2 * reach))
     moving = (gain > 0).flatten().nonzero().squeeze(1)  # at the end of the grid there is no gap
     order = gain.flatten()[moving].argsort(descending=True, stable=True)
     chosen = moving[order[: int(share * values.numel())]]

@@ -40,7 +40,7 @@ def plain(weight, mean, root, *, reach: float, share: float, trust: float):
         if not 0 <= place < len(grid):
             continue
         gap = abs(grid[place] - value)
-        change = -abs(m) * gap + float(root[row, column]) * gap**2 / (2 * reach)
+        change = -abs(m) * gap / float(root[row, column]) + gap**2 / (2 * reach)
         if change < 0:
             found.append(
                 (change, row, column, grid[place], gap * float(steps[row, column // size]))
@@ -77,7 +77,7 @@ def test_a_move_is_to_a_neighbour_and_lowers_what_is_expected(name: str) -> None
     after = element.decode(jumps(weight, mean, root, reach=1.0, share=1.0, trust=10.0))
     change = after - element.decode(weight.codes)
     assert change.any() and (change * mean <= 0).all()
-    expected = mean * change + root * change**2 / 2
+    expected = mean / root * change + change**2 / 2
     assert (expected[change != 0] < 0).all()
     assert change.abs().max() <= max(b - a for a, b in itertools.pairwise(sorted(element.values)))
 
