@@ -14,9 +14,12 @@ from torch import Tensor
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination
 from ptq.checkpoint.dialect_choice import Choice
+from ptq.checkpoint.dialect_mxfp4 import GPT_OSS
+from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint
 from ptq.checkpoint.writer import CheckpointWriter
+from ptq.model.blueprint import Blueprint
 
 
 def convert(
@@ -56,6 +59,7 @@ def convert(
         recipe=parsed.recipe,
         provenance=parsed.provenance | {"converted": f"from {found.dialect}"},
         fingerprint=_fingerprint(found),
+        foreign=_foreign(found),
         overwrite=overwrite,
         dialect=dialect,
         kv_cache=parsed.kv_cache,
@@ -68,6 +72,13 @@ def convert(
         except ValueError:
             writer.abandon()
             raise
+
+
+def _foreign(found: Checkpoint) -> str | None:
+    """Why programs that read other dialects than these would not find the layers."""
+    if found.dialect not in (PTQ.name, GPT_OSS.name):
+        return None
+    return Blueprint.of(found.path).foreign()
 
 
 def _copy(found: Checkpoint, writer: CheckpointWriter) -> None:

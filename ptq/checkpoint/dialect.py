@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ptq.checkpoint.engines import Openings
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, is_key_value_scale
+from ptq.reading.safetensors_layout import Entry
 
 Layers = Mapping[str, LayerInfo]
 Tensors = Mapping[str, Tensor]
@@ -81,6 +82,8 @@ class Dialect:
         why_import: what goes wrong with such layers in transformers without ``import ptq.hf``, for
             the model card; None if nothing does.
         conversion: of layers like this one; None if they lie on disk as in ``ptq``.
+        arrange: where the tensors of layers lie, by the names that a reader looks for, from where
+            all tensors of the files do.
         mark: name of the tensor that shows that a layer is quantized, beside ``weight_packed``.
         extra_tensors: what is stored besides the tensors of the model, by full name.
         is_extra: whether a tensor of that name is one of those: the reader leaves them out.
@@ -104,6 +107,7 @@ class Dialect:
     held_to: tuple[str, ...] = ()
     why_import: Callable[[Layers], str | None] = lambda layers: None
     conversion: Callable[[LayerInfo], Conversion | None] = lambda info: None
+    arrange: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
     mark: str = "weight_scale"
     extra_tensors: Callable[[Layers], dict[str, Tensor]] = lambda layers: {}
     is_extra: Callable[[str], bool] = lambda name: False

@@ -135,7 +135,8 @@ class Checkpoint:
         self._dialect = dialect_of(quantization, self.path)
         self.parsed = parse(quantization, self.path)
         name_of = self._dialect.key_value_name
-        self.entries = {name_of(name): entry for name, entry in _entries(self.path).items()}
+        found = {name_of(name): entry for name, entry in _entries(self.path).items()}
+        self.entries = self._dialect.arrange(found)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -206,7 +207,7 @@ class Checkpoint:
 
     @property
     def dialect(self) -> str:
-        """Its name, a key of :data:`ptq.checkpoint.dialects.DIALECTS`."""
+        """Its name, a key of :data:`ptq.checkpoint.dialects.READ`."""
         return self._dialect.name
 
     @property

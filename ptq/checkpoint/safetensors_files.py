@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.reading.safetensors_layout import DTYPES, Entry
+from ptq.reading.safetensors_layout import DTYPES, Entry, Rows
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 PIECE = 16 << 20  # bytes copied at a time
@@ -131,10 +131,11 @@ def _header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[by
 
 def read_tensor(entry: Entry) -> Tensor:
     """One tensor, read into memory of its own."""
-    buffer = bytearray(entry.bytes)
+    step = entry.step if isinstance(entry, Rows) else 1
+    buffer = bytearray(entry.bytes * step)
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
-        if file.readinto(buffer) != entry.bytes:
+        if file.readinto(buffer) != len(buffer):
             raise ValueError(
                 f"{entry.file} ends in the middle of a tensor: the copy is incomplete, copy it "
                 "again"
@@ -150,4 +151,7 @@ def read_tensor(entry: Entry) -> Tensor:
         if entry.bytes
         else torch.empty(0, dtype=dtype)
     )
+    if isinstance(entry, Rows):
+        rows, *rest = entry.shape
+        return flat.reshape(rows * step, *rest)[entry.start :: step].contiguous()
     return flat.reshape(entry.shape)

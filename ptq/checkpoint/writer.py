@@ -22,7 +22,7 @@ from torch import Tensor
 from ptq.checkpoint.checksums import write_sums
 from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_choice import Choice, choose
-from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.dialects import DIALECTS, READ
 from ptq.checkpoint.engines import TARGETS, refusals
 from ptq.checkpoint.layer_checks import GLOBALS, check_layer
 from ptq.checkpoint.layer_report import LayerReport
@@ -136,7 +136,7 @@ class CheckpointWriter:
 
     def _serves(self, found: Checkpoint) -> bool:
         """Whether a checkpoint is for the engines of the target."""
-        openings = DIALECTS[found.dialect].opens(found.layers)
+        openings = READ[found.dialect].opens(found.layers)
         return self.target is None or not refusals(openings, TARGETS[self.target])
 
     def settle(self) -> None:

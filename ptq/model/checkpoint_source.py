@@ -401,7 +401,13 @@ def _stored(module: nn.Module, recurse: bool) -> Iterator[tuple[str, nn.Module, 
 
 def _select(origin: Origin, made: dict[str, Tensor], name: str) -> Tensor:
     if origin.part is not None:
-        return origin.part.take(made[origin.target])
+        stored, expert = made[origin.target], origin.part.expert
+        if expert is not None and expert >= len(stored):
+            raise ValueError(
+                f"{origin.target} has {len(stored)} experts, and the model that config.json "
+                f"describes has {name}: copy it again"
+            )
+        return origin.part.take(stored)
     return made[name] if name in made else made[origin.target]
 
 

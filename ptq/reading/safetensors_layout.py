@@ -66,6 +66,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Rows(Entry):
+    """Every ``step``-th row, from ``start`` on, of what lies from ``offset`` on; ``shape`` and
+    ``bytes`` are those of what is taken."""
+
+    start: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A safetensors file without its data.
 

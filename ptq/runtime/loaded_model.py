@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ptq.checkpoint.dialects import DIALECTS
+from ptq.checkpoint.dialects import READ
 from ptq.checkpoint.reader import read_config
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import positions, resolve
@@ -147,7 +147,7 @@ def load_model(
         dtype = torch.float32
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if isinstance(method, str) and method in DIALECTS:
+    if isinstance(method, str) and method in READ:
         module = load(path, device, dtype=dtype, inputs="quantized", bits=bits)
     elif bits is not None:
         raise ValueError(f"{name} is not quantized by ptq: it has no two widths to choose from")

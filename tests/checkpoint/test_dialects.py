@@ -11,7 +11,7 @@ from torch import Tensor
 from ptq.checkpoint import dialect_choice
 from ptq.checkpoint.dialect import Conversion, Dialect, Layers, Tensors
 from ptq.checkpoint.dialect_ptq import guard_tensors, parse_ptq, ptq_config
-from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
+from ptq.checkpoint.dialects import DIALECTS, READ, dialect_of, parse
 from ptq.checkpoint.engines import ENGINES, Opening, Verdict
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, Quantization, summarize
 from ptq.checkpoint.reader import Checkpoint
@@ -32,7 +32,7 @@ def test_a_dialect_reads_the_configuration_that_it_writes(name: str) -> None:
 
 
 def test_errors_say_where_and_what_is_read_instead() -> None:
-    with pytest.raises(ValueError, match=r"^here is quantized by 'awq'; ptq reads .*ptq$"):
+    with pytest.raises(ValueError, match=r"^here is quantized by 'awq'; ptq reads .*ptq, mxfp4$"):
         parse({"quant_method": "awq"}, "here")
     with pytest.raises(ValueError, match=r"^here: .*version 9"):
         parse({"quant_method": "ptq", "version": 9}, "here")
@@ -85,6 +85,7 @@ def _rotated(layers: Layers) -> bool:
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row."""
     monkeypatch.setitem(DIALECTS, TOY.name, TOY)
+    monkeypatch.setitem(READ, TOY.name, TOY)
     monkeypatch.setattr(dialect_choice, "CHOICES", ("auto", *DIALECTS))
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ptq.checkpoint.safetensors_files import (
     write_json,
     write_tensors,
 )
-from ptq.reading.safetensors_layout import DTYPES, read_header
+from ptq.reading.safetensors_layout import DTYPES, Rows, read_header
 
 
 @pytest.fixture
@@ -108,3 +109,21 @@ def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_return(
     monkeypatch.setattr(os, "fsync", watch)
     write_file(path, [b"bytes"])
     assert seen == [("file", False), ("folder", True)]
+
+
+def test_rows_are_those_of_the_tensor_that_lies_there(tmp_path: Path) -> None:
+    tensor = torch.arange(48, dtype=torch.int16).view(2, 6, 4)
+    write_tensors(tmp_path / "x.safetensors", {"x": tensor})
+    whole = read_header(tmp_path / "x.safetensors")["x"]
+    for expert, start, step in ((0, 0, 2), (1, 1, 2), (1, 2, 3), (1, 0, 1)):
+        size = whole.bytes // 2
+        rows = Rows(
+            whole.file,
+            whole.dtype,
+            (6 // step, 4),
+            whole.offset + expert * size,
+            size // step,
+            start=start,
+            step=step,
+        )
+        assert torch.equal(read_tensor(rows), tensor[expert, start::step])
