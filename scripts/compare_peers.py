@@ -20,6 +20,7 @@ from typing import Any
 
 from peers.check import check_scorer
 from peers.methods import FORMAT_NAMES, METHODS, SCHEMES, TOOLS, Run, last_line, recipe, runs
+from peers.modelopt_mxfp4 import readable
 from peers.page import page
 from peers.picture import draw
 from peers.run import ROOT, environment, installed, machine, measured, python_of, versions_of
@@ -202,9 +203,9 @@ class Comparison:
             "megabytes": round(sum(f.stat().st_size for f in out.glob("*.safetensors")) / 1e6, 2),
         }
         try:
-            checkpoint = Checkpoint(out)
+            checkpoint = Checkpoint(readable(out))
             self._check_windows(run, checkpoint)
-            model = open_checkpoint(out)
+            model = open_checkpoint(checkpoint.path)
             scores = {text.name: score(model, self.original, text).to_dict() for text in self.texts}
         except (ValueError, OSError) as error:
             return record | {"error": f"not scored: {last_line(str(error))}"}

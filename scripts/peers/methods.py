@@ -145,7 +145,7 @@ METHODS: tuple[Method, ...] = (
         name="MSE-searched scales",
         key="mse",
         offers=(("nvfp4", "w4a4"),),
-        note="its kernel needs a GPU",
+        note="its kernel needs a GPU: a stand-in of the same arithmetic ran",
     ),
     Method(
         tool="auto-round",

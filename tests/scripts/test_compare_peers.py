@@ -2,22 +2,26 @@
 what is told of it."""
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ptq.checkpoint.reader import Checkpoint
+from ptq.numerics.formats import NVFP4
 from ptq.pipeline.recipe import Recipe
 from ptq.runtime.evaluate import evaluate
 from ptq.runtime.loaded_model import demo_path
 from ptq.text.windows import load_tokenizer
 
-NAMES = ("methods", "page", "picture", "run", "score")
+NAMES = ("methods", "modelopt_mxfp4", "page", "picture", "run", "score")
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,67 @@ def test_the_error_is_that_of_windows(scripts) -> None:
     score = scripts["score"]
     assert score.standard_error([1.0, 2.0, 3.0, 2.0]) == pytest.approx((2 / 3 / 4) ** 0.5)
     assert score.standard_error([1.0]) is None
+
+
+def test_mxfp4_of_modelopt_is_renamed_and_nothing_else(scripts, root: Path, tmp_path: Path) -> None:
+    """Made of a checkpoint of llm-compressor, which has the same tensors under other names."""
+    theirs = root / "tests" / "golden" / "peers" / "llm-compressor-mxfp4"
+    config = json.loads((theirs / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "modelopt",
+        "quant_algo": "mxfp4",
+        "ignore": ["lm_head"],
+    }
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(theirs / "model.safetensors")
+    named = {name.removesuffix("_packed"): tensor for name, tensor in tensors.items()}
+    save_file(named, tmp_path / "out" / "model.safetensors")
+    readable = scripts["modelopt_mxfp4"].readable
+    found, wanted = Checkpoint(readable(tmp_path / "out")), Checkpoint(theirs)
+    assert list(found.layers) == list(wanted.layers) and len(found.layers) == 7
+    for name, info in found.layers.items():
+        assert (info.format, info.quantize_inputs, info.input_rule) == ("mxfp4", True, "ceil")
+        for leaf, tensor in wanted.layer(name).items():
+            assert torch.equal(found.layer(name)[leaf], tensor)
+    assert readable(theirs) == theirs
+
+
+@pytest.fixture
+def driver(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """That of ModelOpt, without ModelOpt."""
+    for name in ("modelopt", "modelopt.torch", "modelopt.torch.quantization"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["modelopt.torch.quantization"].tensor_quant = SimpleNamespace(  # pyright: ignore
+        scaled_e4m3_impl=lambda x, amax: (
+            (x / amax * 448).to(torch.float8_e4m3fn).float() * (amax / 448)
+        )
+    )
+    export = ModuleType("modelopt.torch.export")
+    export.export_hf_checkpoint = None  # pyright: ignore
+    monkeypatch.setitem(sys.modules, export.__name__, export)
+    file = root / "scripts" / "peers" / "with_modelopt.py"
+    spec = importlib.util.spec_from_file_location("with_modelopt", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_stand_in_for_a_kernel_rounds_as_nvfp4_does(driver: ModuleType) -> None:
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    x = torch.cat([ties, -ties, torch.linspace(-6, 6, 112)]).reshape(8, 16)
+    amax = torch.full((8,), 6.0)
+    rounded = driver.fake_quantize(x, amax, quantize_block_scales=False)
+    assert torch.equal(rounded, NVFP4.element.round(x))
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    amax = x.reshape(-1, 16).abs().amax(-1)
+    t = amax.amax() / (6 * 448)
+    weight = x.reshape(64, 2, 16)
+    step = NVFP4.decode_scale(NVFP4.encode_scale(amax.reshape(64, 2) / 6 / t)).unsqueeze(-1) * t
+    wanted = NVFP4.element.round(weight / step) * step
+    found = driver.fake_quantize(x, amax, amax.amax())
+    assert (found.reshape(64, 2, 16) - wanted).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------- what is told
