@@ -110,13 +110,15 @@ def _parse_group(group: _Group, format: str | None) -> dict[str, object]:
     Raises:
         ValueError: a format, or a variant of one, that ptq does not read.
     """
-    formats = {record.name: record for record in CT_FORMATS.values()}
-    name = group.format or format
-    if name not in formats:
+    name, weights = group.format or format, group.weights
+    records = [record for record in CT_FORMATS.values() if record.name == name]
+    if not records:
+        known = dict.fromkeys(record.name for record in CT_FORMATS.values())
         raise ValueError(
-            f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(formats)}"
+            f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(known)}"
         )
-    fmt, weights = formats[name], group.weights
+    size = weights.get("group_size")
+    fmt = next((r for r in records if r.weights["group_size"] == size), records[0])
     wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
     # columns that were quantized in another order lie in their own
     if weights.get("actorder") not in (None, "weight", "static"):

@@ -1,9 +1,8 @@
 """Our formats as compressed-tensors stores them: a record each, with what engines make of it.
 
 FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. MXFP8 has its codes in ``weight``
-F8_E4M3 (out, in), the same bytes. NVINT4 becomes int4 with groups of 16: ``weight_packed`` I32
-(out, in / 8) with the codes offset by 8, ``weight_scale`` BF16 with the global scale multiplied in
-(exact: it is a power of two), ``weight_shape`` I64 [2].
+F8_E4M3 (out, in), the same bytes. NVINT4 and MXINT4 become int4 with groups of 16 and 32
+(:mod:`ptq.checkpoint.compressed_tensors_int4`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.compressed_tensors_int4 import (
+    INT4_TYPES,
+    fold_mxint4,
+    fold_nvint4,
+    unfold_mxint4,
+    unfold_nvint4,
+)
 from ptq.checkpoint.dialect import Conversion
 from ptq.checkpoint.engines import (
     ENGINES,
@@ -23,7 +29,7 @@ from ptq.checkpoint.engines import (
     Verdict,
 )
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
-from ptq.numerics.formats import E4M3_LARGEST, MXFP4, MXFP8, NVFP4, NVINT4, Format
+from ptq.numerics.formats import MXFP4, MXFP8, MXINT4, NVFP4, NVINT4, Format
 
 # Blocks in which engines rotate.
 SIZES = (16, 32, 64, 128)
@@ -97,75 +103,6 @@ class CtFormat:
     def keeps_global_scale(self) -> bool:
         """Whether engines get a global scale, of which layers that they merge can have but one."""
         return self.format.has_global_scale and self.conversion is None
-
-
-def fold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an NVINT4 layer as int4 with bf16 scales; other tensors are passed on.
-
-    Law: ``unfold_int4(fold_int4(x))`` stands for the same numbers. Keys are names without that of
-    the layer.
-
-    Raises:
-        ValueError: a scale times the global scale is not a bf16 number, because the latter is no
-            power of two.
-    """
-    packed, divisor = tensors["weight_packed"], tensors["weight_global_scale"]
-    exact = tensors["weight_scale"].float() / divisor
-    folded = exact.to(torch.bfloat16)
-    if int(divisor.view(torch.int32)) & 0x7FFFFF or not torch.equal(folded.float(), exact):
-        raise ValueError(
-            "its global scale is not a power of two in range, folding it into bf16 scales would "
-            "round: requantize"
-        )
-    rest = {
-        leaf: tensor
-        for leaf, tensor in tensors.items()
-        if leaf not in ("weight_packed", "weight_scale", "weight_global_scale")
-    }
-    shape = torch.tensor([packed.shape[0], 2 * packed.shape[1]], dtype=torch.int64)
-    return rest | {
-        "weight_packed": (packed ^ 0x88).view(torch.int32),
-        "weight_scale": folded,
-        "weight_shape": shape,
-    }
-
-
-def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`fold_int4`: the same codes and steps, though a step may be split into
-    another E4M3 number and another power of two.
-
-    Raises:
-        ValueError: the scales have no such split, so this int4 checkpoint is not an NVINT4 one; or
-            the shapes of the three tensors do not belong together.
-    """
-    packed, said = tensors["weight_packed"], tensors["weight_shape"].tolist()
-    scale = tensors["weight_scale"].float()
-    if packed.ndim != 2 or said != [packed.shape[0], 8 * packed.shape[1]]:
-        raise ValueError(
-            f"weight_shape is {said} and weight_packed has shape {tuple(packed.shape)}: the "
-            "checkpoint is damaged, copy or quantize it again"
-        )
-    if not scale.numel():
-        raise ValueError("weight_scale is empty: the checkpoint is damaged")
-    # The smallest power of two t with max(scale) <= 448 t. One that fits existed (the writer's),
-    # and moving scales up inside the range of E4M3 only adds precision to the small ones.
-    fraction, exponent = torch.frexp(scale.max() / E4M3_LARGEST)  # fraction in [0.5, 1)
-    t = torch.ldexp(torch.ones(()), exponent - (fraction == 0.5).int())
-    stored = (scale / t).to(torch.float8_e4m3fn)
-    if not torch.equal(stored.float() * t, scale):
-        raise ValueError(
-            "its bf16 scales are no E4M3 scales times a power of two: this is int4, but not NVINT4"
-        )
-    rest = {
-        leaf: tensor
-        for leaf, tensor in tensors.items()
-        if leaf not in ("weight_packed", "weight_scale", "weight_shape")
-    }
-    return rest | {
-        "weight_packed": packed.view(torch.uint8) ^ 0x88,
-        "weight_scale": stored,
-        "weight_global_scale": (1 / t).reshape(1),
-    }
 
 
 def name_e4m3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,30 +235,23 @@ _MXFP4 = CtFormat(
         Rule(TENSORRT, _rotated, Verdict.WRONG, NO_ROTATION),
     ),
 )
+_INT4_REFUSALS = (
+    Refusal(
+        lambda layer: layer.info.quantize_inputs,
+        "int4 inputs have no place for scales in 8 bits; quantize weights only, or use dialect ptq",
+    ),
+    Refusal(
+        lambda layer: layer.dtype != "bfloat16",
+        "its scales are folded into bf16, the dtype of the model is {layer.dtype}; use a bf16 "
+        "model, or dialect ptq",
+    ),
+)
 _NVINT4 = CtFormat(
     format=NVINT4,
     name="pack-quantized",
     weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 16},
-    conversion=Conversion(
-        types={
-            "weight_packed": (torch.int32,),
-            "weight_scale": (torch.bfloat16, torch.float16, torch.float32),
-            "weight_shape": (torch.int64, torch.int32),
-        },
-        write=fold_int4,
-        read=unfold_int4,
-    ),
-    refusals=(
-        Refusal(
-            lambda layer: layer.info.quantize_inputs,
-            "int4 inputs have no place for E4M3 scales; quantize weights only, or use dialect ptq",
-        ),
-        Refusal(
-            lambda layer: layer.dtype != "bfloat16",
-            "its scales are folded into bf16, the dtype of the model is {layer.dtype}; use a bf16 "
-            "model, or dialect ptq",
-        ),
-    ),
+    conversion=Conversion(types=INT4_TYPES, write=fold_nvint4, read=unfold_nvint4),
+    refusals=_INT4_REFUSALS,
     rules=(
         Rule(
             SGLANG,
@@ -333,6 +263,21 @@ _NVINT4 = CtFormat(
     ),
 )
 
+_MXINT4 = CtFormat(
+    format=MXINT4,
+    name="pack-quantized",
+    weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 32},
+    conversion=Conversion(types=INT4_TYPES, write=fold_mxint4, read=unfold_mxint4),
+    refusals=_INT4_REFUSALS,
+    rules=(
+        Rule(
+            TENSORRT,
+            _all,
+            Verdict.UNKNOWN,
+            "whether it reads int4 of this dialect is not known; use nvfp4 with w4a4",
+        ),
+    ),
+)
 _MXFP8 = CtFormat(
     format=MXFP8,
     name="mxfp8-quantized",
@@ -369,7 +314,7 @@ _MXFP8 = CtFormat(
     ),
 )
 
-CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4, _MXFP8)}
+CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4, _MXINT4, _MXFP8)}
 
 # From best to worst.
 _ORDER = tuple(Verdict)

@@ -11,7 +11,7 @@ GUIDE: dict[str, tuple[str, str]] = {
     "nvfp4": (BLACKWELL, "the first choice: accurate, and other engines open it, w4a4 too"),
     "mxfp4": (BLACKWELL, "the smallest that other engines open; loses more than nvfp4"),
     "nvint4": ("none", "the least loss at w4a4, with ptq; w4a16 is like nvfp4 and opens elsewhere"),
-    "mxint4": ("none", "comparisons with mxfp4"),
+    "mxint4": ("none", "int4 in groups of 32, w4a16 with --rotation none; comparisons with mxfp4"),
     "mxint6": ("none", "sensitive layers of a mixed recipe"),
     "mxfp6": (BLACKWELL, "comparisons with mxint6"),
     "mxint8": ("none", "the most sensitive layers of a mixed recipe"),

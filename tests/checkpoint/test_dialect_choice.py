@@ -66,7 +66,8 @@ W4A4 = {"quantize_inputs": True, "static_inputs": True}
         (one(), "transformers", "compressed-tensors", "transformers: right"),
         (one(rotation=16, **W4A4), "transformers", "compressed-tensors", "after `import"),
         (one(rotation=16), "transformers", "compressed-tensors", "after `import"),
-        (one(format="mxint4"), "transformers", "ptq", "after `import"),
+        (one(format="mxint4"), "sglang", "compressed-tensors", "SGLang: right"),
+        (one(format="mxint6"), "transformers", "ptq", "after `import"),
         (one(EXPERT), "transformers", "compressed-tensors", "after `import"),
         (one(EXPERT), "vllm", "compressed-tensors", "vLLM: right"),
         (one(format="mxfp4", rotation=32), "vllm", "compressed-tensors", "tensor_parallel_size=1"),
@@ -115,7 +116,8 @@ def test_every_dialect_has_a_verdict_on_every_engine() -> None:
 
 
 REFUSED = [
-    (one(format="mxint4"), "no format for mxint4"),
+    (one(format="mxint6"), "no format for mxint6"),
+    (one(format="mxint4", quantize_inputs=True), "int4 inputs"),
     (one(Q) | one(K, format="mxfp8"), "are quantized in different ways"),
     (one(Q) | one(K, quantize_inputs=True, static_inputs=True), "are quantized in different ways"),
     (one(EXPERT) | one(OTHER, format="mxfp8"), "quantized in several ways"),

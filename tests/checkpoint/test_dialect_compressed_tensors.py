@@ -93,6 +93,7 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
         ("mxfp4", False),
         ("nvint4", False),
         ("mxfp8", True),
+        ("mxint4", False),
     ],
 )
 @pytest.mark.parametrize("rotation", [1, 16, 64])

@@ -435,8 +435,8 @@ def test_nvint4_is_written_as_int4_and_read_as_the_same_numbers(tmp_path):
 
 def test_a_dialect_that_cannot_carry_the_result_is_refused_at_the_end_too(tmp_path):
     with pytest.raises(
-        ValueError, match="cannot write compressed-tensors: it has no format for mxint4"
+        ValueError, match="cannot write compressed-tensors: it has no format for mxint6"
     ):
-        run(tmp_path / "out", fmt="mxint4", dialect="compressed-tensors")
+        run(tmp_path / "out", fmt="mxint6", dialect="compressed-tensors")
     assert not (tmp_path / "out").exists()
-    assert run(tmp_path / "out", fmt="mxint4", dialect="auto") == []  # and nothing was lost
+    assert run(tmp_path / "out", fmt="mxint6", dialect="auto") == []  # and nothing was lost

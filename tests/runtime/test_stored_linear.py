@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, fold_int4
+from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS
+from ptq.checkpoint.compressed_tensors_int4 import fold_nvint4
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -78,7 +79,7 @@ def test_it_computes_what_a_layer_in_memory_computes(name: str) -> None:
 
 def test_int4_is_converted_and_saved_as_it_was() -> None:
     layer = memory("nvint4")
-    tensors = fold_int4(on_disk(layer))
+    tensors = fold_nvint4(on_disk(layer))
     copy = stored("nvint4", tensors=tensors)
     x = torch.randn(3, IN)
     torch.testing.assert_close(copy(x), layer(x))
@@ -100,7 +101,7 @@ def test_what_is_damaged_or_away_is_named() -> None:
     tensors["weight_scale"].view(torch.uint8).fill_(0x7F)  # NaN
     with pytest.raises(ValueError, match=r"layer\.weight_scale"):
         stored("nvfp4", tensors=tensors)
-    folded = fold_int4(on_disk(memory("nvint4")))
+    folded = fold_nvint4(on_disk(memory("nvint4")))
     away = {leaf: tensor.to("meta") for leaf, tensor in folded.items()}
     with pytest.raises(ValueError, match="nvint4 of compressed-tensors cannot be offloaded"):
         stored("nvint4", tensors=away)

@@ -384,6 +384,7 @@ def test_rotated_attention_beside_unrotated_experts_opens(make_run, tmp_path, to
 MIXTURES = {
     "mxfp8": ("mxfp8", ()),
     "nvfp4+mxfp8": ("nvfp4", (("re:.*1.self_attn.[qkv]_proj", "mxfp8"), ("o_proj", "mxfp8"))),
+    "mxint4": ("mxint4", ()),
     "mxfp4+mxfp8": ("mxfp4", (("re:.*0.self_attn.*", "mxfp8"),)),
     "nvint4+mxfp8+nvfp4": ("nvint4", (("o_proj", "mxfp8"), ("re:.*[qkv]_proj", "nvfp4"))),
 }
