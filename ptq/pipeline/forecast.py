@@ -39,7 +39,7 @@ from ptq.pipeline.budget import more_bits
 from ptq.pipeline.duration import Group, Work, block_seconds, other_seconds
 from ptq.pipeline.memory import held_bytes, machine_bytes, statistics_limit
 from ptq.pipeline.plan import LayerPlan, Plan
-from ptq.pipeline.readers import plan_for, readers_in_words
+from ptq.pipeline.readers import plan_for, readers_in_words, with_eight_bits
 from ptq.pipeline.recipe import Recipe
 from ptq.pipeline.solve import PART_ELEMENTS
 from ptq.pipeline.speed import measure
@@ -199,7 +199,7 @@ def forecast(
     plan = plan_for(blueprint, recipe, dialect, target=target, dtype=named, device=device.type)
     assert plan.written is not None
     check_tunable(plan, on_disk=True, ranks=ranks)
-    openings = DIALECTS[plan.written.dialect].opens(plan.infos)
+    openings = DIALECTS[plan.written.dialect].opens(with_eight_bits(plan))
     skeleton = blueprint.model
     stored = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.bfloat16)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored)

@@ -47,7 +47,7 @@ def plan_for(
     likely = plan if recipe.input_rule else _with_own_rules(plan)
     choice = None
     if dialect is not None:
-        infos = _with_eight_bits(likely)
+        infos = with_eight_bits(likely)
         choice = choose(
             infos,
             dialect,
@@ -81,7 +81,7 @@ def readers_in_words(dialect: str, reason: str) -> str:
     return f"{reason} (dialect {dialect})"
 
 
-def _with_eight_bits(plan: Plan) -> dict[str, LayerInfo]:
+def with_eight_bits(plan: Plan) -> dict[str, LayerInfo]:
     """What a checkpoint will say about every layer. Where some are still to get eight bits one of
     them stands for those: what such a mixture cannot be written in shows before the hours that
     choosing takes."""

@@ -59,8 +59,14 @@ def test_what_keeps_a_result_from_being_compared_is_no_error(
     assert "verdict" not in done.out and module.__name__ == "ptq.cli.quantize"
 
 
-def test_a_mixture_that_leaves_other_engines_behind_says_so_first(ptq, demo_model: Path):
-    told = ptq("quantize", demo_model, "-f", "nvfp4", "--eight-bit", "10%", "--dry-run").out
-    assert "no other engine (dialect ptq: not compressed-tensors: it has no format for mxfp8)" in (
-        " ".join(told.split())
-    )
+def test_who_opens_a_mixture_is_said_before_it_is_chosen(ptq, demo_model: Path):
+    def told(*options: str) -> str:
+        done = ptq("quantize", demo_model, "--eight-bit", "10%", *options, "--dry-run")
+        return " ".join(done.out.split())
+
+    both = told("-f", "nvfp4")
+    assert "transformers and vLLM read it (dialect compressed-tensors)" in both
+    assert "SGLang: not known: whether it reads several formats in one checkpoint" in both
+    for fmt, reason in (("mxint6", "no format for mxint6"), ("nvint4", "int4 inputs")):
+        text = told("-f", fmt, "--scheme", "w4a4")
+        assert "no other engine (dialect ptq: not compressed-tensors:" in text and reason in text
