@@ -1,13 +1,13 @@
 """Which engine opens which kind of checkpoint, measured: engine × dialect × format × {dense, MoE} ×
 {none, online rotation} × {W4A16, W4A4}.
 
-    scripts/test_engines [--out results/engines] [--only TEXT] [--environments vllm]
+    scripts/test_engines [--out results/engines] [--only TEXT] [--probes vllm_plugin]
     scripts/test_engines --perplexity MODEL TEXT
 
 The dense model is the bundled one, the other a random Mixtral with its tokenizer; both are rounded
 to nearest, for what is asked is whether an engine computes what the files say. Writes
 ptq/checkpoint/engine_results.json, which the card and "exactly" rely on, and docs/engines.md;
-engines of ``--environments`` alone are opened again. ``--perplexity`` measures a model in vLLM
+with ``--probes`` only those are opened again. ``--perplexity`` measures a model in vLLM
 (scripts/engine_perplexity.py), and writes that into the page.
 """
 
@@ -61,6 +61,7 @@ ENVIRONMENTS = {
     },
     "vllm": {"vllm": "vLLM", "vllm_plugin": PLUGGED},
 }
+PROBES = tuple(dict.fromkeys(probe for known in ENVIRONMENTS.values() for probe in known))
 PERPLEXITY = "## Perplexity"
 HEAD = (
     "Written by `scripts/test_engines`, which opens every kind of checkpoint in every engine that",
@@ -215,7 +216,7 @@ def judge_all(
     """What those of an engine mean, beside those of :data:`OURS`."""
     found = {}
     for name, answer in answers.items():
-        exact, rounded, full = (ours[probe][name].get("logits") for probe in OURS)
+        exact, rounded, full = (ours[probe].get(name, {}).get("logits") for probe in OURS)
         if exact is None or rounded is None:
             raise SystemExit(f"ptq.load does not open {name}: {ours['reference'][name]['error']}")
         wanted = full if name.endswith("w4a4") else None
@@ -223,9 +224,9 @@ def judge_all(
     return found
 
 
-def kept(cells: Sequence[Cell], environments: Sequence[str]) -> list[tuple[Cell, Result]]:
-    """The results of ``cells`` in engines that none of ``environments`` opens again."""
-    again = {name for environment in environments for name in ENVIRONMENTS[environment].values()}
+def kept(cells: Sequence[Cell], probes: Sequence[str]) -> list[tuple[Cell, Result]]:
+    """The results of ``cells`` in engines that none of ``probes`` opens again."""
+    again = {names[p] for names in ENVIRONMENTS.values() for p in probes if p in names}
     old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
     by_kind = {cell.kind: cell for cell in cells}
     found = [(Kind(**row["kind"]), Result(**row["result"])) for row in old]
@@ -335,10 +336,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "engines")
     parser.add_argument("--only", default="", help="a part of the names of what is opened")
-    parser.add_argument("--environments", default=",".join(ENVIRONMENTS), help="opened now")
+    parser.add_argument("--probes", default=",".join(PROBES), help="the engines that are opened")
     parser.add_argument("--perplexity", nargs=2, type=Path, metavar=("MODEL", "TEXT"))
     options = parser.parse_args()
-    folder, environments = options.out.resolve(), options.environments.split(",")
+    folder, chosen = options.out.resolve(), options.probes.split(",")
     folder.mkdir(parents=True, exist_ok=True)
     if options.perplexity:
         model, text = options.perplexity
@@ -357,10 +358,13 @@ def main() -> None:
             written.append(cell)
             _LAYERS[cell.name] = Checkpoint(folder / cell.name).layers
     names = [cell.name for cell in written]
-    ours = {probe: run("ours", probe, names, folder, Path(sys.executable)) for probe in OURS}
-    rows, absent = kept(written, environments), []
-    for environment in environments:
-        probes, python = ENVIRONMENTS[environment], engine_python(environment)
+    ours = {}
+    for probe in OURS:
+        asked = names if probe != OURS[-1] else [n for n in names if n.endswith("w4a4")]
+        ours[probe] = run("ours", probe, asked, folder, Path(sys.executable))
+    rows, absent = kept(written, chosen), []
+    for environment, known in ENVIRONMENTS.items():
+        probes, python = {p: known[p] for p in chosen if p in known}, engine_python(environment)
         if not python.is_file():
             absent += [f"{name} ({environment})" for name in probes.values()]
             continue

@@ -104,7 +104,7 @@ class Shard:
         conversion = self.dialect.conversion(self.info)
         needed = layer_types(self.info) if conversion is None else conversion.types
         optional = GLOBALS if conversion is None else conversion.optional
-        found = dict.fromkeys((WEIGHT, *optional), torch.float32)
+        found = {WEIGHT: torch.uint8} | dict.fromkeys(optional, torch.float32)
         return found | {leaf: types[0] for leaf, types in needed.items()}
 
     def take(self, leaf: str, tensor: Tensor) -> None:
@@ -168,6 +168,11 @@ class Merged(nn.Module):
     def quantized(self) -> list[QuantLinear]:
         """The parts that are."""
         return [part for part in self.parts if isinstance(part, QuantLinear)]
+
+    @property
+    def emulated(self) -> bool:
+        """Whether a part is in the reference path."""
+        return any(part.kernel_dtype is None for part in self.quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         found = [part(x) for part in self.parts]

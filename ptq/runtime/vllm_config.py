@@ -16,8 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialect_ptq import NOTE
-from ptq.checkpoint.dialects import dialect_of, parse
+from ptq.checkpoint.dialects import DIALECTS, dialect_of, parse
 from ptq.checkpoint.quantization_config import LayerInfo, Quantization
 from ptq.runtime.vllm_plugin import NAME, takes_over
 
@@ -40,8 +41,13 @@ class PtqConfig(QuantizationConfig):
 
     def __init__(self, stored: Mapping[str, object]) -> None:
         super().__init__()
-        self.dialect, self.parsed = dialect_of(stored), parse(stored)
+        self.parsed, self._dialect = parse(stored), dialect_of(stored).name
         self.kept_bytes = 0  # of dequantized weights, on a CPU
+
+    @property
+    def dialect(self) -> Dialect:
+        """Looked up, as vLLM pickles this object for processes that it starts."""
+        return DIALECTS[self._dialect]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PtqConfig":

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -40,6 +42,38 @@ def _place(layer: nn.Module, name: str, dtype: torch.dtype, loader: Callable[...
     parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     parameter.weight_loader = loader  # pyright: ignore[reportAttributeAccessIssue]
     layer.register_parameter(name, parameter)
+
+
+@torch.library.custom_op("ptq::vllm_linear", mutates_args=())
+def _linear(x: Tensor, name: str, rows: int) -> Tensor:
+    """A layer in the reference path, which torch.compile does not look into."""
+    return get_forward_context().no_compile_layers[name].ptq(x)
+
+
+@_linear.register_fake
+def _(x: Tensor, name: str, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("ptq::vllm_experts", mutates_args=())
+def _experts(x: Tensor, weights: Tensor, ids: Tensor, name: str) -> Tensor:
+    """Experts that run one after the other, as :func:`_linear`."""
+    return get_forward_context().no_compile_layers[name].ptq(x, ids.long(), weights)
+
+
+@_experts.register_fake
+def _(x: Tensor, weights: Tensor, ids: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _enter(layer: Any, name: str) -> None:
+    """Have the layer found by name while a compiled model runs, as vLLM's own that it does not
+    compile."""
+    known = get_current_vllm_config().compilation_config.static_forward_context
+    layer.ptq_name = f"{name}.ptq"
+    if layer.ptq_name in known:
+        raise ValueError(f"vLLM has two layers called {name}: ptq's plugin cannot tell them apart")
+    known[layer.ptq_name] = layer
 
 
 def _settle(config: "PtqConfig", layers: list[QuantLinear], dtype: torch.dtype) -> None:
@@ -109,6 +143,7 @@ class PtqLinear(LinearMethodBase):
         layer.ptq_rows, layer.ptq_dtype = sum(sizes), params_dtype  # pyright: ignore
         # what ranks make is summed, and a bias added once
         layer.ptq_biased = columns is None or rank == 0  # pyright: ignore
+        _enter(layer, next(iter(self.infos)))
 
     @staticmethod
     def _load(
@@ -142,7 +177,8 @@ class PtqLinear(LinearMethodBase):
         _settle(self.config, layer.ptq.quantized, layer.ptq_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = layer.ptq(x)
+        traced = torch.compiler.is_compiling() and layer.ptq.emulated
+        y = _linear(x, layer.ptq_name, layer.ptq_rows) if traced else layer.ptq(x)
         return y if bias is None or layer.ptq.biased else y + bias
 
 
@@ -225,6 +261,7 @@ class PtqExperts(FusedMoEMethodBase):
             _place(layer, name, dtype, partial(self._load, shards, leaf))
         layer.ptq_shards, layer.ptq_places = shards, [*places]  # pyright: ignore
         layer.ptq_sizes, layer.ptq_dtype = (hidden_size, size), params_dtype  # pyright: ignore
+        _enter(layer, next(iter(self.names.values())))
 
     @staticmethod
     def _load(
@@ -275,6 +312,8 @@ class PtqExperts(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
+        if torch.compiler.is_compiling():  # on a CPU; else vLLM does not look into experts
+            return _experts(x, topk_weights, topk_ids, layer.ptq_name)
         return layer.ptq(x, topk_ids.long(), topk_weights)
 
 
@@ -284,6 +323,4 @@ def _device() -> torch.device:
 
 
 def _eager() -> bool:
-    from vllm.config import get_current_vllm_config
-
     return bool(get_current_vllm_config().model_config.enforce_eager)

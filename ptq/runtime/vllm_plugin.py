@@ -47,9 +47,8 @@ def takes_over(
 ) -> bool:
     """Whether a checkpoint of another dialect goes through the plugin.
 
-    vLLM's own paths stay in use wherever they compute it right. It has none on a CPU for FP4, for
-    an online rotation, and for experts; on Blackwell it was read to compute rotated weight-only
-    FP4 wrongly.
+    vLLM's own paths stay in use wherever they compute it right. On a CPU it has one for linear
+    layers of NVINT4 alone; on Blackwell it was read to compute rotated weight-only NVFP4 wrongly.
 
     Args:
         quantization: the ``quantization_config``.
@@ -64,10 +63,10 @@ def takes_over(
         return False  # a variant that ptq does not read, and vLLM may
     if asked == NAME:
         return True
-    formats = {parsed.values["format"], *parsed.overrides.get("format", {}).values()}
-    floats = any(FORMATS[str(name)].element.name == "e2m1" for name in formats)
+    names = {parsed.values["format"], *parsed.overrides.get("format", {}).values()}
+    formats = [FORMATS[str(name)] for name in names]
     rotated = any((parsed.values["hadamard"], *parsed.overrides.get("hadamard", {}).values()))
     if cpu:
-        return floats or rotated or moe
-    scaled = any(FORMATS[str(name)].has_global_scale for name in formats)
-    return blackwell and rotated and floats and scaled and not parsed.values["quantize_activations"]
+        return rotated or moe or not all(fmt.power_of_two_global for fmt in formats)
+    nvfp4 = any(fmt.element.name == "e2m1" and fmt.has_global_scale for fmt in formats)
+    return blackwell and rotated and nvfp4 and not parsed.values["quantize_activations"]

@@ -1,5 +1,6 @@
 """Layers and experts through the interface that vLLM has for them, with a stand-in for vLLM."""
 
+import pickle
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -42,11 +43,19 @@ def opened(stand_in_vllm, checkpoints: dict[str, Path]):
     return make
 
 
+def another_process() -> None:
+    """Every rank has one, in which layers are known by name once."""
+    from vllm.config import get_current_vllm_config
+
+    get_current_vllm_config().compilation_config.static_forward_context.clear()
+
+
 def linear(opened: Any, name: str, sizes: list[int], inputs: int, **more: Any) -> nn.Module:
     """vLLM's layer, made, loaded and settled."""
     from vllm.model_executor.layers.linear import LinearBase
 
     checkpoint, config = opened
+    another_process()
     layer = LinearBase(sizes, inputs, **more)
     layer.create(config.get_quant_method(layer, name), torch.float32)
     names = config.merged(name)
@@ -165,6 +174,7 @@ def test_experts_compute_what_those_of_load_do(opened, ranks: int) -> None:
     x, chosen, weights = torch.randn(6, 64), torch.randint(0, 4, (6, 2)).int(), torch.rand(6, 2)
     total = torch.zeros(6, 64)
     for rank in range(ranks):
+        another_process()
         layer: Any = RoutedExperts(4, ("w1", "w2", "w3"), ranks=ranks, rank=rank)
         method = config.get_quant_method(layer, f"{place}.routed_experts")
         method.create_weights(
@@ -186,3 +196,27 @@ def test_experts_compute_what_those_of_load_do(opened, ranks: int) -> None:
     model = load(checkpoint.path, dtype=torch.float32)
     like = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
     torch.testing.assert_close(total, like(x, chosen.long(), weights), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_calls_layers_by_name(opened) -> None:
+    """torch.compile sees one operator, which asks vLLM for the layer."""
+    found, x = opened("llama"), torch.randn(5, 64)
+    layer: Any = linear(found, f"{BLOCK}.self_attn.o_proj", [64], 64)
+    method, expected = layer.quant_method, layer.quant_method.apply(layer, x)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return method.apply(layer, x) * 2
+
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(traced(x), expected * 2)
+    from vllm.model_executor.layers.linear import LinearBase
+
+    again = LinearBase([64], 64)
+    with pytest.raises(ValueError, match=r"two layers called .*o_proj"):
+        again.create(method, torch.float32)
+
+
+def test_the_configuration_goes_to_other_processes(opened) -> None:
+    config = opened("llama")[1]
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.parsed == config.parsed and copy.dialect is config.dialect

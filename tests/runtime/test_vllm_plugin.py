@@ -71,6 +71,7 @@ W4A4 = {"quantize_inputs": True, "static_inputs": True}
     [
         (config(), CPU, True),
         (config(format="mxfp4"), CPU, True),
+        (config(format="mxfp8"), CPU, True),
         (config(format="nvint4"), CPU, False),  # which vLLM runs itself
         (config(format="nvint4"), CPU | {"moe": True}, True),
         (config(format="nvint4", rotation=16), CPU, True),
