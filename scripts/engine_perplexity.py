@@ -40,7 +40,6 @@ class Case:
 
 CASES = (
     Case("nvfp4", "compressed-tensors", plugin=True),
-    Case("nvfp4", "ptq", plugin=True),
     Case("nvint4", "compressed-tensors", plugin=False),
 )
 
@@ -62,17 +61,7 @@ def measure(model: Path, text: Path, folder: Path, python: Path) -> list[str]:
     rows = windows(torch.tensor(ids), SEQ_LEN, TOKENS)
     given = {"text": str(text), "seq_len": SEQ_LEN, "max_tokens": TOKENS, "progress": False}
 
-    def both(path: Path) -> tuple[float, float]:
-        exact, rounded = (
-            ptq.evaluate(path, dtype=dtype, **given).perplexity for dtype in ("float32", "bfloat16")
-        )
-        return exact, rounded
-
-    found = [
-        _row(
-            model.name, VLLM, *both(model), _in_vllm(model, rows.tolist(), folder, python, "", "m")
-        )
-    ]
+    found = []
     for case in CASES:
         out = folder / case.name
         if not (out / "config.json").is_file():
@@ -80,40 +69,33 @@ def measure(model: Path, text: Path, folder: Path, python: Path) -> list[str]:
                 case.format, scheme="w4a16", algorithm="rtn", rotation=1, samples=4, seq_len=64
             )
             ptq.quantize(model, out, recipe=recipe, dialect=case.dialect, progress=False)
-        plugins = "ptq" if case.plugin else ""
-        theirs = _in_vllm(out, rows.tolist(), folder, python, plugins, case.name)
-        title = f"{case.dialect} {case.format} w4a16"
-        found.append(_row(title, PLUGGED if case.plugin else VLLM, *both(out), theirs))
+        theirs = _in_vllm(out, rows.tolist(), folder, python, case)
+        ours = ptq.evaluate(out, dtype="float32", **given).perplexity
+        engine = PLUGGED if case.plugin else VLLM
+        found.append(
+            f"| {case.dialect} {case.format} w4a16 | {engine} | {theirs:.3f} | {ours:.3f} |"
+        )
     return [
-        f"`{model.name}`, rounded to nearest without rotation, on {rows.numel()} tokens of",
-        f"`{text.name}` in windows of {SEQ_LEN}:",
+        f"`{model.name}`, weights rounded to nearest without rotation, on the first {rows.numel()}",
+        f"tokens of `{text.name}` in windows of {SEQ_LEN}, on a CPU:",
         "",
-        "| model | vLLM, bfloat16 | opened by | `ptq eval`, float32 | bfloat16 |",
-        "|---|---|---|---|---|",
+        "| checkpoint | opened by | perplexity there, in bfloat16 | `ptq eval`, in float32 |",
+        "|---|---|---|---|",
         *found,
     ]
 
 
-def _row(title: str, engine: str, exact: float, rounded: float, theirs: float) -> str:
-    return f"| {title} | {theirs:.3f} | {engine} | {exact:.3f} | {rounded:.3f} |"
-
-
 def _in_vllm(
-    path: Path,
-    rows: Sequence[Sequence[int]],
-    folder: Path,
-    python: Path,
-    plugins: str,
-    name: str,
+    path: Path, rows: Sequence[Sequence[int]], folder: Path, python: Path, case: Case
 ) -> float:
     """The perplexity in vLLM, kept in ``folder``."""
     from ptq.runtime.engine_probe import SETTINGS
 
-    result = folder / f"perplexity-{name}.json"
+    result = folder / f"{case.name}.json"
     if not result.is_file():
         job = folder / "perplexity-job.json"
         job.write_text(json.dumps({"path": str(path), "rows": rows, "result": str(result)}))
-        environ = {**SETTINGS, **os.environ, "VLLM_PLUGINS": plugins}
+        environ = {**SETTINGS, **os.environ, "VLLM_PLUGINS": "ptq" if case.plugin else ""}
         # ptq is found where it is installed, as users have it
         environ.pop("PYTHONPATH", None)
         command = [str(python), "-P", __file__, str(job)]

@@ -28,6 +28,7 @@ UNPACKED = {
 }  # fmt: skip
 # Options of other programs, where the text says so.
 FOREIGN = {"--nproc-per-node", "--max-model-len", "--install-completion", "--help"}
+FOREIGN |= {"--quantization", "--enable-expert-parallel"}  # of vLLM
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
@@ -72,7 +73,7 @@ def test_every_command_parses(page: Path):
         rest = arguments(words)
         if rest is None:
             program = ROOT / (words[1] if words[0] == "python" else words[0])
-            if words[0] not in ("pip", "pytest", "torchrun"):
+            if words[0] not in ("pip", "pytest", "torchrun", "vllm"):
                 assert program.is_file(), f"{page.name}: {' '.join(words)}"
                 script = program.read_text("utf-8")
                 assert all(w.split("=")[0] in script for w in words[2:] if w.startswith("--"))

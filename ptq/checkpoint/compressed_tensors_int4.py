@@ -53,7 +53,7 @@ def unfold_nvint4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # The smallest power of two t with max(scale) <= 448 t. One that fits existed (the writer's),
     # and moving scales up inside the range of E4M3 only adds precision to the small ones.
     fraction, exponent = torch.frexp(scale.max() / E4M3_LARGEST)  # fraction in [0.5, 1)
-    t = torch.ldexp(torch.ones(()), exponent - (fraction == 0.5).int())
+    t = torch.ldexp(torch.ones((), dtype=torch.float32), exponent - (fraction == 0.5).int())
     stored = (scale / t).to(torch.float8_e4m3fn)
     if not torch.equal(stored.float() * t, scale):
         raise ValueError(

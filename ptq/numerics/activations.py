@@ -133,7 +133,7 @@ def _scaled(
     groups = group(y, fmt)
     amax = group_maxima(groups)
     if not fmt.has_global_scale:
-        t = torch.ones((), device=x.device)
+        t = torch.ones((), dtype=torch.float32, device=x.device)
         bits = scale_bytes(amax, fmt, t, rule)
         factor = fmt.decode_scale(254 - bits)  # 2^(127 - byte), for bytes 1 … 254
         return groups * factor, t, fmt.decode_scale(bits), bits
@@ -166,7 +166,7 @@ def group_maxima(
 @lru_cache(maxsize=16)
 def _reciprocal(largest: float) -> float:
     """Of the largest magnitude of an element, rounded to float32."""
-    return float(1 / torch.tensor(largest))
+    return float(1 / torch.tensor(largest, dtype=torch.float32))
 
 
 def _cost(

@@ -118,8 +118,8 @@ def _numbers(fmt: Format, device: torch.device) -> Tensor:
     (256,), those beyond the last being NaN."""
     byte = torch.arange(256, dtype=torch.uint8)
     if not fmt.packed:
-        values = torch.full((256,), torch.nan)
-        values[: 1 << fmt.element.bits] = torch.tensor(fmt.element.values)
+        values = torch.full((256,), torch.nan, dtype=torch.float32)
+        values[: 1 << fmt.element.bits] = torch.tensor(fmt.element.values, dtype=torch.float32)
         return values.to(device)
     both = fmt.element.decode(torch.stack((byte & 0xF, byte >> 4), dim=-1))
     return both.to(device).view(torch.int64).flatten()

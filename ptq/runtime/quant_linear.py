@@ -162,7 +162,8 @@ class QuantLinear(nn.Module):
     def global_scale(self) -> Tensor:
         """Of the weight, float32; it multiplies."""
         t = self.weight_global_scale
-        return torch.ones((), device=self.weight_packed.device) if t is None else t
+        one = torch.ones((), dtype=torch.float32, device=self.weight_packed.device)
+        return one if t is None else t
 
     @property
     def input_scale(self) -> Tensor | None:

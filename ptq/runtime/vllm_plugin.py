@@ -9,6 +9,7 @@ nothing of this is imported. ``VLLM_PLUGINS=`` leaves the plugin out.
 import logging
 from collections.abc import Mapping
 
+from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS
 from ptq.checkpoint.dialect_ptq import PTQ
 from ptq.checkpoint.dialects import DIALECTS, parse
 from ptq.numerics.formats import FORMATS
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NAME = PTQ.name
 OLDEST = "0.32"
+INT4 = "pack-quantized"  # as compressed-tensors calls it
 
 
 def register() -> None:
@@ -48,7 +50,7 @@ def takes_over(
     """Whether a checkpoint of another dialect goes through the plugin.
 
     vLLM's own paths stay in use wherever they compute it right. On a CPU it has one for linear
-    layers of NVINT4 alone; on Blackwell it was read to compute rotated weight-only NVFP4 wrongly.
+    layers of integers alone; on Blackwell it was read to compute rotated weight-only NVFP4 wrongly.
 
     Args:
         quantization: the ``quantization_config``.
@@ -65,8 +67,9 @@ def takes_over(
         return True
     names = {parsed.values["format"], *parsed.overrides.get("format", {}).values()}
     formats = [FORMATS[str(name)] for name in names]
+    stored = {CT_FORMATS[fmt.name].name for fmt in formats if fmt.name in CT_FORMATS}
     rotated = any((parsed.values["hadamard"], *parsed.overrides.get("hadamard", {}).values()))
     if cpu:
-        return rotated or moe or not all(fmt.power_of_two_global for fmt in formats)
+        return rotated or moe or stored != {INT4}
     nvfp4 = any(fmt.element.name == "e2m1" and fmt.has_global_scale for fmt in formats)
     return blackwell and rotated and nvfp4 and not parsed.values["quantize_activations"]

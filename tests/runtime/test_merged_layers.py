@@ -1,6 +1,6 @@
 """Layers as an engine merges and cuts them compute what those of the checkpoint compute."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from ptq.checkpoint.dialect import Dialect
 from ptq.checkpoint.dialects import DIALECTS
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint
+from ptq.numerics import activations, tensor
 from ptq.runtime.load import load
 from ptq.runtime.merged_layers import Cut, Merged, Shard, gate_by, merged_experts
 from ptq.runtime.quant_linear import QuantLinear
@@ -126,6 +127,34 @@ def test_rows_that_are_not_there_are_zero(write) -> None:
     merged = Merged([shard_of(write("nvfp4"), QKV[1]).layer(torch.float32)], 40)
     y = merged(torch.randn(2, 64))
     assert merged.made == 32 and y.shape == (2, 40) and not y[:, 32:].any()
+
+
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    """As in vLLM while it makes and loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dialect"),
+    [("nvint4", "compressed-tensors"), ("nvfp4", "modelopt"), ("mxfp4", "ptq"), ("mxfp8", "ptq")],
+)
+def test_no_number_depends_on_the_default_dtype(
+    write, bfloat16_by_default: None, fmt: str, dialect: str
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    checkpoint = (
+        write(fmt, dialect, **W4A4) if dialect != "compressed-tensors" else write(fmt, dialect)
+    )
+    x = torch.randn(3, 64, dtype=torch.float32)
+    expected = shard_of(checkpoint, QKV[0]).layer(torch.float32)(x)
+    for cached in (activations._reciprocal, tensor._numbers):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    assert torch.equal(shard_of(checkpoint, QKV[0]).layer(torch.float32)(x), expected)
 
 
 @pytest.mark.parametrize("dialect", ["ptq", "compressed-tensors"])

@@ -48,6 +48,30 @@ def test_transformers_serves_what_vllm_does_not_know(installed):
     assert server.command[3:] == ["serve", str(GOLDEN / "ptq"), "--host", "h", "--port", "1"]
 
 
+def test_vllm_serves_with_the_plugin_where_that_is_beside_it(
+    installed, monkeypatch: pytest.MonkeyPatch
+):
+    installed("vllm", "fastapi", "uvicorn")
+    monkeypatch.setattr(serving, "without_vllm", lambda path: None)
+    monkeypatch.setattr(serving, "needs_plugin", lambda path: True)
+    server = choose_server(GOLDEN / "ptq", host="h", port=1)
+    assert server.command[0] == sys.executable  # that vLLM is of another environment
+    assert (server.reason or "").endswith("`pip install ptq-llm` in its environment")
+    monkeypatch.setattr(serving, "has_plugin", lambda program: True)
+    server = choose_server(GOLDEN / "ptq", host="h", port=1)
+    assert server.command[:2] == ["/bin/vllm", "serve"] and server.reason is None
+
+
+def test_a_plugin_is_that_of_this_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    entries = [SimpleNamespace(name="ptq")]
+    monkeypatch.setattr(serving, "entry_points", lambda group: entries)
+    assert serving.has_plugin(str(tmp_path / "vllm"))
+    assert not serving.has_plugin("/elsewhere/vllm")
+    entries[0].name = "another"
+    assert not serving.has_plugin(str(tmp_path / "vllm"))
+
+
 def test_what_is_missing_is_named(installed):
     installed("fastapi")
     with pytest.raises(ValueError, match=r"the ptq dialect.*; transformers needs uvicorn: ") as e:
