@@ -25,7 +25,7 @@ LATENT_RATE = 1.25e-2
 # Of jumps: how far a linearisation is believed, in units of the element; the largest share of the
 # codes that a step moves, and of the weight's norm; steps that are only looked at, because moments
 # of one or two derivatives point anywhere.
-REACH, SHARE, TRUST, WAIT = 1.0, 1e-3, 5e-2, 3
+REACH, SHARE, TRUST, WAIT = 1.0, 2e-4, 5e-2, 3
 
 
 class Moments:
