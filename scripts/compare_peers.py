@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from peers.modelopt_mxfp4 import readable
 from peers.page import page
 from peers.picture import draw
 from peers.run import ROOT, environment, installed, machine, measured, python_of, versions_of
-from peers.score import Original, Text, open_checkpoint, read_text, score
+from peers.score import Original, open_checkpoint, read_text, score
 from pictures import THEMES
 from safetensors.torch import save_file
 from torch import Tensor
@@ -88,6 +89,7 @@ class Comparison:
         self.calibration = (
             str(Path(calibration).resolve()) if Path(calibration).is_file() else calibration
         )
+        known = json.loads(self.out.read_text("utf-8")) if self.out.is_file() else None
         settings = {
             "model": self.model.name,
             "model_sha256": digest.hexdigest(),
@@ -96,25 +98,29 @@ class Comparison:
             "seq_len": args.seq_len,
             "threads": args.threads,
             "machine": machine(),
-            "texts": [self._about(text) for text in self.texts],
+            "texts": [
+                {"name": t.name, "sha256": t.sha256, "predictions": t.predictions}
+                for t in self.texts
+            ],
         }
-        self.data: dict[str, Any] = {"settings": settings, "windows": {}, "absent": [], "runs": []}
-        if self.out.is_file():
-            known = json.loads(self.out.read_text("utf-8"))
-            differ = [k for k, v in settings.items() if known.get("settings", {}).get(k) != v]
-            if differ:
-                raise ValueError(
-                    f"{self.out} has results with another {differ[0]}; choose another --out"
-                )
-            self.data = known
+        if known is not None:
+            self._compare(settings, known["settings"])
+            self.data: dict[str, Any] = known
+            return
+        for text, about in zip(self.texts, settings["texts"], strict=True):
+            about["perplexity"] = round(self.original.perplexity(text), 4)
+        self.data = {"settings": settings, "windows": {}, "absent": [], "runs": []}
 
-    def _about(self, text: Text) -> dict[str, Any]:
-        return {
-            "name": text.name,
-            "sha256": text.sha256,
-            "predictions": text.predictions,
-            "perplexity": round(self.original.perplexity(text), 4),
-        }
+    def _compare(self, settings: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        """Raises ValueError for a results file of other settings."""
+        for name, value in settings.items():
+            said = known.get(name)
+            if name == "texts":
+                said = [{k: v for k, v in text.items() if k != "perplexity"} for text in said or ()]
+            if said != value:
+                raise ValueError(
+                    f"{self.out} has results with another {name}; choose another --out"
+                )
 
     def windows(self, seed: int) -> Tensor:
         """(samples, seq_len) token ids, and their hash noted."""
@@ -277,5 +283,15 @@ def check(here: Comparison) -> int:
     return 0
 
 
+def interrupted(*_: object) -> None:
+    """Ends the run in progress too: :func:`peers.run.measured` sees to it."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after what is finished", file=sys.stderr)
+        sys.exit(130)

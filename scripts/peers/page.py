@@ -23,7 +23,8 @@ class Row:
     Attributes:
         kl, error, range, perplexity: by the name of the text. A mean over seeds; of one seed the
             standard error over windows, else the smallest and the largest of all seeds.
-        cpu_seconds: a mean over seeds; peak_gb and megabytes the largest.
+        cpu_seconds: a mean over seeds; peak_gb and megabytes the largest; None where memory
+            was not measured.
     """
 
     tool: str
@@ -36,7 +37,7 @@ class Row:
     range: Mapping[str, tuple[float, float] | None]
     perplexity: Mapping[str, float]
     cpu_seconds: float
-    peak_gb: float
+    peak_gb: float | None
     megabytes: float
 
     @property
@@ -86,7 +87,7 @@ def _row(runs: Sequence[Data], texts: Sequence[str]) -> Row:
             text: fmean(run["texts"][text]["perplexity"] for run in runs) for text in texts
         },
         cpu_seconds=fmean(run["cpu_seconds"] for run in runs),
-        peak_gb=max(run["peak_gb"] for run in runs),
+        peak_gb=max((run["peak_gb"] for run in runs if run["peak_gb"]), default=None),
         megabytes=max(run["megabytes"] for run in runs),
     )
 
@@ -178,7 +179,8 @@ def _table(found: Sequence[Row], texts: Sequence[Mapping[str, Any]], title: str)
         seeds = f", {len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
         cells = [f"{name}{mark}{seeds}", *(_kl(row, text) for text in names)]
         cells += [f"{row.perplexity[text]:.2f}" for text in names]
-        cells += [f"{row.cpu_seconds:.0f}", f"{row.peak_gb:.2f}", f"{row.megabytes:.0f}"]
+        peak = "–" if row.peak_gb is None else f"{row.peak_gb:.2f}"
+        cells += [f"{row.cpu_seconds:.0f}", peak, f"{row.megabytes:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *(f"{i}. {note}" for note, i in notes.items()), *([""] if notes else [])]
 

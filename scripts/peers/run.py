@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,21 +29,35 @@ class Cost:
     peak_gb: float
 
 
+# A process of few pages between the two: what starts a program counts as memory of it.
+BETWEEN = """
+import json, os, sys
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(child, 0)
+said = [os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss]
+json.dump(said, open(sys.argv[1], "w"))
+"""
+
+
 def measured(command: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path) -> Cost:
-    """Run a command to its end, what it says going to ``log``."""
-    with log.open("wb") as said:
+    """Run a command to its end, what it says going to ``log``. ``command`` starts with the path of
+    a program."""
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as said:
+        result = Path(folder) / "cost.json"
         process = subprocess.Popen(
-            command, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said
-        )
+            [sys.executable, "-I", "-S", "-c", BETWEEN, str(result), *command],
+            cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            process.wait()
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
+        code, seconds, peak = json.loads(result.read_text("utf-8"))
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return Cost(process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e9)
+    return Cost(code, seconds, peak * unit / 1e9)
 
 
 def environment(tool: str, threads: int) -> dict[str, str]:
@@ -76,14 +92,14 @@ def versions_of(tool: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of this checkout; ``+`` behind it where files of ptq differ from that."""
-    git = ["git", "-C", str(ROOT)]
+    """The last one of this checkout that changed ptq; ``+`` behind it where files are others."""
+    git, watched = ["git", "-C", str(ROOT)], ("ptq", "calib", "kernels")
     name = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if name.returncode:
+        [*git, "log", "-1", "--format=%h", "--abbrev=10", "--", *watched],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if name.returncode or not name.stdout.strip():
         return "unknown"
-    watched = ("ptq", "calib", "kernels")
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *watched], check=False)
     return name.stdout.strip() + ("+" if changed.returncode else "")
 
