@@ -13,6 +13,7 @@ from typing import Any
 
 Data = Mapping[str, Any]
 BEST = ("ptq", "default")
+BUNDLED = ", the small one that comes with ptq: it shows damage, and predicts no large model's"
 WITH = {"w4a4": "weights and inputs in 4 bits", "w4a16": "weights alone in 4 bits"}
 
 
@@ -126,7 +127,7 @@ def page(data: Data, stem: str) -> str:
         "",
     ]
     for bullet in (
-        f"- **Model** `{settings['model']}`.",
+        f"- **Model** `{settings['model']}`{BUNDLED * (settings['model'] == 'demo')}.",
         f"- **Calibration** {settings['samples']} windows of {settings['seq_len']} tokens of "
         f"`{settings['calibration']}`, cut once for each seed and handed to every tool as token "
         "ids, in the same order.",
@@ -198,7 +199,7 @@ def _last(data: Data) -> list[str]:
         lines += [f"- {reason} ({'; '.join(dict.fromkeys(w))})" for reason, w in failed.items()]
         lines += [f"- {name} is not installed" for name in data["absent"]]
     if checks := data.get("checks"):
-        lines += ["", "## The scorer, checked", ""]
+        lines += [*([""] if lines else []), "## The scorer, checked", ""]
         lines += _wrapped(
             f"Checkpoints of llm-compressor as {checks[0]['by']} computes them, in bfloat16, "
             "beside the scorer: KL to the original on the first "
