@@ -285,13 +285,16 @@ def test_the_picture_has_a_bar_for_each_row_and_a_ring_for_the_other_text(script
     assert "ring: on books" in drawn and ">0.190</text>" in drawn
 
 
-def test_the_page_and_pictures_in_docs_are_those_of_the_results(scripts, root: Path) -> None:
-    docs = root / "docs"
-    data = json.loads((docs / "comparison.json").read_text("utf-8"))
-    assert (docs / "comparison.md").read_text("utf-8") == scripts["page"].page(data, "comparison")
-    for theme, colours in scripts["main"].THEMES.items():
-        drawn = scripts["picture"].draw(colours, data)
-        assert (docs / f"comparison-{theme}.svg").read_text("utf-8") == drawn
+def test_pages_and_pictures_in_docs_are_those_of_the_results(scripts, root: Path) -> None:
+    files = sorted((root / "docs").glob("comparison*.json"))
+    assert files
+    for file in files:
+        data = json.loads(file.read_text("utf-8"))
+        page = file.with_suffix(".md").read_text("utf-8")
+        assert page == scripts["page"].page(data, file.stem)
+        for theme, colours in scripts["main"].THEMES.items():
+            drawn = file.with_name(f"{file.stem}-{theme}.svg").read_text("utf-8")
+            assert drawn == scripts["picture"].draw(colours, data)
 
 
 # ---------------------------------------------------------------- the whole way
