@@ -315,7 +315,7 @@ def test_results_are_kept_and_runs_not_repeated(
     assert run["cpu_seconds"] > 0.5 and run["megabytes"] == pytest.approx(3.57, abs=0.1)
     assert len(run["texts"]["builtin"]["kl_by_window"]) == 4
     assert {p.name for p in out.parent.iterdir()} == {
-        *("peers.json", "peers.md", "peers-light.svg", "peers-dark.svg"),
+        *(f"peers{end}" for end in (".json", ".md", "-light.svg", "-dark.svg")),
     }
     before = out.read_bytes()
     monkeypatch.setattr(main, "measured", lambda *_: pytest.fail("it ran again"))
