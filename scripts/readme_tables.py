@@ -19,7 +19,7 @@ BEGIN, END = "<!-- formats: written by scripts/readme_tables.py -->", "<!-- /for
 
 def row(fmt: Format) -> str:
     element = fmt.element
-    values = sorted({abs(v) for v in element.values if abs(v) <= element.max})
+    values = sorted({abs(v) for v in element.written})
     kind = (
         "power of two (E8M0)"
         if fmt.scale_dtype == torch.float8_e8m0fnu

@@ -42,11 +42,7 @@ def jumps(
     """
     element = weight.format.element
     values = element.decode(weight.codes)
-    grid = torch.tensor(
-        sorted({v for v in element.values if abs(v) <= element.max}),  # false for NaN
-        dtype=torch.float32,
-        device=values.device,
-    )
+    grid = torch.tensor(element.written, dtype=torch.float32, device=values.device)
     index = torch.searchsorted(grid, values) - mean.sign().long()
     others = grid[index.clamp_(0, len(grid) - 1)]
     gap = (others - values).abs()

@@ -46,6 +46,11 @@ class Element:
         return max(v for v in self.values if v == v)
 
     @cached_property
+    def written(self) -> tuple[float, ...]:
+        """The values that are written, from the smallest; zero once."""
+        return tuple(sorted({v for v in self.values if abs(v) <= self.max}))  # false for NaN
+
+    @cached_property
     def nan_codes(self) -> tuple[int, ...]:
         """The codes that stand for no number."""
         return tuple(code for code, value in enumerate(self.values) if value != value)

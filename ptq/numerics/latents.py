@@ -25,8 +25,7 @@ def cells(
     """The lowest and the highest number in the cells of ``values``, which are values of
     ``element``: the middles between neighbours, on which ties fall to one or the other. The outer
     cells end at the outer values."""
-    grid = sorted({v for v in element.values if abs(v) <= element.max})  # false for NaN
-    table = torch.tensor(grid, dtype=torch.float32, device=values.device)
+    table = torch.tensor(element.written, dtype=torch.float32, device=values.device)
     middles = (table[1:] + table[:-1]) / 2
     index = torch.searchsorted(table, values.contiguous())
     low = torch.cat([table[:1], middles]).index_select(0, index.flatten())
