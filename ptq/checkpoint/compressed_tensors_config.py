@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS
-from ptq.checkpoint.quantization_config import JsonDict, Quantization, Section
+from ptq.checkpoint.quantization_config import PER_LAYER, JsonDict, Quantization, Section
 from ptq.reading.schema import JsonObject, check
 
 EVERY = "Linear"  # a target: all of them
@@ -93,7 +93,7 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
             overrides[key] = said_of
     if ours.input_rule_overrides:
         overrides["input_rule"] = ours.input_rule_overrides
-    values = base | {"hadamard": size, "input_rule": ours.input_rule, "nested": 0}
+    values = PER_LAYER | base | {"hadamard": size, "input_rule": ours.input_rule}
     return Quantization(
         values=values,
         overrides=overrides,

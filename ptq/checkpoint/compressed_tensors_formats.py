@@ -18,7 +18,7 @@ from ptq.checkpoint.compressed_tensors_int4 import (
     unfold_mxint4,
     unfold_nvint4,
 )
-from ptq.checkpoint.dialect import Conversion
+from ptq.checkpoint.dialect import Conversion, Tensors
 from ptq.checkpoint.engines import (
     ENGINES,
     SGLANG,
@@ -246,36 +246,46 @@ _INT4_REFUSALS = (
         "model, or dialect ptq",
     ),
 )
-_NVINT4 = CtFormat(
-    format=NVINT4,
-    name="pack-quantized",
-    weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 16},
-    conversion=Conversion(types=INT4_TYPES, write=fold_nvint4, read=unfold_nvint4),
-    refusals=_INT4_REFUSALS,
-    rules=(
-        Rule(
-            SGLANG,
-            _all,
-            Verdict.WRONG,
-            "its int4 kernel neither takes nor refuses groups of 16; use nvfp4",
-        ),
-        Rule(TENSORRT, _all, Verdict.STOPS, "it has no int4 of groups of 16; use nvfp4 with w4a4"),
-    ),
-)
 
-_MXINT4 = CtFormat(
-    format=MXINT4,
-    name="pack-quantized",
-    weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": 32},
-    conversion=Conversion(types=INT4_TYPES, write=fold_mxint4, read=unfold_mxint4),
-    refusals=_INT4_REFUSALS,
-    rules=(
-        Rule(
-            TENSORRT,
-            _all,
-            Verdict.UNKNOWN,
-            "whether it reads int4 of this dialect is not known; use nvfp4 with w4a4",
-        ),
+
+def _int4(
+    format: Format,
+    write: Callable[[Tensors], dict[str, Tensor]],
+    read: Callable[[Tensors], dict[str, Tensor]],
+    *rules: Rule,
+) -> CtFormat:
+    """A format of integers whose scales are exact in bf16."""
+    return CtFormat(
+        format=format,
+        name="pack-quantized",
+        weights=_FOUR_BITS | {"type": "int", "strategy": "group", "group_size": format.group_size},
+        conversion=Conversion(types=INT4_TYPES, write=write, read=read),
+        refusals=_INT4_REFUSALS,
+        rules=rules,
+    )
+
+
+_NVINT4 = _int4(
+    NVINT4,
+    fold_nvint4,
+    unfold_nvint4,
+    Rule(
+        SGLANG,
+        _all,
+        Verdict.WRONG,
+        "its int4 kernel neither takes nor refuses groups of 16; use nvfp4",
+    ),
+    Rule(TENSORRT, _all, Verdict.STOPS, "it has no int4 of groups of 16; use nvfp4 with w4a4"),
+)
+_MXINT4 = _int4(
+    MXINT4,
+    fold_mxint4,
+    unfold_mxint4,
+    Rule(
+        TENSORRT,
+        _all,
+        Verdict.UNKNOWN,
+        "whether it reads int4 of this dialect is not known; use nvfp4 with w4a4",
     ),
 )
 _MXFP8 = CtFormat(

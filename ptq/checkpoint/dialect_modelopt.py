@@ -30,6 +30,7 @@ from ptq.checkpoint.engines import (
 )
 from ptq.checkpoint.quantization_config import (
     KEY_VALUES,
+    PER_LAYER,
     JsonDict,
     LayerInfo,
     Quantization,
@@ -133,13 +134,12 @@ def parse_modelopt(config: Mapping[str, object]) -> Quantization:
         # it may say NVFP4, and leave the inputs alone
         inputs = any(isinstance(g, dict) and g.get("input_activations") for g in groups.values())
     return Quantization(
-        values={
+        values=PER_LAYER
+        | {
             "format": NVFP4.name,
-            "hadamard": 0,
             "quantize_activations": inputs,
             "static_activations": inputs,
             "input_rule": ours.input_rule,
-            "nested": 0,
         },
         ignore=tuple(_pattern(p) for p in (*said.ignore, *said.exclude_modules)),
         kv_cache=None if unread else cache,

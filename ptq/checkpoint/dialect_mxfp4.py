@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ptq.checkpoint.dialect import Dialect, Export, Layers
 from ptq.checkpoint.engines import ENGINES, Opening, Verdict
-from ptq.checkpoint.quantization_config import JsonDict, Quantization
+from ptq.checkpoint.quantization_config import PER_LAYER, JsonDict, Quantization
 from ptq.numerics.formats import MXFP4
 from ptq.reading.safetensors_layout import Entry, Rows
 from ptq.reading.schema import check
@@ -42,14 +42,7 @@ def parse_mxfp4(config: Mapping[str, object]) -> Quantization:
     names = said.modules_to_not_convert or []
     parts = [".*".join(re.escape(part) for part in name.split("*")) for name in names]
     return Quantization(
-        values={
-            "format": MXFP4.name,
-            "hadamard": 0,
-            "quantize_activations": False,
-            "static_activations": False,
-            "input_rule": "default",
-            "nested": 0,
-        },
+        values=PER_LAYER | {"format": MXFP4.name},
         ignore=tuple(rf"re:{part}(\..*)?$" for part in parts),
     )
 
