@@ -14,17 +14,18 @@ from ptq.numerics.formats import FORMATS, Format
 from ptq.pipeline.recipe import Recipe
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+SCALES = {
+    torch.float8_e8m0fnu: "power of two (E8M0)",
+    torch.float8_e4m3fn: "E4M3, and one fp32 factor a tensor",
+    torch.bfloat16: "bfloat16",
+}
 BEGIN, END = "<!-- formats: written by scripts/readme_tables.py -->", "<!-- /formats -->"
 
 
 def row(fmt: Format) -> str:
     element = fmt.element
     values = sorted({abs(v) for v in element.written})
-    kind = (
-        "power of two (E8M0)"
-        if fmt.scale_dtype == torch.float8_e8m0fnu
-        else "E4M3, and one fp32 factor a tensor"
-    )
+    kind = SCALES[fmt.scale_dtype]
     shown = (
         ", ".join(f"{v:g}" for v in values)
         if len(values) <= 8

@@ -13,19 +13,20 @@ A quantized linear layer (out, in) with groups of g inputs has these tensors und
                          elements of 6 or 8 bits
     weight_scale         E4M3: F8_E4M3 [out, in/g]            uint8 bits
                          E8M0: U8 [out, in/g], 2^(byte-127)   the same
+                         bfloat16: BF16 [out, in/g]           int16 bits
     weight_global_scale  F32 [1], divides                     float32 scalar, multiplies
     input_global_scale   F32 [1], divides                     float32 scalar, multiplies
     bias                 as in the source                     the same
 
 - The even column of a pair is the low nibble. E2M1 codes are 0bSEEM, INT4 codes two's complement;
   code 0 is zero.
-- Scale bytes are never zero or NaN, and E4M3 ones have no sign. What a reader refuses:
+- Scales are never zero or NaN, and have no sign. What a reader refuses:
   :mod:`ptq.checkpoint.layer_checks`.
 - ``weight = element[code] * weight_scale / weight_global_scale``: a divisor, as compressed-tensors
   has it. In memory everything multiplies: global scales are made so that 1/(1/t) == t, hence memory
   → disk → memory is bit-exact.
-- ``weight_global_scale`` is absent for E8M0 scales with a global scale of 1, ``input_global_scale``
-  unless inputs are quantized with a calibrated range.
+- ``weight_global_scale`` is absent for bfloat16 scales, and for E8M0 scales with a global scale of
+  1, ``input_global_scale`` unless inputs are quantized with a calibrated range.
 - A rotated weight W R is stored in the rotated basis, and config.json says by which block size.
 - Layers that an engine fuses (q/k/v, gate/up) share their global scales if the pipeline quantized
   them together.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS
+from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, same_there
 from ptq.checkpoint.quantization_config import PER_LAYER, JsonDict, Quantization, Section
 from ptq.reading.schema import JsonObject, check
 
@@ -75,8 +75,8 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
     ours = said.ptq or Section()
     size, rotated = _parse_transforms(said.transform_config)
     groups = [
-        (group.targets or [], _parse_group(group, said.format))
-        for group in said.config_groups.values()
+        (group.targets or [], _parse_group(group, said.format, ours.formats.get(name)))
+        for name, group in said.config_groups.items()
     ]
     # what names layers goes before what means all of them
     every = [facts for targets, facts in groups if targets == [EVERY]]
@@ -104,8 +104,12 @@ def parse_ct(config: Mapping[str, object]) -> Quantization:
     )
 
 
-def _parse_group(group: _Group, format: str | None) -> dict[str, object]:
+def _parse_group(group: _Group, format: str | None, own: str | None) -> dict[str, object]:
     """What a group says of its layers, by keys of PER_LAYER.
+
+    Args:
+        format: of the configuration, for groups that do not say theirs.
+        own: which of our formats it is, where it could be several.
 
     Raises:
         ValueError: a format, or a variant of one, that ptq does not read.
@@ -128,8 +132,18 @@ def _parse_group(group: _Group, format: str | None) -> dict[str, object]:
     for key, value in (group.input_activations or {}).items():
         if key in ("num_bits", "type", "group_size") and value != fmt.weights[key]:
             wrong[f"{key} of inputs"] = value
+    if group.input_activations is not None and fmt.format.weights_only:
+        wrong["input_activations"] = group.input_activations
     if wrong or classes or not group.targets or (EVERY in group.targets and group.targets[1:]):
         raise ValueError(f"ptq does not read this variant of {name}: {wrong or group.targets}")
+    if own is not None:
+        same = {record.format.name: record for record in same_there(fmt)}
+        if own not in same:
+            raise ValueError(
+                f"ptq.formats in quantization_config says {own!r} of a group that is "
+                f"{' or '.join(same)}: the checkpoint is damaged, copy it again"
+            )
+        fmt = same[own]
     inputs = group.input_activations is not None
     return {
         "format": fmt.format.name,

@@ -1,8 +1,8 @@
 """Our formats as compressed-tensors stores them: a record each, with what engines make of it.
 
 FP4 tensors are those of :mod:`ptq.checkpoint`, byte for byte. MXFP8 has its codes in ``weight``
-F8_E4M3 (out, in), the same bytes. NVINT4 and MXINT4 become int4 with groups of 16 and 32
-(:mod:`ptq.checkpoint.compressed_tensors_int4`).
+F8_E4M3 (out, in), the same bytes. Integers of 4 bits are one format there, whatever the group and
+the scales (:mod:`ptq.checkpoint.compressed_tensors_int4`).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ptq.checkpoint.compressed_tensors_int4 import (
     INT4_TYPES,
+    fold_int4,
     fold_mxint4,
     fold_nvint4,
+    unfold_int4,
     unfold_mxint4,
     unfold_nvint4,
 )
@@ -29,7 +31,16 @@ from ptq.checkpoint.engines import (
     Verdict,
 )
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
-from ptq.numerics.formats import MXFP4, MXFP8, MXINT4, NVFP4, NVINT4, Format
+from ptq.numerics.formats import (
+    INT4_32,
+    INT4_128,
+    MXFP4,
+    MXFP8,
+    MXINT4,
+    NVFP4,
+    NVINT4,
+    Format,
+)
 
 # Blocks in which engines rotate.
 SIZES = (16, 32, 64, 128)
@@ -242,7 +253,7 @@ _INT4_REFUSALS = (
     ),
     Refusal(
         lambda layer: layer.dtype != "bfloat16",
-        "its scales are folded into bf16, the dtype of the model is {layer.dtype}; use a bf16 "
+        "its scales are bf16 numbers there, the dtype of the model is {layer.dtype}; use a bf16 "
         "model, or dialect ptq",
     ),
 )
@@ -277,17 +288,15 @@ _NVINT4 = _int4(
     ),
     Rule(TENSORRT, _all, Verdict.STOPS, "it has no int4 of groups of 16; use nvfp4 with w4a4"),
 )
-_MXINT4 = _int4(
-    MXINT4,
-    fold_mxint4,
-    unfold_mxint4,
-    Rule(
-        TENSORRT,
-        _all,
-        Verdict.UNKNOWN,
-        "whether it reads int4 of this dialect is not known; use nvfp4 with w4a4",
-    ),
+_TENSORRT_INT4 = Rule(
+    TENSORRT,
+    _all,
+    Verdict.UNKNOWN,
+    "whether it reads int4 of this dialect is not known; use nvfp4 with w4a4",
 )
+_MXINT4 = _int4(MXINT4, fold_mxint4, unfold_mxint4, _TENSORRT_INT4)
+_INT4_128 = _int4(INT4_128, fold_int4, unfold_int4, _TENSORRT_INT4)
+_INT4_32 = _int4(INT4_32, fold_int4, unfold_int4, _TENSORRT_INT4)
 _MXFP8 = CtFormat(
     format=MXFP8,
     name="mxfp8-quantized",
@@ -324,7 +333,21 @@ _MXFP8 = CtFormat(
     ),
 )
 
-CT_FORMATS = {record.format.name: record for record in (_NVFP4, _MXFP4, _NVINT4, _MXINT4, _MXFP8)}
+# Of records that are the same there, a reader who is told nothing takes the first.
+CT_FORMATS = {
+    record.format.name: record
+    for record in (_NVFP4, _MXFP4, _NVINT4, _INT4_128, _INT4_32, _MXINT4, _MXFP8)
+}
+
+
+def same_there(record: CtFormat) -> list[CtFormat]:
+    """The formats of ours that a config group describes in the same words, from the first."""
+    return [
+        other
+        for other in CT_FORMATS.values()
+        if (other.name, other.weights) == (record.name, record.weights)
+    ]
+
 
 # From best to worst.
 _ORDER = tuple(Verdict)

@@ -1,8 +1,9 @@
-"""NVINT4 and MXINT4 as int4 of compressed-tensors, with groups of 16 and 32: ``weight_packed`` I32
-(out, in / 8) with the codes offset by 8, ``weight_scale`` BF16, ``weight_shape`` I64 [2].
+"""Integers of 4 bits as compressed-tensors packs them: ``weight_packed`` I32 (out, in / 8) with the
+codes offset by 8, ``weight_scale`` BF16 (out, groups), ``weight_shape`` I64 [2].
 
-Both are exact: the global scale of NVINT4 is a power of two, and multiplied in; scales of MXINT4
-are powers of two. Keys are names without that of the layer; tensors of other names are passed on.
+All are exact: formats of bfloat16 scales have theirs; the global scale of NVINT4 is a power of two,
+and multiplied in; scales of MXINT4 are powers of two. Keys are names without that of the layer;
+tensors of other names are passed on.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,28 @@ INT4_TYPES: dict[str, tuple[torch.dtype, ...]] = {
     "weight_shape": (torch.int64, torch.int32),
 }
 MANTISSA = 0x7FFFFF  # of a float32
+
+
+def fold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer of int4 with bfloat16 scales."""
+    return dict(tensors) | _folded(tensors["weight_packed"], tensors["weight_scale"])
+
+
+def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`fold_int4`.
+
+    Raises:
+        ValueError: a scale is no bfloat16 number; or the shapes of the three tensors do not belong
+            together.
+    """
+    scale, rest = _unfolded(tensors)
+    stored = scale.to(torch.bfloat16)
+    if not torch.equal(stored.float(), scale):
+        raise ValueError(
+            f"its {str(tensors['weight_scale'].dtype).removeprefix('torch.')} scales are no "
+            "bfloat16 numbers, and would be rounded: quantize the model in bfloat16"
+        )
+    return rest | {"weight_scale": stored}
 
 
 def fold_nvint4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.compressed_tensors_config import EVERY, KV_CACHES, parse_ct
-from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS, REFUSALS, Candidate, ct_opens
+from ptq.checkpoint.compressed_tensors_formats import (
+    CT_FORMATS,
+    REFUSALS,
+    Candidate,
+    ct_opens,
+    same_there,
+)
 from ptq.checkpoint.dialect import Conversion, Dialect, Export, Layers, Tensors
 from ptq.checkpoint.engines import VLLM
 from ptq.checkpoint.quantization_config import (
@@ -53,9 +59,13 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
     kinds: dict[tuple[str, bool], dict[str, LayerInfo]] = {}
     for name, info in layers.items():
         kinds.setdefault((info.format, info.quantize_inputs), {})[name] = info
-    groups = {
-        f"group_{i}": _group(inside, _targets(inside, everything) if len(kinds) > 1 else [EVERY])
+    ordered = {
+        f"group_{i}": inside
         for i, inside in enumerate(sorted(kinds.values(), key=len, reverse=True))
+    }
+    groups = {
+        name: _group(inside, _targets(inside, everything) if len(kinds) > 1 else [EVERY])
+        for name, inside in ordered.items()
     }
     formats = {group["format"] for group in groups.values()}
     config: JsonDict = {
@@ -69,7 +79,11 @@ def ct_config(quantization: Quantization, layers: Layers, others: Iterable[str])
     }
     if transforms := _transforms(layers, everything):
         config["transform_config"] = {"config_groups": transforms}
-    config["ptq"] = Section.of(quantization)
+    ours = {name: next(iter(inside.values())).format for name, inside in ordered.items()}
+    told = {
+        name: fmt for name, fmt in ours.items() if same_there(CT_FORMATS[fmt])[0].format.name != fmt
+    }
+    config["ptq"] = Section.of(quantization) | ({"formats": told} if told else {})
     return config
 
 

@@ -86,7 +86,7 @@ def layer_types(info: LayerInfo) -> dict[str, tuple[torch.dtype, ...]]:
     """What the ``ptq`` dialect stores of a layer in any case, without its bias, and the types that
     each may have."""
     fmt = FORMATS[info.format]
-    scale = fmt.scale_dtype if fmt.has_global_scale else torch.uint8
+    scale = torch.uint8 if fmt.powers_of_two else fmt.scale_dtype
     types = {"weight_packed": (torch.uint8,), "weight_scale": (scale,)}
     types |= {"weight_global_scale": DIVISORS} if fmt.has_global_scale else {}
     return types | ({"input_global_scale": DIVISORS} if info.static_inputs else {})
@@ -121,25 +121,27 @@ def _check_divisor(stored: Tensor, name: str) -> None:
 
 
 def _check_scales(tensors: Mapping[str, Tensor], fmt: Format, name: str) -> None:
-    """Of the bytes, and of the largest weight that they allow: as unsigned numbers, legal bytes
-    grow with what they stand for, so that the extremes tell of all."""
-    bits = tensors["weight_scale"].view(torch.uint8)
+    """Of the bits, and of the largest weight that they allow: as numbers, legal ones grow with what
+    they stand for, so that the extremes tell of all."""
+    bits = tensors["weight_scale"].view(fmt.bits_dtype)
     if not bits.numel():
         return
-    low, high = (int(byte) for byte in torch.aminmax(bits))
-    smallest, largest = fmt.scale_bytes
+    low, high = (int(extreme) for extreme in torch.aminmax(bits))
+    smallest, largest = fmt.legal_scales
     if low < smallest or high > largest:
         wrong = (bits < smallest) | (bits > largest)
         row, group = (int(i) for i in wrong.nonzero()[0])
-        byte = int(bits[row, group])
         number = fmt.decode_scale(bits[row : row + 1, group : group + 1]).item()
+        width = 2 * fmt.scale_dtype.itemsize
+        stored = int(bits[row, group]) & ((1 << 4 * width) - 1)
         # 255 of E8M0 has no float32 of its own, F8_E4M3 says NaN itself
         what = "NaN" if math.isnan(number) or math.isinf(number) else f"{number:g}"
         raise ValueError(
-            f"{name}.weight_scale holds {what} (byte 0x{byte:02X}, row {row}, group {group}), "
+            f"{name}.weight_scale holds {what} ({'byte' if width == 2 else 'bits'} "
+            f"0x{stored:0{width}X}, row {row}, group {group}), "
             f"which is no scale of {fmt.name}: {REMEDY}"
         )
-    top = fmt.decode_scale(torch.tensor([high], dtype=torch.uint8)).double().item()
+    top = fmt.decode_scale(torch.tensor([high], dtype=fmt.bits_dtype)).double().item()
     divisor = tensors["weight_global_scale"].item() if "weight_global_scale" in tensors else 1.0
     if top * fmt.element.max / divisor >= LARGEST:
         raise ValueError(

@@ -256,10 +256,15 @@ def _check(key: str, value: object) -> None:
 @dataclass(frozen=True)
 class Section:
     """What ptq alone needs, as it stands under ``ptq`` in the configuration of another's dialect;
-    empty in what others wrote."""
+    empty in what others wrote.
+
+    Attributes:
+        formats: of groups that could be of several formats of ours, by name.
+    """
 
     input_rule: str = "default"
     input_rule_overrides: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     recipe: JsonObject = field(default_factory=dict)
     provenance: JsonObject = field(default_factory=dict)
 

@@ -44,7 +44,7 @@ def to_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) -> d
     result = dict(tensors)
     for name, info in layers.items():
         fmt = FORMATS[info.format]
-        if fmt.has_global_scale:
+        if not fmt.powers_of_two:
             result[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"].view(fmt.scale_dtype)
         for key in (f"{name}.{leaf}" for leaf in GLOBALS):
             if key in tensors:
@@ -76,7 +76,7 @@ def from_disk(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerInfo]) ->
 def layer_from_disk(tensors: Mapping[str, Tensor], info: LayerInfo, name: str) -> dict[str, Tensor]:
     """:func:`from_disk` for the tensors of one layer, whose keys do not repeat its ``name``."""
     check_layer(tensors, info, name)
-    bits = tensors["weight_scale"].view(torch.uint8)
+    bits = tensors["weight_scale"].view(FORMATS[info.format].bits_dtype)
     result = dict(tensors) | {"weight_scale": bits}
     for leaf in GLOBALS:
         if leaf in tensors:

@@ -8,7 +8,7 @@ import typer
 from ptq.cli.errors import guarded
 from ptq.cli.options import (
     ACTIVATIONS,
-    FORMATS,
+    MICROSCALED,
     MODEL_HELP,
     OUTPUT,
     RECIPE,
@@ -161,7 +161,7 @@ def analyze(
         str | None,
         typer.Option(
             metavar="NAME,NAME…",
-            show_default=f"all: {', '.join(FORMATS)}; layers may stay in 16 bits, too",
+            show_default=f"{', '.join(MICROSCALED)}; layers may stay in 16 bits, too",
             help="To choose from, e.g. nvfp4,mxfp8 for engines.",
             rich_help_panel=ADVICE,
         ),

@@ -6,6 +6,7 @@ from ptq.cli.errors import guarded
 from ptq.cli.options import Debug, Json
 
 BLACKWELL = "Blackwell"
+NOWHERE = "none: weights alone"
 # Format → the GPUs whose tensor cores multiply it, and what it is for.
 GUIDE: dict[str, tuple[str, str]] = {
     "nvfp4": (BLACKWELL, "the first choice: accurate, and other engines open it, w4a4 too"),
@@ -16,6 +17,8 @@ GUIDE: dict[str, tuple[str, str]] = {
     "mxfp6": (BLACKWELL, "comparisons with mxint6"),
     "mxint8": ("none", "the most sensitive layers of a mixed recipe"),
     "mxfp8": (BLACKWELL, "sensitive layers beside nvfp4 or mxfp4, which other engines open too"),
+    "int4": ("none", "engines and GPUs without 4-bit floats: what GPTQ and AWQ tools write"),
+    "int4-g32": ("none", "the same, closer to the model: groups of 32 with free scales"),
 }
 
 
@@ -60,7 +63,12 @@ def rows() -> list[Row]:
                 rotation=fmt.default_rotation,
                 native=native,
                 kernels=(fmt.element.name, fmt.scale_name) in coverage.FORMATS,
-                opens={scheme: opens(name, scheme) for scheme in ("w4a16", "w4a4")},
+                opens={
+                    scheme: NOWHERE
+                    if fmt.weights_only and scheme == "w4a4"
+                    else opens(name, scheme)
+                    for scheme in ("w4a16", "w4a4")
+                },
                 choose=choose,
                 area=relative_area(fmt),
                 paper_area=None if paper is None else paper.area,

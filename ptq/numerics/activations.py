@@ -5,6 +5,7 @@ In float32, one correctly rounded division per group and one product per element
 
     y = (x · H) · size^-½
     E4M3:  s = e4m3(clamp(amax · c, 2^-9, 448)),  c = (1/t) · (1/Q);   z = y · ((1/t) / s)
+    bf16:  the same with t = 1 and bfloat16 for e4m3
     E8M0:  byte from the exponent and mantissa of amax;                z = y · 2^(127 - byte)
     code = nearest to z, ties to the even code, saturating
 
@@ -20,7 +21,7 @@ and s itself on ties. Rounded so, the squares are whole multiples of 2^-18 and t
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
@@ -42,12 +43,14 @@ TO_512THS = 24576.0
 
 def input_rules(fmt: Format) -> tuple[str, ...]:
     """The scale rules that activations of a format can have, its own first."""
-    return E4M3_RULES.get(fmt.element.name, ("absmax",)) if fmt.has_global_scale else E8M0_RULES
+    if fmt.powers_of_two:
+        return E8M0_RULES
+    return E4M3_RULES.get(fmt.element.name, ("absmax",)) if fmt.has_global_scale else ("absmax",)
 
 
 def default_rule(fmt: Format) -> str:
     """A format's own scale rule of dynamic activations (F6), which engines compute too: ``absmax``
-    for E4M3 scales, ``theta`` for E8M0."""
+    for E4M3 and bfloat16 scales, ``theta`` for E8M0."""
     return input_rules(fmt)[0]
 
 
@@ -81,7 +84,7 @@ def quantize_inputs(
 
     Args:
         global_scale: the calibrated float32 factor of formats with E4M3 scales; None takes one per
-            token. Ignored by formats with E8M0 scales, which have none.
+            token. Ignored by formats of other scales, which have none.
         rule: one of :func:`input_rules`; None is :func:`default_rule`.
 
     Raises:
@@ -119,7 +122,7 @@ def _scaled(
     Float32[Tensor, "tokens groups size"],
     Float32[Tensor, "*t"],
     Float32[Tensor, "tokens groups 1"],
-    UInt8[Tensor, "tokens groups 1"] | None,
+    Integer[Tensor, "tokens groups 1"] | None,
 ]:
     """The rotated activations in units of their groups' scales, not rounded yet and in memory of
     their own; the global scale; what the scale bytes stand for; and those, if they were needed."""
@@ -132,12 +135,16 @@ def _scaled(
     y = rotation.exact(x).float()
     groups = group(y, fmt)
     amax = group_maxima(groups)
-    if not fmt.has_global_scale:
-        t = torch.ones((), dtype=torch.float32, device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    if fmt.powers_of_two:
+        t = one
         bits = scale_bytes(amax, fmt, t, rule)
         factor = fmt.decode_scale(254 - bits)  # 2^(127 - byte), for bytes 1 … 254
         return groups * factor, t, fmt.decode_scale(bits), bits
-    t = row_scale(y, fmt, rule) if global_scale is None else global_scale.float()
+    if not fmt.has_global_scale:
+        t = one
+    else:
+        t = row_scale(y, fmt, rule) if global_scale is None else global_scale.float()
     inverse = t.reciprocal()
     if t.ndim:  # one per token
         inverse = inverse.unsqueeze(-1)

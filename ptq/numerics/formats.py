@@ -1,17 +1,18 @@
-"""Block-scaled formats: what a code means, what a scale byte means, and which elements share a
-scale.
+"""Block-scaled formats: what a code means, what the bits of a scale mean, and which elements share
+a scale.
 
     value = element[code] * scale[group] * global_scale
 
 Sources: OCP Microscaling Formats v1.0 (MX), NVIDIA NVFP4, arXiv 2509.23202 (MR-GPTQ), arXiv
-2510.25602 (INT v.s. FP).
+2510.25602 (INT v.s. FP). Formats with bfloat16 scales are those of compressed-tensors'
+``pack-quantized``, as Marlin and its likes read it.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
 E8M0_BIAS = 127
@@ -19,6 +20,9 @@ E8M0_BIAS = 127
 # Neither is ever written.
 E8M0_MIN, E8M0_MAX = -126, 127
 E4M3_SMALLEST, E4M3_LARGEST = 2.0**-9, 448.0
+# The bits of the smallest normal bfloat16 and of the largest; subnormals are never written, for the
+# reason above.
+BF16_FIRST, BF16_LAST = 0x0080, 0x7F7F
 # Up to so many, a conversion from E4M3 (3 ns each on a CPU) takes less than the calls of a look-up.
 FEW_SCALES = 1 << 11
 
@@ -183,18 +187,44 @@ INT6 = Element("int6", _integer(6))
 INT8 = Element("int8", _integer(8))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ScaleType:
+    """How scales are stored: what kernels call it, the first and the last legal bits, and the
+    numbers that these stand for."""
+
+    name: str
+    legal: tuple[int, int]
+    range: tuple[float, float]
+
+
+_SCALES = {
+    torch.float8_e8m0fnu: _ScaleType(
+        name="e8m0", legal=(0, E8M0_MAX + E8M0_BIAS), range=(2.0**E8M0_MIN, 2.0**E8M0_MAX)
+    ),
+    torch.float8_e4m3fn: _ScaleType(
+        name="e4m3", legal=(1, 0x7E), range=(E4M3_SMALLEST, E4M3_LARGEST)
+    ),
+    torch.bfloat16: _ScaleType(
+        name="bf16",
+        legal=(BF16_FIRST, BF16_LAST),
+        range=(2.0**-126, torch.finfo(torch.bfloat16).max),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Format:
     """An element, the number of consecutive inputs that share a scale, and how that scale is
     stored.
 
     Attributes:
-        scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale) or ``float8_e4m3fn`` (with
-            an fp32 global scale).
+        scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale), ``float8_e4m3fn`` (with an
+            fp32 global scale) or ``bfloat16`` (whose range needs none).
         power_of_two_global: restrict the global scale to powers of two, so that scale * global
             scale is exact in bf16; for NVINT4, whose only exact route into other engines is int4
             with bf16 scales. Costs at most 0.02 dB.
         rotation: inputs to a block of the rotation that is best for it; None is the group size.
+        weights_only: inputs are never quantized to it.
     """
 
     name: str
@@ -203,6 +233,7 @@ class Format:
     scale_dtype: torch.dtype
     power_of_two_global: bool = False
     rotation: int | None = None
+    weights_only: bool = False
 
     @property
     def has_global_scale(self) -> bool:
@@ -211,15 +242,25 @@ class Format:
         return self.scale_dtype == torch.float8_e4m3fn
 
     @property
-    def scale_name(self) -> str:
-        """What kernels call the type of the scales: ``e4m3`` or ``e8m0``."""
-        return "e4m3" if self.has_global_scale else "e8m0"
+    def powers_of_two(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scale_dtype == torch.float8_e8m0fnu
 
     @property
-    def scale_bytes(self) -> tuple[int, int]:
-        """The first and the last byte that stand for a positive, finite scale: all those between
+    def scale_name(self) -> str:
+        """What kernels call the type of the scales: ``e4m3``, ``e8m0`` or ``bf16``."""
+        return _SCALES[self.scale_dtype].name
+
+    @property
+    def bits_dtype(self) -> torch.dtype:
+        """The dtype of the bits of a scale: ``uint8``, of those in bfloat16 ``int16``."""
+        return torch.uint8 if self.scale_dtype.itemsize == 1 else torch.int16
+
+    @property
+    def legal_scales(self) -> tuple[int, int]:
+        """The first and the last bits that stand for a positive, finite scale: all those between
         do, in ascending order (byte 0 of E8M0 is read, and never written)."""
-        return (1, 0x7E) if self.has_global_scale else (0, E8M0_MAX + E8M0_BIAS)
+        return _SCALES[self.scale_dtype].legal
 
     @property
     def default_rotation(self) -> int:
@@ -233,43 +274,47 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of an element plus its share of the scale byte, the one global scale of a tensor not
+        """Bits of an element plus its share of the scale, the one global scale of a tensor not
         counted."""
-        return self.element.bits + 8 / self.group_size
+        return self.element.bits + 8 * self.scale_dtype.itemsize / self.group_size
 
-    def encode_scale(self, scale: Float32[Tensor, "*s"]) -> UInt8[Tensor, "*s"]:
-        """The byte of the nearest storable scale: never zero, never NaN. E8M0 rounds up, so that
+    def encode_scale(self, scale: Float32[Tensor, "*s"]) -> Integer[Tensor, "*s"]:
+        """The bits of the nearest storable scale: never zero, never NaN. E8M0 rounds up, so that
         nothing is clipped.
 
         ``scale`` is finite and not negative; it is clamped before the cast, because casts of
         out-of-range numbers to fp8 saturate in some library versions and give NaN in others (F11).
         """
-        if self.has_global_scale:
-            return (
-                scale.clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-            )
+        if not self.powers_of_two:
+            return self._storable(scale).view(self.bits_dtype)
         bits = scale.clamp(min=2.0**E8M0_MIN).view(torch.int32)
         k = (bits >> 23) - 127 + ((bits & 0x7FFFFF) > 0)
         return (k.clamp(E8M0_MIN, E8M0_MAX) + E8M0_BIAS).to(torch.uint8)
 
-    def decode_scale(self, bits: UInt8[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
-        """The number that a scale byte stands for, in float32 (byte 0 of E8M0 is the subnormal
-        2^-127)."""
+    def _storable(self, scale: Tensor) -> Tensor:
+        """The nearest storable scale, in ``scale_dtype``; not of E8M0."""
+        return scale.clamp(*_SCALES[self.scale_dtype].range).to(self.scale_dtype)
+
+    def decode_scale(self, bits: Integer[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
+        """The number that the bits of a scale stand for, in float32 (byte 0 of E8M0 is the
+        subnormal 2^-127)."""
+        if bits.dtype != torch.uint8:
+            return bits.view(self.scale_dtype).float()
         return self.scale_values(bits.device).index_select(0, bits.int().flatten()).view(bits.shape)
 
     def nearest_scale(self, scale: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
         """``decode_scale(encode_scale(scale))``, in fewer steps for few numbers."""
-        if not self.has_global_scale or scale.numel() > FEW_SCALES:
+        if self.powers_of_two or (self.has_global_scale and scale.numel() > FEW_SCALES):
             return self.decode_scale(self.encode_scale(scale))
-        return scale.clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+        return self._storable(scale).float()
 
     def scale_values(self, device: torch.device) -> Float32[Tensor, "256"]:
-        """The numbers that all scale bytes stand for."""
+        """The numbers that all scale bytes stand for; of formats whose scales are bytes."""
         return _scale_values(self.has_global_scale, device)
 
     def global_scale(self, amax: Float32[Tensor, ""], margin: float = 1.0) -> Float32[Tensor, ""]:
-        """The factor that maps ``margin * amax`` to the top of the scale range; 1 for E8M0 and for
-        a tensor of zeros.
+        """The factor that maps ``margin * amax`` to the top of the scale range; 1 for formats
+        that have none and for a tensor of zeros.
 
         It is passed through a double reciprocal: checkpoints store the divisor 1/t, and 1/(1/t) ==
         t then holds exactly (F24).
@@ -291,5 +336,11 @@ MXINT6 = Format("mxint6", INT6, 32, torch.float8_e8m0fnu)
 MXFP6 = Format("mxfp6", E2M3, 32, torch.float8_e8m0fnu)
 MXINT8 = Format("mxint8", INT8, 32, torch.float8_e8m0fnu)
 MXFP8 = Format("mxfp8", E4M3, 32, torch.float8_e8m0fnu, rotation=1)
+# What engines had before block scales: scales of 16 bits, and so larger groups. Not rotated, for
+# most who read them rotate nothing.
+INT4_128 = Format("int4", INT4, 128, torch.bfloat16, rotation=1, weights_only=True)
+INT4_32 = Format("int4-g32", INT4, 32, torch.bfloat16, rotation=1, weights_only=True)
 
-FORMATS = {f.name: f for f in (MXFP4, NVFP4, NVINT4, MXINT4, MXINT6, MXFP6, MXINT8, MXFP8)}
+MICROSCALED = {f.name: f for f in (MXFP4, NVFP4, NVINT4, MXINT4, MXINT6, MXFP6, MXINT8, MXFP8)}
+"""Formats whose scales are bytes: those that hardware and papers compare, of weights and inputs."""
+FORMATS = MICROSCALED | {f.name: f for f in (INT4_128, INT4_32)}

@@ -11,7 +11,7 @@ up to float32 rounding.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
 from ptq.numerics.factor import Factor, factorize
@@ -20,7 +20,11 @@ from ptq.numerics.tensor import QuantizedTensor, Scales
 
 # Scale codes tried for a group inside the sweep, around the absmax code of the compensated weights:
 # (below, above).
-TRIAL_WINDOW = {torch.float8_e4m3fn: (6, 7), torch.float8_e8m0fnu: (1, 1)}
+TRIAL_WINDOW = {
+    torch.float8_e4m3fn: (6, 7),
+    torch.float8_e8m0fnu: (1, 1),
+    torch.bfloat16: (12, 2),
+}
 IN_LOOP = ("mse", "trial")
 
 
@@ -72,7 +76,7 @@ def gptq(
     )
     sweep = _Sweep(weight.T[perm].contiguous(), factor.upper, grid)
     groups = weight.shape[1] // fmt.group_size
-    bits = torch.zeros(groups, weight.shape[0], dtype=torch.uint8, device=weight.device)
+    bits = torch.zeros(groups, weight.shape[0], dtype=fmt.bits_dtype, device=weight.device)
     steps = (
         None if static is None else static.step().T.contiguous()[perm // fmt.group_size]
     )  # (in, out)
@@ -124,9 +128,9 @@ class _Sweep:
             if j + 1 < last:
                 self.weight[j + 1 : last].addr_(self.factor[j, j + 1 : last], error, alpha=-1)
 
-    def choose(self, first: int, last: int, trial: bool) -> UInt8[Tensor, "out"]:
-        """Choose the scales of a group from its compensated weights, round it, and return the scale
-        bytes."""
+    def choose(self, first: int, last: int, trial: bool) -> Integer[Tensor, "out"]:
+        """Choose the scales of a group from its compensated weights, round it, and return their
+        bits."""
         fmt, t = self.grid.format, self.grid.global_scale
         group = self.weight[first:last]
         tried = candidates(

@@ -112,12 +112,14 @@ def scales(fmt: Format) -> float:
     our count.
 
     E8M0: two additions of 8-bit exponents. E4M3: the product of two significands of 4 bits, two
-    additions of 4-bit exponents, and that product of 8 bits times the sum.
+    additions of 4-bit exponents, and that product of 8 bits times the sum. bfloat16: the same with
+    significands and exponents of 8 bits.
     """
-    if not fmt.has_global_scale:
+    if fmt.powers_of_two:
         return 2 * 8 * FULL_ADDER
-    product = 4 * 4 * (AND + FULL_ADDER)
-    return product + 2 * 4 * FULL_ADDER + 8 * sum_bits(fmt) * (AND + FULL_ADDER)
+    bits = 4 if fmt.has_global_scale else 8
+    product = bits * bits * (AND + FULL_ADDER)
+    return product + 2 * bits * FULL_ADDER + 2 * bits * sum_bits(fmt) * (AND + FULL_ADDER)
 
 
 def accumulator() -> float:

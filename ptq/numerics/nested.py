@@ -46,7 +46,7 @@ def _holds(wide: Format, narrow: Format) -> bool:
     integers = wide.element.mantissa_bits is None and narrow.element.mantissa_bits is None
     same = (wide.group_size, wide.scale_dtype) == (narrow.group_size, narrow.scale_dtype)
     smaller = narrow.element.bits < wide.element.bits
-    return integers and same and smaller and not wide.has_global_scale
+    return integers and same and smaller and wide.powers_of_two
 
 
 def interval(
@@ -73,7 +73,7 @@ def drop(quantized: QuantizedTensor, bits: int) -> QuantizedTensor:
     narrow = narrower(wide, bits)
     shift = wide.element.bits - bits
     scales = quantized.scales
-    if int(scales.bits.max()) + shift > narrow.scale_bytes[1]:
+    if int(scales.bits.max()) + shift > narrow.legal_scales[1]:
         raise ValueError(
             f"its scales are so large that {narrow.name} has none {2**shift} times as large"
         )

@@ -13,7 +13,11 @@ from ptq.numerics.scales import Grid, candidates, round_to
 from ptq.numerics.tensor import QuantizedTensor, Scales, group
 
 # Bytes tried around that of the largest magnitude: (below, above).
-WINDOW = {torch.float8_e4m3fn: (6, 7), torch.float8_e8m0fnu: (1, 1)}
+WINDOW = {
+    torch.float8_e4m3fn: (6, 7),
+    torch.float8_e8m0fnu: (1, 1),
+    torch.bfloat16: (12, 2),
+}
 
 
 def search_by_output(

@@ -11,7 +11,7 @@ minimisers, until none moves. It is not decoupleQ's second stage, which trains n
 """
 
 import torch
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float, Float32, Float64, Integer
 from torch import Tensor
 
 from ptq.numerics.errors import quadratic_form
@@ -64,11 +64,11 @@ def exact_scales(
 
 def nearest_bytes(
     wanted: Float[Tensor, "rows groups"], scales: Scales
-) -> UInt8[Tensor, "rows groups"]:
-    """The byte of the scale nearest to each wanted step, which may not be positive; ties go to the
+) -> Integer[Tensor, "rows groups"]:
+    """The bits of the scale nearest to each wanted step, which may not be positive; ties go to the
     smaller one."""
-    fmt, (first, last) = scales.format, scales.format.scale_bytes
-    legal = torch.arange(max(first, 1), last + 1, dtype=torch.uint8, device=wanted.device)
+    fmt, (first, last) = scales.format, scales.format.legal_scales
+    legal = torch.arange(max(first, 1), last + 1, dtype=fmt.bits_dtype, device=wanted.device)
     steps = fmt.decode_scale(legal).double() * scales.global_scale.double().reshape(-1)[0]
     middles = (steps[1:] + steps[:-1]) / 2
     return legal[torch.bucketize(wanted.double(), middles)]
@@ -106,10 +106,10 @@ def _descend(
     weight: Tensor,
     hessian: Tensor,
     values: Float32[Tensor, "rows in"],
-    bits: UInt8[Tensor, "rows groups"],
+    bits: Integer[Tensor, "rows groups"],
     scales: Scales,
     sweeps: int,
-) -> UInt8[Tensor, "rows groups"]:
+) -> Integer[Tensor, "rows groups"]:
     """Coordinate descent on scale bytes, the codes fixed."""
     fmt, size = scales.format, scales.format.group_size
     bits, h = bits.clone(), hessian.to(torch.float64)

@@ -1,7 +1,8 @@
 """The scale rules (F6, F15): a format says which scales can be stored, a rule says which are.
 
-A rule maps groups of numbers to scale bytes. Every search runs over storable bytes, never over
-unrounded scales, and every comparison of exponents is an exact operation on the bits of a float32.
+A rule maps groups of numbers to the bits of scales. Every search runs over storable ones, never
+over unrounded scales, and every comparison of exponents is an exact operation on the bits of a
+float32.
 """
 
 import math
@@ -9,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Integer, UInt8
 from torch import Tensor
 
 from ptq.numerics.formats import E8M0_BIAS, E8M0_MAX, E8M0_MIN, Element, Format
 from ptq.numerics.tensor import QuantizedTensor, Scales, group
 
-# (groups of numbers, format, global scale, importance of each column or None) -> scale bytes
+# (groups of numbers, format, global scale, importance of each column or None) -> bits of scales
 ScaleRule = Callable[
     [
         Float32[Tensor, "rows groups size"],
@@ -23,15 +24,16 @@ ScaleRule = Callable[
         Float32[Tensor, ""],
         Float32[Tensor, "groups size"] | None,
     ],
-    UInt8[Tensor, "rows groups"],
+    Integer[Tensor, "rows groups"],
 ]
 
 # `theta` clips numbers up to theta/Q, which pays for elements with few values: measured optimum on
 # Gaussian blocks (F6, F29).
 THETA = {"e2m1": 7.25, "int4": 9.5}
-# E4M3 codes tried around the absmax code: 3 either way loses 0.4 dB on NVFP4, 12 gains 0.01 dB
-# (F10).
-WINDOW = 6
+# Scales tried around that of the largest magnitude, (below, above): E4M3 has 6 of its codes either
+# way (F10), E8M0 the one below (F7), bfloat16 every fourth of its codes (F32).
+WINDOW = {torch.float8_e4m3fn: (6, 6), torch.float8_e8m0fnu: (1, 0), torch.bfloat16: (12, 2)}
+STRIDE = {torch.bfloat16: 4}
 
 
 def smallest_exponent(amax: Float32[Tensor, "*s"], theta: float) -> Int32[Tensor, "*s"]:
@@ -66,23 +68,23 @@ def _theta_of(element: Element, rule: str) -> float:
 
 def scale_bytes(
     amax: Float32[Tensor, "*s"], fmt: Format, global_scale: Float32[Tensor, "*#s"], rule: str
-) -> UInt8[Tensor, "*s"]:
-    """The byte that a rule without a search gives to groups with the largest magnitude ``amax``.
+) -> Integer[Tensor, "*s"]:
+    """The bits that a rule without a search gives to groups with the largest magnitude ``amax``.
 
     Args:
         rule: for E8M0 scales ``ceil`` (also called ``absmax``), ``ocp``, ``theta`` or ``round``;
-            for E4M3 scales ``absmax`` (nearest, which may clip: F12) or ``up`` (the smallest
-            storable scale that clips nothing).
+            for others ``absmax`` (nearest, which may clip: F12) or ``up`` (the smallest storable
+            scale that clips nothing).
 
     Raises:
         ValueError: the rule does not exist for the scales of this format.
     """
-    if not fmt.has_global_scale:
+    if fmt.powers_of_two:
         rule = "ceil" if rule == "absmax" else rule
         if rule not in ("ceil", "ocp", "theta", "round"):
             raise ValueError(
-                f"scale rule {rule!r} is for E4M3 scales; {fmt.name} has absmax, ceil, ocp, theta, "
-                "round, mse"
+                f"scale rule {rule!r} is for other than E8M0 scales; {fmt.name} has absmax, ceil, "
+                "ocp, theta, round, mse"
             )
         return _byte(smallest_exponent(amax, _theta_of(fmt.element, rule)))
     wanted = amax / fmt.element.max / global_scale
@@ -90,7 +92,7 @@ def scale_bytes(
     if rule == "absmax":
         return nearest
     if rule == "up":
-        return (nearest + (fmt.decode_scale(nearest) < wanted)).clamp(max=0x7E)
+        return (nearest + (fmt.decode_scale(nearest) < wanted)).clamp(max=fmt.legal_scales[1])
     raise ValueError(
         f"scale rule {rule!r} is for E8M0 scales; {fmt.name} has absmax, up, mse, four_six"
     )
@@ -101,12 +103,12 @@ def candidates(
     fmt: Format,
     global_scale: Float32[Tensor, ""],
     window: tuple[int, int],
-) -> UInt8[Tensor, "count *s"]:
-    """Storable bytes around the absmax byte, that one first, then by distance, the smaller scale
-    first.
+) -> Integer[Tensor, "count *s"]:
+    """The bits of storable scales around the absmax scale, that one first, then by distance, the
+    smaller scale first.
 
-    ``window`` = (how many below, how many above). Bytes beyond the storable range repeat the last
-    one inside it.
+    ``window`` = (how many below, how many above), each ``STRIDE`` from the next. What is beyond the
+    storable range repeats the last one inside it.
     """
     below, above = window
     steps = [0] + [
@@ -116,10 +118,10 @@ def candidates(
         if d <= (below if sign < 0 else above)
     ]
     first = scale_bytes(amax, fmt, global_scale, "absmax").int()
-    lowest, highest = (
-        (1, 0x7E) if fmt.has_global_scale else (E8M0_MIN + E8M0_BIAS, E8M0_MAX + E8M0_BIAS)
-    )
-    return torch.stack([(first + step).clamp(lowest, highest) for step in steps]).to(torch.uint8)
+    lowest, highest = fmt.legal_scales
+    lowest, stride = max(lowest, 1), STRIDE.get(fmt.scale_dtype, 1)
+    tried = [(first + stride * step).clamp(lowest, highest) for step in steps]
+    return torch.stack(tried).to(fmt.bits_dtype)
 
 
 def squared_error(
@@ -139,15 +141,15 @@ def _search(
     fmt: Format,
     global_scale: Float32[Tensor, ""],
     importance: Float32[Tensor, "groups size"] | None,
-    tried: UInt8[Tensor, "count rows groups"],
-) -> UInt8[Tensor, "rows groups"]:
-    """The first of the cheapest bytes of every group."""
+    tried: Integer[Tensor, "count rows groups"],
+) -> Integer[Tensor, "rows groups"]:
+    """The first of the cheapest scales of every group."""
     best = tried[0]
     least = squared_error(groups, fmt, fmt.decode_scale(best) * global_scale, importance)
-    for byte in tried[1:]:
-        error = squared_error(groups, fmt, fmt.decode_scale(byte) * global_scale, importance)
+    for bits in tried[1:]:
+        error = squared_error(groups, fmt, fmt.decode_scale(bits) * global_scale, importance)
         better = error < least
-        best, least = torch.where(better, byte, best), torch.where(better, error, least)
+        best, least = torch.where(better, bits, best), torch.where(better, error, least)
     return best
 
 
@@ -156,16 +158,11 @@ def mse(groups, fmt, global_scale, importance):
 
     E8M0: the exponent that clips nothing and the one below; no other was ever best on Gaussian,
     Laplace or Student-t blocks (F7). E4M3: the absmax code and 6 codes either way, which contains
-    "absmax on 4 instead of 6" (F10).
+    "absmax on 4 instead of 6" (F10). bfloat16: every fourth code from .69 of the absmax scale to
+    1.06 of it (F32).
     """
-    window = (WINDOW, WINDOW) if fmt.has_global_scale else (1, 0)
-    return _search(
-        groups,
-        fmt,
-        global_scale,
-        importance,
-        candidates(groups.abs().amax(-1), fmt, global_scale, window),
-    )
+    tried = candidates(groups.abs().amax(-1), fmt, global_scale, WINDOW[fmt.scale_dtype])
+    return _search(groups, fmt, global_scale, importance, tried)
 
 
 def four_six(groups, fmt, global_scale, importance):

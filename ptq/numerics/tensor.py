@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Integer, UInt8
 from torch import Tensor
 
 from ptq.numerics.formats import Format
@@ -14,20 +14,20 @@ from ptq.numerics.formats import Format
 
 @dataclass(frozen=True)
 class Scales:
-    """One stored byte per group of a row, and one float32 factor for the whole tensor (or one per
-    row).
+    """The stored bits of a scale per group of a row (uint8, of bfloat16 scales int16), and one
+    float32 factor for the whole tensor (or one per row).
 
     Both multiply: what one unit of the element is worth is ``decode_scale(bits) * global_scale``.
     The factor is never rounded to 16 bits (F18).
     """
 
-    bits: UInt8[Tensor, "rows groups"]
+    bits: Integer[Tensor, "rows groups"]
     global_scale: Float32[Tensor, ""] | Float32[Tensor, "rows 1"]
     format: Format
 
     def step(self) -> Float32[Tensor, "rows groups"]:
         """What one unit of the element is worth in each group: one float32 product (exact for
-        E8M0)."""
+        scales without a factor)."""
         return self.format.decode_scale(self.bits) * self.global_scale
 
 
@@ -90,8 +90,11 @@ class Unpacker:
         """:func:`dequantize_packed`, so many rows at a time, the same bits; each chunk is valid
         until the next is asked for."""
         bits, t = scales.bits, scales.global_scale
-        worth = (self.format.scale_values(bits.device) * t).view(-1)  # of every byte
-        steps = worth.index_select(0, bits.view(-1).int()).view(*bits.shape, 1)
+        if bits.dtype == torch.uint8:
+            worth = (self.format.scale_values(bits.device) * t).view(-1)  # of every byte
+            steps = worth.index_select(0, bits.view(-1).int()).view(*bits.shape, 1)
+        else:
+            steps = scales.step().unsqueeze(-1)
         for codes, step in zip(packed.split(rows), steps.split(rows), strict=True):
             index, flat, looked_up, groups, chunk = self._shaped(codes.shape)
             index.copy_(codes)

@@ -15,7 +15,7 @@ from ptq import __version__
 from ptq.calib.sensitivity import ALL
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import positions
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.formats import FORMATS, MICROSCALED
 from ptq.pipeline.advice import Advice, Damage, Option, Unit
 from ptq.pipeline.damage import LENGTH, SEQUENCES, damages
 from ptq.pipeline.plan import Plan
@@ -40,7 +40,7 @@ class AdviceOptions:
     """
 
     scheme: str = "w4a4"
-    formats: tuple[str, ...] = tuple(FORMATS)
+    formats: tuple[str, ...] = tuple(MICROSCALED)
     keep: bool = True
     calibration: str = "builtin"
     field: str | None = None

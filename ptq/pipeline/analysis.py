@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from ptq.numerics.errors import relative, sqnr
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import MICROSCALED, Format
 from ptq.numerics.int_vs_fp import (
     Law,
     corrected_qsnr,
@@ -36,7 +36,7 @@ from ptq.numerics.tensor_statistics import (
     excess_kurtosis,
 )
 
-GROUPS = tuple(sorted({fmt.group_size for fmt in FORMATS.values()}))
+GROUPS = tuple(sorted({fmt.group_size for fmt in MICROSCALED.values()}))
 LAWS: dict[str, Law] = {
     "printed": printed_qsnr,
     "corrected": corrected_qsnr,
@@ -162,7 +162,7 @@ class Form:
         sizes = [size for size in GROUPS if x.shape[1] % size == 0]
         self._by_size = {size: Rotation(size if rotated else 1).exact(x) for size in sizes}
         self._rounded: dict[str, Tensor] = {}
-        self.formats = [fmt for fmt in FORMATS.values() if fmt.group_size in self._by_size]
+        self.formats = [fmt for fmt in MICROSCALED.values() if fmt.group_size in self._by_size]
 
     def exact(self, fmt: Format) -> Tensor:
         """What a format would round."""

@@ -13,7 +13,7 @@ from ptq import __version__
 from ptq.drawing.axes import short
 from ptq.drawing.page import Figure, Page, Section, Table, render
 from ptq.drawing.scatter import ParetoPoint, front, pareto
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.formats import MICROSCALED
 from ptq.numerics.int_vs_fp import PAIRS
 from ptq.pipeline import analysis_whole_model
 from ptq.pipeline.analysis import LayerAnalysis, OutputErrors
@@ -175,7 +175,7 @@ def _bits(layers: Sequence[LayerAnalysis]) -> Section | None:
     }
     points: dict[str, list[ParetoPoint]] = {}
     for group, errors_of in groups.items():
-        for name, fmt in FORMATS.items():
+        for name, fmt in MICROSCALED.items():
             known = [[errors_of(form)[name] for form in layer.errors if name in errors_of(form)]
                      for layer in layers]  # fmt: skip
             if any(known):

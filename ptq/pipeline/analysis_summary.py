@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import FORMATS, MICROSCALED, Format
 from ptq.numerics.int_vs_fp import PAIRS, corrected_qsnr, crossover, integrated_qsnr, printed_qsnr
 from ptq.pipeline.analysis import (
     BlockAnalysis,
@@ -29,7 +29,7 @@ PAPER = {
     "mxint4": (0.003, 0.013),
     "nvint4": (0.643, 0.993),
 }
-NARROW = tuple(name for name, fmt in FORMATS.items() if fmt.element.bits == 4)
+NARROW = tuple(name for name, fmt in MICROSCALED.items() if fmt.element.bits == 4)
 HELPS = 0.85  # of an error: what is worth a step of its own
 DELICATE = 2.0  # times the median error of all layers: where more bits are worth a thought
 
@@ -243,7 +243,7 @@ def _worst(
             f"the first token reaches {read.first_tokens.amax:.0f} times as far as all others: "
             "take scales by token"
         )
-    wide = best(layer, [n for n, fmt in FORMATS.items() if fmt.element.bits == 8])
+    wide = best(layer, [n for n, fmt in MICROSCALED.items() if fmt.element.bits == 8])
     if error > DELICATE * median and wide is not None:
         advice.append(
             f"{error / median:.1f} times the median layer: give it eight bits "

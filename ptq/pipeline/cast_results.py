@@ -10,7 +10,7 @@ import io
 import math
 from dataclasses import dataclass
 
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.formats import FORMATS, MICROSCALED
 from ptq.numerics.hardware_cost import relative_area
 from ptq.numerics.int_vs_fp import PAIRS
 from ptq.reading.schema import JsonObject
@@ -138,7 +138,7 @@ def collapsed(found: DirectCast) -> list[str]:
     cast = {(c.format, c.rotated): c.kl for c in found.casts}
     return [
         name
-        for name in FORMATS
+        for name in MICROSCALED
         if {(name, False), (name, True)} <= cast.keys()
         and cast[name, True] > COLLAPSE * cast[name, False]
     ]

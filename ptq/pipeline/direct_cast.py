@@ -30,7 +30,7 @@ from ptq.calib.side_by_side import SideBySide, linear_layers
 from ptq.checkpoint.safetensors_files import read_tensor, write_file, write_tensors
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import positions
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import FORMATS, MICROSCALED, Format
 from ptq.numerics.rotation import Rotation
 from ptq.pipeline.analysis import rounded
 from ptq.pipeline.cast_results import Cast, DirectCast
@@ -63,7 +63,7 @@ class CastOptions:
     field: str | None = None
     seq_len: int = 512
     max_tokens: int | None = 8192
-    formats: tuple[str, ...] = tuple(FORMATS)
+    formats: tuple[str, ...] = tuple(MICROSCALED)
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,8 +71,8 @@ class CastOptions:
         for name in ("seq_len", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 2:
                 raise ValueError(f"{name} of a direct cast must be at least 2, not {value}")
-        if unknown := sorted(set(self.formats) - FORMATS.keys()):
-            raise ValueError(f"unknown format {unknown[0]!r}; choose from {', '.join(FORMATS)}")
+        if unknown := sorted(set(self.formats) - MICROSCALED.keys()):
+            raise ValueError(f"unknown format {unknown[0]!r}; choose from {', '.join(MICROSCALED)}")
 
 
 @dataclass(frozen=True)

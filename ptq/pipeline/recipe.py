@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from ptq.checkpoint.quantization_config import KEY_VALUES
 from ptq.numerics.activations import best_rule, default_rule, input_rules, quantize_inputs
 from ptq.numerics.algorithms import ALGORITHMS, BLIND, CHOICES, SWEEPING
-from ptq.numerics.formats import FORMATS, Format
+from ptq.numerics.formats import FORMATS, MICROSCALED, Format
 from ptq.numerics.nested import narrower
 from ptq.numerics.rotation import Rotation
 from ptq.numerics.scales import RULES, Grid
@@ -164,6 +164,11 @@ class Recipe:
         _choice("balance_factors", self.balance_factors, ("exact", "power_of_two"))
         if self.kv_cache is not None:
             _choice("kv_cache", self.kv_cache, KEY_VALUES)
+        if self.quantize_inputs and self.fmt.weights_only:
+            raise ValueError(
+                f"{self.format} is a format of weights alone: use --scheme w4a16, or a format of "
+                f"{', '.join(MICROSCALED)}"
+            )
         if self.input_rule is not None:
             _choice("input_rule", self.input_rule, input_rules(self.fmt))
         if self.rotation != "auto":
@@ -276,7 +281,8 @@ class Recipe:
         if self.rotation != "auto":
             Rotation(int(self.rotation)).check(features)
             return [int(self.rotation)]
-        return [size for size in (1, self.fmt.group_size, 128) if features % size == 0]
+        sizes = sorted({1, self.fmt.group_size, 128})
+        return [size for size in sizes if features % size == 0]
 
     def for_module(self, *names: str) -> "Recipe | None":
         """The recipe of the module that has these names (one in the model, perhaps another in its
@@ -357,6 +363,7 @@ def _defaults(format: str, scheme: str) -> dict[str, Any]:
     """The best known recipe (README states the measurements behind it)."""
     _choice("format", format, FORMATS)
     fmt = FORMATS[format]
+    scheme = "w4a16" if fmt.weights_only else scheme
     best: dict[str, Any] = {
         "format": format,
         "scheme": scheme,

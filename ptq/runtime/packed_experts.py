@@ -59,7 +59,7 @@ class Stack:
         weight = replace(
             like.packed_weight,
             packed=stacked(codes),
-            scale_bits=stacked(scales).view(torch.uint8),
+            scale_bits=stacked(scales).view(like.format.bits_dtype),
             global_scale=_global_scales(firsts),
         )
         return cls(

@@ -39,8 +39,9 @@ class QuantLinear(nn.Module):
         weight_packed: uint8 (out, in / 2), two codes a byte, or (out, in) for elements of more than
             4 bits. Where kernels stream units (``ptq/kernels/weight_tiles.py``) it lies in those
             once :meth:`prepare` was called; state_dict, moving and loading know rows only.
-        weight_scale: uint8 (out, in / group_size), the bits of E4M3 or E8M0 scales; in units too.
-        weight_global_scale: float32 scalar that multiplies; None stands for 1 (E8M0 scales).
+        weight_scale: the bits of scales (out, in / group_size), uint8 of E4M3 or E8M0, int16 of
+            bfloat16; in units too.
+        weight_global_scale: float32 scalar that multiplies; None stands for 1 (all but E4M3).
         input_global_scale: float32 scalar that multiplies, for a calibrated range of inputs; None
             takes one per token.
         bias: (out,) or None; the only buffer that follows the dtype of the model.
@@ -91,8 +92,8 @@ class QuantLinear(nn.Module):
         groups = group(torch.empty(1, in_features, device="meta"), self.format).shape[1]
         self.rotation.check(in_features)
 
-        def codes(columns: int) -> Tensor:
-            return torch.empty(out_features, columns, dtype=torch.uint8, device=device)
+        def codes(columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+            return torch.empty(out_features, columns, dtype=dtype, device=device)
 
         def scalar(exists: bool) -> Tensor | None:
             return torch.empty((), dtype=torch.float32, device=device) if exists else None
@@ -100,7 +101,7 @@ class QuantLinear(nn.Module):
         has_global_scale = self.format.has_global_scale
         width = in_features // 2 if self.format.packed else in_features
         self.register_buffer("weight_packed", codes(width))
-        self.register_buffer("weight_scale", codes(groups))
+        self.register_buffer("weight_scale", codes(groups, self.format.bits_dtype))
         self.register_buffer("weight_global_scale", scalar(has_global_scale))
         self.register_buffer("input_global_scale", scalar(info.static_inputs and has_global_scale))
         self.register_buffer(
@@ -175,7 +176,7 @@ class QuantLinear(nn.Module):
         """The weight as kernels take it, in rows or in units."""
         return PackedWeight(
             packed=self.weight_packed,
-            scale_bits=self.weight_scale.view(torch.uint8),
+            scale_bits=self.weight_scale.view(self.format.bits_dtype),
             global_scale=self.global_scale,
             element=self.format.element.name,
             scale=self.format.scale_name,
@@ -307,7 +308,7 @@ class QuantLinear(nn.Module):
         first = layers[0]
         biases = [bias for layer in layers if (bias := layer.bias) is not None]
         packed = stacked([[layer.weight_packed for layer in layers]])[0]
-        bits = stacked([[layer.weight_scale for layer in layers]])[0].view(torch.uint8)
+        bits = stacked([[layer.weight_scale for layer in layers]])[0].view(first.format.bits_dtype)
         for layer in layers:
             layer._kernel_weight = None
         weight = first._make_kernel_weight(

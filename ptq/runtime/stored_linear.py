@@ -37,9 +37,8 @@ class StoredLinear(QuantLinear):
             tensor = getattr(memory, name)
             delattr(self, name)
             if name == "weight_scale":
-                tensor = (
-                    tensor.view(self.format.scale_dtype) if self.format.has_global_scale else tensor
-                )
+                fmt = self.format
+                tensor = tensor if fmt.powers_of_two else tensor.view(fmt.scale_dtype)
             elif tensor is not None:
                 tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
                 tensor = tensor.to(dtype) if name == "bias" else tensor

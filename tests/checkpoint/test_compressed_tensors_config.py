@@ -30,6 +30,36 @@ def test_groups_that_name_layers_go_before_the_one_of_all_others():
     assert parsed.layer(DOWN, bias=False).format == "nvfp4"
 
 
+@pytest.mark.parametrize(("size", "fmt"), [(16, "nvint4"), (32, "int4-g32"), (128, "int4")])
+def test_int4_of_others_is_told_by_its_groups(size: int, fmt: str):
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": size}
+    said = {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}
+    assert parse_ct(config() | {"config_groups": {"g": said}}).layer(DOWN, bias=False).format == fmt
+    for change in ({"symmetric": False}, {"num_bits": 8}, {"actorder": "group"}):
+        other = said | {"weights": weights | change}
+        with pytest.raises(ValueError, match=f"does not read this variant.*{next(iter(change))}"):
+            parse_ct(config() | {"config_groups": {"g": other}})
+
+
+def test_int4_with_inputs_in_four_bits_is_refused():
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128}
+    said = {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}
+    said |= {"input_activations": weights | {"dynamic": True}}
+    with pytest.raises(ValueError, match=r"does not read this variant of pack-quantized.*input"):
+        parse_ct(config() | {"config_groups": {"g": said}})
+
+
+def test_a_group_says_which_of_our_formats_it_is_where_there_are_several():
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32}
+    groups = {"g": {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}}
+    said = config() | {"config_groups": groups}
+    for fmt in ("mxint4", "int4-g32"):
+        ours = said | {"ptq": {"formats": {"g": fmt}}}
+        assert parse_ct(ours).layer(DOWN, bias=False).format == fmt
+    with pytest.raises(ValueError, match="'int4' of a group that is int4-g32 or mxint4"):
+        parse_ct(said | {"ptq": {"formats": {"g": "int4"}}})
+
+
 def test_inputs_of_another_format_than_the_weights_are_refused():
     """MXFP4 weights with FP8 inputs, which compressed-tensors knows, are no MXFP4 W4A4."""
     weights = group("mxfp4", [])["weights"]
@@ -54,10 +84,10 @@ def test_inputs_of_another_format_than_the_weights_are_refused():
                 "g": {
                     "format": "pack-quantized",
                     "targets": ["Linear"],
-                    "weights": {"group_size": 128, "type": "int"},
+                    "weights": {"group_size": 64, "type": "int"},
                 }
             },
-            "128",
+            "64",
         ),
         (
             "transform_config",

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ptq.checkpoint.compressed_tensors_int4 import (
+    fold_int4,
     fold_mxint4,
     fold_nvint4,
+    unfold_int4,
     unfold_mxint4,
     unfold_nvint4,
 )
@@ -96,6 +98,34 @@ def test_mxint4_is_int4_with_scales_that_are_powers_of_two():
     again = unfold_mxint4(folded)
     assert again.keys() == layer.keys()
     assert all(torch.equal(again[leaf], layer[leaf]) for leaf in layer)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g32"])
+def test_free_scales_are_stored_as_they_are(name: str):
+    fmt = FORMATS[name]
+    columns = 2 * fmt.group_size
+    codes = fmt.element.encode(torch.arange(3 * columns).remainder(15).sub(7.0).view(3, columns))
+    scales = torch.tensor([[0.3, 3e-5], [1.7, 2.0**-126], [100.0, 1.0]]).bfloat16()
+    layer = {"weight_packed": pack(codes, fmt), "weight_scale": scales, "bias": torch.ones(3)}
+    folded = fold_int4(layer)
+    assert folded["weight_packed"].dtype == torch.int32
+    assert folded["weight_shape"].tolist() == [3, columns]
+    assert torch.equal(folded["weight_scale"], scales)
+    again = unfold_int4(folded)
+    assert again.keys() == layer.keys()
+    assert all(torch.equal(again[leaf], layer[leaf]) for leaf in layer)
+
+
+def test_scales_of_another_dtype_are_read_where_they_are_bfloat16_numbers():
+    fmt = FORMATS["int4-g32"]
+    packed = torch.zeros(1, fmt.group_size // 2, dtype=torch.uint8)
+    folded = fold_int4({"weight_packed": packed, "weight_scale": torch.ones(1, 1).bfloat16()})
+    for dtype in (torch.float16, torch.float32):
+        scale = torch.tensor([[0.75]], dtype=dtype)
+        assert unfold_int4(folded | {"weight_scale": scale})["weight_scale"].item() == 0.75
+        wide = torch.tensor([[1 + 2**-9]], dtype=dtype)
+        with pytest.raises(ValueError, match=f"{str(dtype)[6:]} scales are no bfloat16 numbers"):
+            unfold_int4(folded | {"weight_scale": wide})
 
 
 @pytest.mark.parametrize("scale", [1.5, 0.0, -2.0, float("nan"), float("inf")])

@@ -94,6 +94,8 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
         ("nvint4", False),
         ("mxfp8", True),
         ("mxint4", False),
+        ("int4", False),
+        ("int4-g32", False),
     ],
 )
 @pytest.mark.parametrize("rotation", [1, 16, 64])

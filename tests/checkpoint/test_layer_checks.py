@@ -16,15 +16,17 @@ from ptq.numerics.scales import Grid
 from ptq.runtime.quant_linear import QuantLinear
 
 E4M3 = [name for name, fmt in FORMATS.items() if fmt.has_global_scale]
-E8M0 = [name for name, fmt in FORMATS.items() if not fmt.has_global_scale]
+E8M0 = [name for name, fmt in FORMATS.items() if fmt.powers_of_two]
 
 
 def layer(name: str) -> tuple[dict[str, Tensor], LayerInfo]:
     """A layer of random numbers with quantized inputs and a bias, as it lies on disk."""
-    fmt, weight = FORMATS[name], torch.randn(8, 64)
+    fmt = FORMATS[name]
+    columns = max(64, 2 * fmt.group_size)
+    weight = torch.randn(8, columns)
     t = fmt.global_scale(weight.abs().amax(), 1.5)
     quantized = QuantLinear.from_quantized(
-        rtn(weight, torch.eye(64), Grid(fmt, t, "absmax")),
+        rtn(weight, torch.eye(columns), Grid(fmt, t, "absmax")),
         Rotation(1),
         torch.randn(8).bfloat16(),
         quantize_inputs=True,
@@ -48,9 +50,9 @@ def refused(name: str, leaf: str, value: Tensor) -> str:
     return message
 
 
-def with_byte(name: str, byte: int) -> Tensor:
+def with_bits(name: str, bits: int) -> Tensor:
     scale = layer(name)[0]["weight_scale"].clone()
-    scale.view(torch.uint8)[5, 1] = byte
+    scale.view(FORMATS[name].bits_dtype)[5, 1] = bits
     return scale
 
 
@@ -59,7 +61,25 @@ def test_what_is_written_passes(name: str) -> None:
     tensors, info = layer(name)
     check_layer(tensors, info, "a.q")
     for scale in (FORMATS[name].encode_scale(torch.tensor(s)) for s in (0.0, 1e-30, 1.0)):
-        check_layer(tensors | {"weight_scale": with_byte(name, int(scale))}, info, "a.q")
+        check_layer(tensors | {"weight_scale": with_bits(name, int(scale))}, info, "a.q")
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (0.0, "0 (bits 0x0000"),
+        (-0.5, "-0.5 (bits 0xBF00"),
+        (1e-39, "1.01019e-39 (bits 0x000B"),
+        (math.nan, "NaN (bits 0x7FC0"),
+        (-math.inf, "NaN (bits 0xFF80"),
+    ],
+)
+def test_a_bfloat16_scale_is_a_positive_normal_number(scale: float, said: str) -> None:
+    bits = int(torch.tensor(scale).bfloat16().view(torch.int16))
+    message = refused("int4-g32", "weight_scale", with_bits("int4-g32", bits))
+    assert message.startswith(f"a.q.weight_scale holds {said}, row 5, group 1)")
+    large = int(torch.tensor(2.0**64).bfloat16().view(torch.int16))
+    assert "overflow" in refused("int4-g32", "weight_scale", with_bits("int4-g32", large))
 
 
 @pytest.mark.parametrize("name", E4M3)
@@ -67,7 +87,7 @@ def test_every_byte_of_an_e4m3_scale_is_a_positive_number_or_refused(name: str) 
     for byte in range(256):
         number = torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e4m3fn).float().item()
         tensors, info = layer(name)
-        tensors["weight_scale"] = with_byte(name, byte)
+        tensors["weight_scale"] = with_bits(name, byte)
         if number > 0:
             check_layer(tensors, info, "a.q")
         else:
@@ -81,13 +101,13 @@ def test_every_byte_of_an_e4m3_scale_is_a_positive_number_or_refused(name: str) 
 @pytest.mark.parametrize("name", E8M0)
 def test_bytes_of_an_e8m0_scale_that_are_nan_or_overflow_are_refused(name: str) -> None:
     assert "weight_scale holds NaN (byte 0xFF" in refused(
-        name, "weight_scale", with_byte(name, 255)
+        name, "weight_scale", with_bits(name, 255)
     )
     for byte in (191, 254):  # 2^64 and beyond
-        assert "overflow" in refused(name, "weight_scale", with_byte(name, byte))
+        assert "overflow" in refused(name, "weight_scale", with_bits(name, byte))
     for byte in (0, 1, 127, 170):
         tensors, info = layer(name)
-        check_layer(tensors | {"weight_scale": with_byte(name, byte)}, info, "a.q")
+        check_layer(tensors | {"weight_scale": with_bits(name, byte)}, info, "a.q")
 
 
 @pytest.mark.parametrize("leaf", ["weight_global_scale", "input_global_scale"])

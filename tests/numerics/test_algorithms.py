@@ -26,7 +26,7 @@ def make(w: Tensor, h: Tensor, fmt: Format, **options) -> Problem:
 def test_results_are_codes_and_scales_that_can_be_stored(name: str, fmt: Format, problem) -> None:
     w, _, h = problem
     result = prepare(name, make(w, h, fmt)).solve(w)
-    assert result.codes.dtype == result.scales.bits.dtype == torch.uint8
+    assert result.codes.dtype == torch.uint8 and result.scales.bits.dtype == fmt.bits_dtype
     assert result.codes.shape == w.shape
     values = fmt.element.decode(result.codes)
     assert bool((values.abs() <= fmt.element.max).all())  # neither NaN nor the spare code

@@ -18,8 +18,10 @@ from ptq.numerics.formats import (
     FEW_SCALES,
     FORMATS,
     INT4,
+    INT4_32,
     INT6,
     INT8,
+    MICROSCALED,
     MXFP4,
     NVFP4,
     NVINT4,
@@ -163,10 +165,11 @@ def test_scale_bytes_are_never_zero_or_nan(fmt) -> None:
 
 
 @formats
-def test_legal_scale_bytes_are_the_positive_finite_ones_in_order(fmt) -> None:
-    first, last = fmt.scale_bytes
-    numbers = fmt.decode_scale(torch.arange(256, dtype=torch.uint8))
-    legal = torch.isfinite(numbers) & (numbers > 0)
+def test_legal_scales_are_the_positive_finite_ones_in_order(fmt) -> None:
+    first, last = fmt.legal_scales
+    numbers = fmt.decode_scale(torch.arange(torch.iinfo(fmt.bits_dtype).max + 1).to(fmt.bits_dtype))
+    subnormal = (numbers < 2.0**-126) & (fmt.bits_dtype == torch.int16)
+    legal = torch.isfinite(numbers) & (numbers > 0) & ~subnormal
     assert legal.nonzero().flatten().tolist() == list(range(first, last + 1))
     assert (numbers[first : last + 1].diff() > 0).all()
 
@@ -211,8 +214,42 @@ def test_bits_per_weight() -> None:
         "mxfp6": 6.25,
         "mxint8": 8.25,
         "mxfp8": 8.25,
+        "int4": 4.125,
+        "int4-g32": 4.5,
     }
-    assert {name: bits[name] for name in known} == known
+    assert bits == known
+
+
+def test_bfloat16_scales_are_their_bits() -> None:
+    """In the order of the numbers; those that are negative, subnormal, infinite or NaN are none."""
+    first, last = INT4_32.legal_scales
+    bits = torch.arange(first, last + 1, dtype=torch.int16)
+    scales = INT4_32.decode_scale(bits)
+    assert torch.equal(scales, bits.view(torch.bfloat16).float())
+    assert (scales.diff() > 0).all() and scales.isfinite().all()
+    assert scales[0] == 2.0**-126 and scales[-1] == torch.finfo(torch.bfloat16).max
+    assert torch.equal(INT4_32.encode_scale(scales), bits)
+    assert INT4_32.scale_name == "bf16" and not INT4_32.has_global_scale
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored"),
+    [
+        (1 + 2**-8, 1.0),  # a tie goes to the even mantissa
+        (1 + 3 * 2**-8, 1 + 2**-6),
+        (0.0, 2.0**-126),
+        (1e-40, 2.0**-126),
+        (3.4e38, torch.finfo(torch.bfloat16).max),
+    ],
+)
+def test_bfloat16_scales_are_rounded_to_nearest(wanted: float, stored: float) -> None:
+    scale = torch.tensor([wanted])
+    assert float(INT4_32.nearest_scale(scale)) == stored
+    assert float(INT4_32.decode_scale(INT4_32.encode_scale(scale))) == stored
+
+
+def test_formats_that_are_compared_have_scales_of_a_byte() -> None:
+    assert {n for n, f in FORMATS.items() if f.bits_dtype == torch.uint8} == MICROSCALED.keys()
 
 
 def test_mantissas_and_normal_numbers():

@@ -10,7 +10,7 @@ from ptq.numerics.scales import Grid
 from ptq.numerics.tensor import QuantizedTensor, Scales
 
 
-def quantized(fmt, rows: int = 7, features: int = 96) -> tuple[torch.Tensor, QuantizedTensor]:
+def quantized(fmt, rows: int = 7, features: int = 128) -> tuple[torch.Tensor, QuantizedTensor]:
     """Weights, and codes that are not those nearest to them, as GPTQ's are not."""
     weight = torch.randn(rows, features)
     grid = Grid(fmt, fmt.global_scale(weight.abs().amax()), "absmax")

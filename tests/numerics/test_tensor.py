@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq.numerics.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4
+from ptq.numerics.formats import FORMATS, MXFP4, MXFP8, NVFP4, NVINT4, Format
 from ptq.numerics.tensor import (
     QuantizedTensor,
     Scales,
@@ -14,6 +14,13 @@ from ptq.numerics.tensor import (
     pack,
     unpack,
 )
+
+
+def some_scales(fmt: Format, rows: int, groups: int) -> torch.Tensor:
+    """Legal bits from all over their range."""
+    (first, last), generator = fmt.legal_scales, torch.Generator().manual_seed(2)
+    shape = (rows, groups)
+    return torch.randint(first, last + 1, shape, generator=generator, dtype=fmt.bits_dtype)
 
 
 def test_golden_bytes() -> None:
@@ -46,7 +53,7 @@ def test_eight_bit_codes_take_a_byte_each() -> None:
 def test_dequantize_is_the_product_of_value_scale_and_global_scale(fmt) -> None:
     size = fmt.group_size
     codes = torch.arange(2 * size, dtype=torch.uint8).reshape(1, -1) % 8
-    bits = torch.tensor([[120, 121]], dtype=torch.uint8)
+    bits = some_scales(fmt, 1, 2)
     t = torch.tensor(0.3)
     expected = torch.stack(
         [
@@ -73,14 +80,11 @@ def test_rows_are_rows() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
     generator = torch.Generator().manual_seed(rows)
-    width = 96 // (2 if fmt.packed else 1)
+    width = 3 * fmt.group_size // (2 if fmt.packed else 1)
     packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
     if not fmt.packed:
         packed &= (1 << fmt.element.bits) - 1
-    bits = torch.randint(
-        1, 126, (rows, 96 // fmt.group_size), generator=generator, dtype=torch.uint8
-    )
-    scales = Scales(bits, torch.tensor(0.3), fmt)
+    scales = Scales(some_scales(fmt, rows, 3), torch.tensor(0.3), fmt)
     expected = QuantizedTensor(unpack(packed, fmt), scales).dequantize()
     found = dequantize_packed(packed, scales)
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
@@ -89,14 +93,12 @@ def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 def test_an_unpacker_gives_the_same_bits_chunk_by_chunk(fmt):
     generator, unpacker = torch.Generator().manual_seed(1), Unpacker(fmt, torch.device("cpu"))
-    for rows, columns, at_a_time in ((7, 96, 3), (5, 64, 5), (7, 96, 3), (40, 96, 16), (2, 32, 1)):
-        width = columns // (2 if fmt.packed else 1)
+    for rows, groups, at_a_time in ((7, 3, 3), (5, 2, 5), (7, 3, 3), (40, 3, 16), (2, 1, 1)):
+        width = groups * fmt.group_size // (2 if fmt.packed else 1)
         packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
         if not fmt.packed:
             packed &= (1 << fmt.element.bits) - 1
-        shape, (first, last) = (rows, columns // fmt.group_size), fmt.scale_bytes
-        bits = torch.randint(first, last + 1, shape, generator=generator, dtype=torch.uint8)
-        scales = Scales(bits, torch.tensor(0.3), fmt)
+        scales = Scales(some_scales(fmt, rows, groups), torch.tensor(0.3), fmt)
         expected = dequantize_packed(packed, scales).split(at_a_time)
         for part, chunk in zip(expected, unpacker.chunks(packed, scales, at_a_time), strict=True):
             assert torch.equal(chunk.view(torch.int32), part.view(torch.int32))

@@ -4,7 +4,7 @@ import pytest
 from browser import Browser, check_views
 
 from ptq.drawing.page import Page, render
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.formats import MICROSCALED
 from ptq.pipeline.advice import Advice, Damage, Option, Unit, advise
 from ptq.pipeline.analysis_whole_model import advice, direct_cast
 from ptq.pipeline.cast_results import Cast, DirectCast
@@ -21,7 +21,7 @@ def cast() -> DirectCast:
             name == "nvfp4" else 1), kl_top25=0.01 + i / 100, top1_agreement=0.9,
             windows=(0.1, 0.2 + i / 100),
         )
-        for i, (name, fmt) in enumerate(FORMATS.items())
+        for i, (name, fmt) in enumerate(MICROSCALED.items())
         for rotated in (False, True)
     )  # fmt: skip
     return DirectCast(
@@ -35,7 +35,7 @@ def advised() -> Advice:
         return tuple(
             Option(format=name, rotation=1, bits=fmt.bits_per_weight,
                    kl=loss * 4.0 ** -fmt.element.bits, kl_top25=loss * 4.0 ** -fmt.element.bits)
-            for name, fmt in FORMATS.items()
+            for name, fmt in MICROSCALED.items()
         )  # fmt: skip
 
     units = tuple(

@@ -5,12 +5,14 @@ import json
 import pytest
 
 from ptq.numerics.formats import FORMATS
-from ptq.pipeline.recipe import Recipe, check_patterns
+from ptq.pipeline.recipe import SCHEMES, Recipe, check_patterns
 from ptq.reading.name_patterns import matches
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+@pytest.mark.parametrize(
+    ("fmt", "scheme"),
+    [(n, s) for n, f in FORMATS.items() for s in SCHEMES if s == "w4a16" or not f.weights_only],
+)
 def test_a_recipe_survives_json(fmt: str, scheme: str) -> None:
     recipe = Recipe.default(
         fmt,
@@ -34,6 +36,7 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
     [
         ({"format": "nvfp5"}, "unknown format 'nvfp5'; choose from mxfp4, nvfp4"),
         ({"algorithm": "awq"}, "choose from rtn, gptq"),
+        ({"format": "int4", "scheme": "w4a4"}, "int4 is a format of weights alone: use --scheme"),
         ({"scheme": "w4a8"}, "choose from w4a16, w4a4"),
         ({"scales": "best"}, "choose from absmax"),
         ({"order": "down"}, "natural, act, group"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.numerics.formats import FORMATS
+from ptq.numerics.formats import FORMATS, MICROSCALED
 from ptq.numerics.hardware_cost import relative_area
 from ptq.pipeline.advice import Damage, Option, Unit, advise
 from ptq.pipeline.analysis import BlockAnalysis, forms, tensor_analysis
@@ -19,7 +19,7 @@ def test_who_wins(rule: str) -> None:
     tensor = tensor_analysis("weight", ["a"], made, x)
     table = win_table([BlockAnalysis(name="b", index=0, tensors=(tensor,), layers=())], rule)
     assert f"0 layers, 1 tensors, scales {rule}" in table.title
-    assert len(table.rows) == 4 * len(FORMATS) // 2
+    assert len(table.rows) == 4 * len(MICROSCALED) // 2
     cells = {(row[0], row[1]): row for row in table.rows}
     plain = cells["as it is", "nvint4/nvfp4"]
     assert plain[4] in ("0.0%", "100.0%") and plain[5] == "64.3%"

@@ -20,7 +20,7 @@ from ptq.numerics.tensor import QuantizedTensor, Scales
 from ptq.runtime.quant_linear import QuantLinear, stored_layer
 from ptq.runtime.transformers_plugin import StoredLinear
 
-OUT, IN = 24, 64
+OUT, IN = 24, 128
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
 
@@ -231,7 +231,7 @@ def test_features_that_form_no_blocks_are_refused(features, fmt, rotation):
 def test_a_new_layer_is_on_meta_and_says_what_it_is():
     layer = QuantLinear(IN, OUT, make(FORMATS["nvfp4"], inputs=True).info)
     assert all(b.is_meta for b in layer.buffers())
-    text = "in_features=64, out_features=24, bias=True, format=nvfp4, rotation=16, inputs=nvfp4"
+    text = "in_features=128, out_features=24, bias=True, format=nvfp4, rotation=16, inputs=nvfp4"
     assert text in repr(layer)
 
 

@@ -12,17 +12,15 @@ from ptq.runtime import reference_product
 from ptq.runtime.reference_product import FEW_TOKENS, chunk_rows, few, product, remade
 
 CPU = torch.device("cpu")
-OUT, IN = 40, 96
+OUT, IN = 40, 128
 
 
 def weight(fmt: Format = NVFP4, seed: int = 0) -> tuple[Tensor, Scales]:
     generator = torch.Generator().manual_seed(seed)
     width = IN // 2 if fmt.packed else IN
     packed = torch.randint(0, 64, (OUT, width), generator=generator, dtype=torch.uint8)
-    bits = torch.randint(
-        100, 126, (OUT, IN // fmt.group_size), generator=generator, dtype=torch.uint8
-    )
-    return packed, Scales(bits, torch.tensor(0.3), fmt)
+    steps = torch.rand(OUT, IN // fmt.group_size, generator=generator) + 0.5
+    return packed, Scales(fmt.encode_scale(steps), torch.tensor(0.3), fmt)
 
 
 @pytest.fixture(params=[1, 7, 16, OUT], autouse=True)

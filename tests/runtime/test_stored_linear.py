@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.compressed_tensors_formats import CT_FORMATS
-from ptq.checkpoint.compressed_tensors_int4 import fold_nvint4
+from ptq.checkpoint.compressed_tensors_int4 import fold_int4, fold_nvint4
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.numerics.formats import FORMATS
 from ptq.numerics.rotation import Rotation
@@ -14,7 +14,7 @@ from ptq.reading.safetensors_layout import Entry
 from ptq.runtime.quant_linear import QuantLinear
 from ptq.runtime.stored_linear import DTYPES, StoredLinear
 
-OUT, IN = 48, 64
+OUT, IN = 48, 128
 
 
 def memory(name: str, rotation: int = 16) -> QuantLinear:
@@ -36,9 +36,9 @@ def on_disk(layer: QuantLinear) -> dict[str, Tensor]:
     scale = layer.weight_scale
     tensors = {
         "weight_packed": layer.weight_packed,
-        "weight_scale": scale.view(layer.format.scale_dtype)
-        if layer.format.has_global_scale
-        else scale,
+        "weight_scale": scale
+        if layer.format.powers_of_two
+        else scale.view(layer.format.scale_dtype),
         "bias": layer.bias,
     }
     if layer.weight_global_scale is not None:
@@ -67,7 +67,7 @@ def stored(name: str, *, tensors: dict[str, Tensor]) -> StoredLinear:
     return layer
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4", "int4", "int4-g32"])
 def test_it_computes_what_a_layer_in_memory_computes(name: str) -> None:
     layer = memory(name)
     tensors = on_disk(layer)
@@ -77,16 +77,25 @@ def test_it_computes_what_a_layer_in_memory_computes(name: str) -> None:
     assert copy.state_dict().keys() == tensors.keys()
 
 
-def test_int4_is_converted_and_saved_as_it_was() -> None:
-    layer = memory("nvint4")
-    tensors = fold_nvint4(on_disk(layer))
-    copy = stored("nvint4", tensors=tensors)
+@pytest.mark.parametrize(("name", "fold"), [("nvint4", fold_nvint4), ("int4", fold_int4)])
+def test_int4_is_converted_and_saved_as_it_was(name: str, fold) -> None:
+    layer = memory(name)
+    tensors = fold(on_disk(layer))
+    copy = stored(name, tensors=tensors)
     x = torch.randn(3, IN)
     torch.testing.assert_close(copy(x), layer(x))
     assert copy.weight_packed.dtype == torch.uint8
     saved = copy.state_dict()
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[leaf], tensors[leaf]) for leaf in tensors)
+
+
+def test_scales_keep_their_dtype_when_the_model_is_cast() -> None:
+    layer = memory("int4")
+    for copy in (stored("int4", tensors=on_disk(layer)), layer):
+        before = copy.quantized_weight().dequantize()
+        for dtype in (torch.float16, torch.float32):
+            assert torch.equal(copy.to(dtype).quantized_weight().dequantize(), before)
 
 
 def test_a_dense_copy_is_rotated_back() -> None:
