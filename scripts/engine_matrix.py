@@ -1,13 +1,14 @@
 """Which engine opens which kind of checkpoint, measured: engine × dialect × format × {dense, MoE} ×
 {none, online rotation} × {W4A16, W4A4}.
 
-    scripts/test_engines [--out results/engines] [--only TEXT] [--probes vllm_plugin]
+    scripts/test_engines [--out results/engines] [--only TEXT] [--probes vllm_plugin] [--missing]
     scripts/test_engines --perplexity MODEL TEXT
 
 The dense model is the bundled one, the other a random Mixtral with its tokenizer; both are rounded
 to nearest, for what is asked is whether an engine computes what the files say. Writes
 ptq/checkpoint/engine_results.json, which the card and "exactly" rely on, and docs/engines.md;
-with ``--probes`` only those are opened again. ``--perplexity`` measures a model in vLLM
+with ``--probes`` only those are opened again, with ``--missing`` only what has no result yet in the
+versions at hand. ``--perplexity`` measures a model in vLLM
 (scripts/engine_perplexity.py), and writes that into the page.
 """
 
@@ -51,6 +52,15 @@ from ptq.runtime.loaded_model import demo_path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "engines.md"
 FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxfp8")
+# Unrotated ones besides, for these schemes, in the dialect ptq dense alone; of two formats the
+# second is that of attention.
+BESIDES = (
+    ("compressed-tensors", ("int4-g128", "int4-g32", "mxint4"), ("w4a16",)),
+    ("compressed-tensors", ("nvfp4+mxfp8",), ("w4a16", "w4a4")),
+    ("ptq", ("int4-g128", "int4-g32"), ("w4a16",)),
+    ("ptq", ("mxint4", "mxint6", "mxfp6", "mxint8"), ("w4a16", "w4a4")),
+)
+ATTENTION = "re:.*self_attn.*"
 ROTATION = 32
 SECONDS = 1800
 # Environment → the ways in which it opens checkpoints, by the name of the probe.
@@ -74,10 +84,11 @@ HEAD = (
     "nothing can be told unless every logit is the same; vLLM with ptq's plugin is asked again",
     "there, in float32 (*32*). `=` says that every logit is that of `ptq.load` in bfloat16, bit by",
     "bit. *16* works with inputs in 16 bits where the checkpoint quantizes them.",
-    f"Rotation is online, in blocks of {ROTATION}. Dense is the bundled Llama,",
-    "MoE a random Mixtral; rounded to nearest. What is shown are means: where that of a MoE is far",
-    "beyond the yardstick, a router chose other experts for a token or two (MXFP4 W4A16 in",
-    "transformers: KL .22 at one token, whose experts differ; medians are 3.0e-4 and 3.3e-4).",
+    f"Rotation is online, in blocks of {ROTATION}. Of `nvfp4+mxfp8` attention is the second.",
+    "Dense is the bundled Llama, MoE a random Mixtral; rounded to nearest. What is shown are",
+    "means: where that of a MoE is far beyond the yardstick, a router chose other experts for a",
+    "token or two (MXFP4 W4A16 in transformers: KL .22 at one token, whose experts differ; medians",
+    "are 3.0e-4 and 3.3e-4).",
 )
 READ = (
     "SGLang and TensorRT-LLM need a GPU, and so does vLLM but for the build for CPUs above. What",
@@ -113,7 +124,7 @@ class Cell:
         """What engines tell it by."""
         return Kind(
             dialect=self.dialect,
-            formats=self.format,
+            formats="+".join(sorted(self.format.split("+"))),
             experts=self.experts,
             rotated=self.rotated,
             quantize_inputs=self.scheme == "w4a4",
@@ -124,6 +135,10 @@ def cells() -> Iterator[Cell]:
     """All of them."""
     for values in product(DIALECTS, FORMATS, (False, True), (False, True), ("w4a16", "w4a4")):
         yield Cell(*values)
+    for dialect, formats, schemes in BESIDES:
+        kinds = (False,) if dialect == "ptq" else (False, True)
+        for fmt, experts, scheme in product(formats, kinds, schemes):
+            yield Cell(dialect, fmt, experts, False, scheme)
 
 
 def moe(folder: Path) -> Path:
@@ -156,12 +171,14 @@ def write(cell: Cell, models: Mapping[bool, Path], folder: Path) -> str | None:
     out = folder / cell.name
     if (out / "config.json").is_file():
         return None
+    fmt, *attention = cell.format.split("+")
     recipe = Recipe.default(
-        cell.format,
+        fmt,
         scheme=cell.scheme,
         algorithm="rtn",
         rotation=ROTATION if cell.rotated else 1,
         input_rule="absmax" if cell.scheme == "w4a4" else None,
+        rules=tuple((ATTENTION, {"format": other}) for other in attention),
         samples=4,
         seq_len=64,
     )
@@ -236,6 +253,25 @@ def kept(cells: Sequence[Cell], probes: Sequence[str]) -> list[tuple[Cell, Resul
     by_kind = {cell.kind: cell for cell in cells}
     found = [(Kind(**row["kind"]), Result(**row["result"])) for row in old]
     return [(by_kind[k], r) for k, r in found if k in by_kind and r.engine not in again]
+
+
+def version(python: Path, probe: str) -> str:
+    """Of the engine that a probe opens in an environment."""
+    place = str(Path(engine_probe.__file__).parent)
+    code = f"import sys; sys.path.append({place!r}); import engine_probe as p; "
+    command = [str(python), "-P", "-c", f"{code}print(p.versions({probe!r}))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def of_version(
+    rows: Sequence[tuple[Cell, Result]], engine: str, version: str
+) -> dict[str, tuple[Cell, Result]]:
+    """The rows of an engine in that version, by the name of the checkpoint."""
+    return {
+        cell.name: (cell, result)
+        for cell, result in rows
+        if result.engine == engine and result.version.removesuffix(IN_FLOAT32) == version
+    }
 
 
 def section(title: str) -> list[str]:
@@ -347,6 +383,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "engines")
     parser.add_argument("--only", default="", help="a part of the names of what is opened")
     parser.add_argument("--probes", default=",".join(PROBES), help="the engines that are opened")
+    parser.add_argument("--missing", action="store_true", help="keep the results that there are")
     parser.add_argument("--perplexity", nargs=2, type=Path, metavar=("MODEL", "TEXT"))
     options = parser.parse_args()
     folder, chosen = options.out.resolve(), options.probes.split(",")
@@ -372,18 +409,21 @@ def main() -> None:
     for probe in OURS:
         asked = names if probe != OURS[-1] else [n for n in names if n.endswith("w4a4")]
         ours[probe] = run("ours", probe, asked, folder, Path(sys.executable))
-    rows, absent = kept(written, chosen), []
+    rows, old, absent = kept(written, chosen), kept(written, ()), []
     for environment, known in ENVIRONMENTS.items():
         probes, python = {p: known[p] for p in chosen if p in known}, engine_python(environment)
         if not python.is_file():
             absent += [f"{name} ({environment})" for name in probes.values()]
             continue
         for probe, engine in probes.items():
-            found = judge_all(run(environment, probe, names, folder, python), ours, engine)
+            had = of_version(old, engine, version(python, probe)) if options.missing else {}
+            rows += had.values()
+            left = [name for name in names if name not in had]
+            found = judge_all(run(environment, probe, left, folder, python), ours, engine)
             noisy = [name for name, result in found.items() if result.outcome == UNCLEAR]
             if noisy and (again := AGAIN.get(probe)) is not None:
                 found |= judge_all(run(environment, again, noisy, folder, python), ours, engine)
-            rows += [(cell, found[cell.name]) for cell in written]
+            rows += [(cell, found[cell.name]) for cell in written if cell.name in found]
     rows.sort(key=lambda row: written.index(row[0]))
     if not options.only:
         data = [{"kind": asdict(cell.kind), "result": r.to_dict()} for cell, r in rows]

@@ -17,7 +17,7 @@ GUIDE: dict[str, tuple[str, str]] = {
     "mxfp6": (BLACKWELL, "comparisons with mxint6"),
     "mxint8": ("none", "the most sensitive layers of a mixed recipe"),
     "mxfp8": (BLACKWELL, "sensitive layers beside nvfp4 or mxfp4, which other engines open too"),
-    "int4": ("none", "engines and GPUs without 4-bit floats: what GPTQ and AWQ tools write"),
+    "int4-g128": ("none", "engines and GPUs without 4-bit floats: what GPTQ and AWQ tools write"),
     "int4-g32": ("none", "the same, closer to the model: groups of 32 with free scales"),
 }
 

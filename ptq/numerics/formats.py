@@ -338,7 +338,7 @@ MXINT8 = Format("mxint8", INT8, 32, torch.float8_e8m0fnu)
 MXFP8 = Format("mxfp8", E4M3, 32, torch.float8_e8m0fnu, rotation=1)
 # What engines had before block scales: scales of 16 bits, and so larger groups. Not rotated, for
 # most who read them rotate nothing.
-INT4_128 = Format("int4", INT4, 128, torch.bfloat16, rotation=1, weights_only=True)
+INT4_128 = Format("int4-g128", INT4, 128, torch.bfloat16, rotation=1, weights_only=True)
 INT4_32 = Format("int4-g32", INT4, 32, torch.bfloat16, rotation=1, weights_only=True)
 
 MICROSCALED = {f.name: f for f in (MXFP4, NVFP4, NVINT4, MXINT4, MXINT6, MXFP6, MXINT8, MXFP8)}

@@ -30,7 +30,7 @@ def test_groups_that_name_layers_go_before_the_one_of_all_others():
     assert parsed.layer(DOWN, bias=False).format == "nvfp4"
 
 
-@pytest.mark.parametrize(("size", "fmt"), [(16, "nvint4"), (32, "int4-g32"), (128, "int4")])
+@pytest.mark.parametrize(("size", "fmt"), [(16, "nvint4"), (32, "int4-g32"), (128, "int4-g128")])
 def test_int4_of_others_is_told_by_its_groups(size: int, fmt: str):
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": size}
     said = {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}
@@ -56,8 +56,8 @@ def test_a_group_says_which_of_our_formats_it_is_where_there_are_several():
     for fmt in ("mxint4", "int4-g32"):
         ours = said | {"ptq": {"formats": {"g": fmt}}}
         assert parse_ct(ours).layer(DOWN, bias=False).format == fmt
-    with pytest.raises(ValueError, match="'int4' of a group that is int4-g32 or mxint4"):
-        parse_ct(said | {"ptq": {"formats": {"g": "int4"}}})
+    with pytest.raises(ValueError, match="'int4-g128' of a group that is int4-g32 or mxint4"):
+        parse_ct(said | {"ptq": {"formats": {"g": "int4-g128"}}})
 
 
 def test_inputs_of_another_format_than_the_weights_are_refused():

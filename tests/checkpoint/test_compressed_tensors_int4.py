@@ -100,7 +100,7 @@ def test_mxint4_is_int4_with_scales_that_are_powers_of_two():
     assert all(torch.equal(again[leaf], layer[leaf]) for leaf in layer)
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g32"])
+@pytest.mark.parametrize("name", ["int4-g128", "int4-g32"])
 def test_free_scales_are_stored_as_they_are(name: str):
     fmt = FORMATS[name]
     columns = 2 * fmt.group_size

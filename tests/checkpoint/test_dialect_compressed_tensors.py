@@ -94,7 +94,7 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
         ("nvint4", False),
         ("mxfp8", True),
         ("mxint4", False),
-        ("int4", False),
+        ("int4-g128", False),
         ("int4-g32", False),
     ],
 )

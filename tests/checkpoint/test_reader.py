@@ -29,9 +29,11 @@ CODES = {
 def state(fmt, *, inputs=True, bias=True, seed=0):
     """(tensors in memory form, description) of a layer of random numbers."""
     fmt, generator = FORMATS[fmt], torch.Generator().manual_seed(seed)
-    weight = torch.randn(8, 64, generator=generator)
+    columns = max(64, fmt.group_size)
+    weight = torch.randn(8, columns, generator=generator)
+    grid = Grid(fmt, fmt.global_scale(weight.abs().amax(), 1.5), "absmax")
     layer = QuantLinear.from_quantized(
-        rtn(weight, torch.eye(64), Grid(fmt, fmt.global_scale(weight.abs().amax(), 1.5), "absmax")),
+        rtn(weight, torch.eye(columns), grid),
         Rotation(16),
         torch.randn(8, generator=generator).to(torch.bfloat16) if bias else None,
         quantize_inputs=inputs,

@@ -214,7 +214,7 @@ def test_bits_per_weight() -> None:
         "mxfp6": 6.25,
         "mxint8": 8.25,
         "mxfp8": 8.25,
-        "int4": 4.125,
+        "int4-g128": 4.125,
         "int4-g32": 4.5,
     }
     assert bits == known

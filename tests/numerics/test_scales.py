@@ -131,7 +131,7 @@ ORACLE = {
     "mxfp4": {"ceil": 18.66, "ocp": 18.71, "theta": 19.01, "mse": 19.02},
     "nvint4": {"absmax": 21.28, "mse": 21.75},
     "nvfp4": {"absmax": 20.44, "mse": 21.80, "four_six": 21.20},
-    "int4": {"absmax": 18.61, "mse": 19.51},
+    "int4-g128": {"absmax": 18.61, "mse": 19.51},
     "int4-g32": {"absmax": 20.26, "mse": 20.82},
 }
 

@@ -67,7 +67,7 @@ def stored(name: str, *, tensors: dict[str, Tensor]) -> StoredLinear:
     return layer
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4", "int4", "int4-g32"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4", "int4-g128", "int4-g32"])
 def test_it_computes_what_a_layer_in_memory_computes(name: str) -> None:
     layer = memory(name)
     tensors = on_disk(layer)
@@ -77,7 +77,7 @@ def test_it_computes_what_a_layer_in_memory_computes(name: str) -> None:
     assert copy.state_dict().keys() == tensors.keys()
 
 
-@pytest.mark.parametrize(("name", "fold"), [("nvint4", fold_nvint4), ("int4", fold_int4)])
+@pytest.mark.parametrize(("name", "fold"), [("nvint4", fold_nvint4), ("int4-g128", fold_int4)])
 def test_int4_is_converted_and_saved_as_it_was(name: str, fold) -> None:
     layer = memory(name)
     tensors = fold(on_disk(layer))
@@ -91,8 +91,8 @@ def test_int4_is_converted_and_saved_as_it_was(name: str, fold) -> None:
 
 
 def test_scales_keep_their_dtype_when_the_model_is_cast() -> None:
-    layer = memory("int4")
-    for copy in (stored("int4", tensors=on_disk(layer)), layer):
+    layer = memory("int4-g128")
+    for copy in (stored("int4-g128", tensors=on_disk(layer)), layer):
         before = copy.quantized_weight().dequantize()
         for dtype in (torch.float16, torch.float32):
             assert torch.equal(copy.to(dtype).quantized_weight().dequantize(), before)

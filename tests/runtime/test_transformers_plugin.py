@@ -386,8 +386,8 @@ MIXTURES = {
     "nvfp4+mxfp8": ("nvfp4", (("re:.*1.self_attn.[qkv]_proj", "mxfp8"), ("o_proj", "mxfp8"))),
     "mxint4": ("mxint4", ()),
     "int4-g32": ("int4-g32", ()),
-    "int4+int4-g32": ("int4-g32", (("down_proj", "int4"),)),
-    "int4-g32+mxint4": ("int4-g32", (("o_proj", "mxint4"),)),
+    "int4-g128+int4-g32": ("int4-g32", (("down_proj", "int4-g128"),)),
+    "int4-g32+mxint4": ("int4-g32", (("o_proj", {"format": "mxint4"}),)),
     "mxfp4+mxfp8": ("mxfp4", (("re:.*0.self_attn.*", "mxfp8"),)),
     "nvint4+mxfp8+nvfp4": ("nvint4", (("o_proj", "mxfp8"), ("re:.*[qkv]_proj", "nvfp4"))),
 }
