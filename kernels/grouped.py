@@ -82,6 +82,7 @@ def grouped_w4a16_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """16-bit inputs; weights (EXPERTS, N, K/2) and their scale bytes as in ``w4a16_kernel``."""
@@ -118,6 +119,7 @@ def grouped_w4a16_kernel(
             BLOCK_K,
             1,
             STAGES,
+            SCALE_LOAD,
             INTERPRETED,
         )
         row = tl.arange(0, BLOCK_N)
@@ -169,6 +171,8 @@ def grouped_w4a4_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    X_SCALE_LOAD: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """4-bit inputs (rows of codes, of scale bytes and of global scales are gathered alike); as in
@@ -205,6 +209,8 @@ def grouped_w4a4_kernel(
             BLOCK_K,
             1,
             STAGES,
+            X_SCALE_LOAD,
+            SCALE_LOAD,
             INTERPRETED,
         )
         factor = tl.zeros((BLOCK_M,), tl.float32) + tl.load(global_scale_ptr + expert)

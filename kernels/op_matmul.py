@@ -23,6 +23,7 @@ from ptq.kernels.op_dequantize import dequantize_fp8
 from ptq.kernels.op_inputs import rotate_fp8
 from ptq.kernels.operands import PackedWeight, QuantizedInputs
 from ptq.kernels.operator import INTERPRETED, define, tile_for
+from ptq.kernels.scale_words import scale_load
 from ptq.kernels.tiles import Tile
 from ptq.kernels.w4a4 import w4a4_kernel, w4a4_tma_kernel
 from ptq.kernels.w4a16 import w4a16_kernel
@@ -102,11 +103,18 @@ def w4a16_constants(
         order = "words"
     if order == "fragments" and (tile.block_k % 128 or tile.block_n % 64):
         order = "words"
+    group = coverage.GROUP_SIZE[scale]
+    load = scale_load(tile.block_n, tile.block_k, group, k, tile.warps, tiled=tiled)
+    # where integers unpack into a register operand, scales that are taken apart take the weights
+    # through shared memory: MXINT4 on sm_120 read it 157 times a trip instead of 24, and spilled.
+    # Shifted ones of MXINT4 spilled in wide tiles of sm_90 as well.
+    if (order == "words" and not tiled) or (load == "shifted" and element == "int4"):
+        load = "bytes"
     return {
         "K": k,
         "ELEMENT": element,
         "SCALE": scale,
-        "GROUP": coverage.GROUP_SIZE[scale],
+        "GROUP": group,
         "ORDER": order,
         "TILED": tiled,
         # in a wide tile the compiler stores x a second time to permute it: 128 tokens × 64 rows
@@ -119,6 +127,7 @@ def w4a16_constants(
         "BLOCK_K": tile.block_k,
         "SPLIT": tile.split,
         "STAGES": tile.stages,
+        "SCALE_LOAD": load,
         "INTERPRETED": INTERPRETED,
     }
 
@@ -295,7 +304,11 @@ def w4a4_constants(
     }
     if tile.kernel == "w4a4_tma":
         return {**constants, "PROGRAMS": programs, "WARP_SPECIALIZE": not INTERPRETED}
-    return {**constants, "SWAP": tile.swap, "SPLIT": tile.split}
+    loads = {
+        name: scale_load(rows, tile.block_k, coverage.GROUP_SIZE[scale], k, tile.warps)
+        for name, rows in (("X_SCALE_LOAD", tile.block_m), ("SCALE_LOAD", tile.block_n))
+    }
+    return {**constants, **loads, "SWAP": tile.swap, "SPLIT": tile.split}
 
 
 def input_scales(inputs: QuantizedInputs) -> str:

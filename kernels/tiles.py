@@ -155,16 +155,30 @@ def choose(
         raise ValueError(
             f"the tile table of sm_{arch} has no row for {operation} {format}; run ptq bench --tune"
         )
-    if (nearest.n, nearest.k) == (n, k):
-        return nearest.tile
-    _log_missing(arch, operation, format, n, k, nearest.n, nearest.k)
-    if nearest.tile.split == 1 and (
-        nearest.operation == "grouped" or nearest.tile.kernel in ("dense", "w4a4_tma")
-    ):
-        return nearest.tile
-    return replace(
-        nearest.tile, split=split_rule(nearest.tile, tokens, n, k, sms or MULTIPROCESSORS[arch])
+    if (nearest.n, nearest.k) != (n, k):
+        _log_missing(arch, operation, format, n, k, nearest.n, nearest.k)
+    return _fitted(nearest, tokens, n, k, sms or MULTIPROCESSORS[arch])
+
+
+def choose_from(
+    table: Table, operation: str, format: str, tokens: int, n: int, k: int
+) -> Tile | None:
+    """What :func:`choose` would take if this were the table; None if it has no row for it."""
+    nearest = _nearest(table.rows, operation, format, bucket(tokens), n, k)
+    return (
+        None
+        if nearest is None
+        else _fitted(nearest, tokens, n, k, MULTIPROCESSORS[table.architecture])
     )
+
+
+def _fitted(nearest: Row, tokens: int, n: int, k: int, sms: int) -> Tile:
+    """The tile of a row for a shape that may be another."""
+    tile = nearest.tile
+    whole = nearest.operation == "grouped" or tile.kernel in ("dense", "w4a4_tma")
+    if (nearest.n, nearest.k) == (n, k) or (tile.split == 1 and whole):
+        return tile
+    return replace(tile, split=split_rule(tile, tokens, n, k, sms))
 
 
 def _nearest(
@@ -202,13 +216,15 @@ def split_rule(tile: Tile, tokens: int, n: int, k: int, sms: int) -> int:
     """How many programs share a tile's K: the smallest power of two that makes two programs per
     multiprocessor.
 
-    Each keeps at least 4 steps of K, all have the same number, and there are at most 16.
+    Each keeps at least 4 steps of K, and there are at most 16. All have the same number of whole
+    steps, unless K is no number of whole steps anyway, so that its end is masked.
     """
     tiles, split = -(-n // tile.block_n) * -(-tokens // tile.block_m), 1
+    masked = k % tile.block_k != 0
     while (
         tiles * split < 2 * sms
         and split < 16
-        and k % (2 * split * tile.block_k) == 0
+        and (masked or k % (2 * split * tile.block_k) == 0)
         and k // (2 * split * tile.block_k) >= 4
     ):
         split *= 2

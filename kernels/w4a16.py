@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ptq.kernels.codec import operand_factor, weight_operand, weight_operand_plain
 from ptq.kernels.epilogue import finish
+from ptq.kernels.scale_words import bytes_of_words, load_shifted
 
 # ---------------------------------------------------------------- orders of rows and columns
 
@@ -114,12 +115,14 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Σ over part ``part`` of SPLIT of K: fp32 (BLOCK_N, BLOCK_M), weight rows in ORDER, divided by
     ``operand_factor``.
 
     x_rows, packed_rows, scale_rows: pointers to the beginning of every row of the tile.
+    SCALE_LOAD: in what pieces scale bytes are read (``kernels/scale_words.py``).
     """
     half: tl.constexpr = x_rows.dtype.element_ty
     STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
@@ -141,29 +144,50 @@ def accumulate(
         SCALE_STEP: tl.constexpr = GROUPS
         word = words
         scale = groups
+    BY_WORDS: tl.constexpr = SCALE_LOAD == "words"
+    if BY_WORDS:
+        tl.static_assert(GROUPS % 4 == 0)
+        scale_words = tl.arange(0, GROUPS // 4)
+        if TILED:
+            UNIT_WORDS: tl.constexpr = UNIT_GROUPS // 4
+            scale = (scale_words // UNIT_WORDS) * (64 * UNIT_WORDS) + scale_words % UNIT_WORDS
+        else:
+            scale = scale_words
+        scale_rows = scale_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+        groups = scale_words * 4
+    SCALE_PIECE: tl.constexpr = SCALE_STEP // 4 if BY_WORDS else SCALE_STEP
     x_place = x_rows[:, None] + columns[None, :] + part * (STEPS * BLOCK_K)
     word_rows = packed_rows.to(tl.pointer_type(tl.int32), bitcast=True)
     word_place = word_rows[:, None] + word[None, :] + part * (STEPS * WORD_STEP)
-    scale_place = scale_rows[:, None] + scale[None, :] + part * (STEPS * SCALE_STEP)
+    scale_place = scale_rows[:, None] + scale[None, :] + part * (STEPS * SCALE_PIECE)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if EVEN_K:
             if EVEN_N:
                 packed = tl.load(word_place + step * WORD_STEP)
-                scale_bytes = tl.load(scale_place + step * SCALE_STEP)
             else:
-                mask = n_mask[:, None]
-                packed = tl.load(word_place + step * WORD_STEP, mask=mask, other=0)
-                scale_bytes = tl.load(scale_place + step * SCALE_STEP, mask=mask, other=0)
+                packed = tl.load(word_place + step * WORD_STEP, mask=n_mask[:, None], other=0)
+            if SCALE_LOAD != "shifted":
+                if EVEN_N:
+                    scale_bytes = tl.load(scale_place + step * SCALE_PIECE)
+                else:
+                    mask = n_mask[:, None]
+                    scale_bytes = tl.load(scale_place + step * SCALE_PIECE, mask=mask, other=0)
             x = tl.load(x_place + step * BLOCK_K, mask=x_mask[:, None], other=0.0)
         else:
             start = (part * STEPS + step) * BLOCK_K
             mask = n_mask[:, None] & (start // 8 + words[None, :] < K // 8)
             packed = tl.load(word_place + step * WORD_STEP, mask=mask, other=0)
-            mask = n_mask[:, None] & (start // GROUP + groups[None, :] < K // GROUP)
-            scale_bytes = tl.load(scale_place + step * SCALE_STEP, mask=mask, other=0)
+            if SCALE_LOAD != "shifted":
+                mask = n_mask[:, None] & (start // GROUP + groups[None, :] < K // GROUP)
+                scale_bytes = tl.load(scale_place + step * SCALE_PIECE, mask=mask, other=0)
             mask = x_mask[:, None] & (start + columns[None, :] < K)
             x = tl.load(x_place + step * BLOCK_K, mask=mask, other=0.0)
+        if SCALE_LOAD == "words":
+            scale_bytes = bytes_of_words(scale_bytes, BLOCK_N, GROUPS // 4)
+        elif SCALE_LOAD == "shifted":
+            first = (part * STEPS + step) * GROUPS
+            scale_bytes = load_shifted(scale_rows, first, n_mask, BLOCK_N, GROUPS, K // GROUP)
         if INTERPRETED:
             weight = weight_operand_plain(
                 packed, scale_bytes, BLOCK_N, BLOCK_K, GROUP, ELEMENT, SCALE, TILED
@@ -223,6 +247,7 @@ def w4a16_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT): those of one weight tile are neighbours, so
@@ -252,6 +277,7 @@ def w4a16_kernel(
         BLOCK_K,
         SPLIT,
         STAGES,
+        SCALE_LOAD,
         INTERPRETED,
     )
     row = tl.arange(0, BLOCK_N)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ptq.kernels.codec import decode, decode_scale, round_half, spread_scales, unpack_codes
 from ptq.kernels.epilogue import finish
+from ptq.kernels.scale_words import bytes_of_words, load_shifted
 
 
 @triton.jit
@@ -62,6 +63,37 @@ def _dot_scaled(
 
 
 @triton.jit
+def _scales(
+    scale_ptr,
+    row,
+    mask,
+    first,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALL: tl.constexpr,
+    LOAD: tl.constexpr,
+):
+    """Scales (ROWS, GROUPS) of the groups from ``first`` on, of rows with ALL of them, read in the
+    pieces that LOAD says (``kernels/scale_words.py``)."""
+    kind: tl.constexpr = scale_ptr.dtype.element_ty
+    if LOAD == "bytes":
+        groups = first + tl.arange(0, GROUPS)[None, :]
+        mask = mask & (groups < ALL)
+        scales = tl.load(scale_ptr + row * ALL + groups, mask=mask, other=0.0)
+    elif LOAD == "words":
+        words = first // 4 + tl.arange(0, GROUPS // 4)[None, :]
+        word_ptr = scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        mask = mask & (words < ALL // 4)
+        read = tl.load(word_ptr + row * (ALL // 4) + words, mask=mask, other=0)
+        scales = bytes_of_words(read, ROWS, GROUPS // 4).to(kind, bitcast=True)
+    else:
+        rows = (scale_ptr + row * ALL).reshape(ROWS)
+        scales = load_shifted(rows, first, mask.reshape(ROWS), ROWS, GROUPS, ALL)
+        scales = scales.to(kind, bitcast=True)
+    return scales
+
+
+@triton.jit
 def accumulate(
     x_ptr,
     x_scale_ptr,
@@ -81,6 +113,8 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    X_SCALE_LOAD: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Σ over part ``part`` of SPLIT of K, without global scales: fp32 (BLOCK_M, BLOCK_N), turned
@@ -91,23 +125,23 @@ def accumulate(
     """
     STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
     EVEN_K: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         halves = (part * STEPS + step) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
-        groups = (part * STEPS + step) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[
-            None, :
-        ]
-        x_ok, w_ok, xs_ok, ws_ok = x_mask, w_mask, x_mask, w_mask
+        x_ok, w_ok = x_mask, w_mask
         if not EVEN_K:
             x_ok, w_ok = x_mask & (halves < K // 2), w_mask & (halves < K // 2)
-            xs_ok, ws_ok = x_mask & (groups < K // GROUP), w_mask & (groups < K // GROUP)
         x = tl.load(x_ptr + x_row * (K // 2) + halves, mask=x_ok, other=0)
         w = tl.load(packed_ptr + w_row * (K // 2) + halves, mask=w_ok, other=0)
-        x_scale = tl.load(x_scale_ptr + x_row * (K // GROUP) + groups, mask=xs_ok, other=0.0)
-        w_scale = tl.load(scale_ptr + w_row * (K // GROUP) + groups, mask=ws_ok, other=0.0)
+        first = (part * STEPS + step) * GROUPS
+        x_scale = _scales(
+            x_scale_ptr, x_row, x_mask, first, BLOCK_M, GROUPS, K // GROUP, X_SCALE_LOAD
+        )
+        w_scale = _scales(scale_ptr, w_row, w_mask, first, BLOCK_N, GROUPS, K // GROUP, SCALE_LOAD)
         if SWAP:
             acc = _dot_scaled(
                 w, w_scale, x, x_scale, acc, BLOCK_N, BLOCK_M, BLOCK_K, GROUP, SCALE, INTERPRETED
@@ -144,6 +178,8 @@ def w4a4_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    X_SCALE_LOAD: tl.constexpr,
+    SCALE_LOAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT). E4M3 scales are fp8 pointers (bytes when
@@ -173,6 +209,8 @@ def w4a4_kernel(
         BLOCK_K,
         SPLIT,
         STAGES,
+        X_SCALE_LOAD,
+        SCALE_LOAD,
         INTERPRETED,
     )
     ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M

@@ -17,7 +17,7 @@ from ptq.kernels.op_dequantize import BLOCK_K, BLOCK_N, dequantize_constants
 from ptq.kernels.op_grouped import grouped_constants, w4a4_tile
 from ptq.kernels.op_inputs import Variant, quantize_constants, quantize_tile
 from ptq.kernels.op_matmul import w4a4_constants, w4a16_constants
-from ptq.kernels.operands import Encoding
+from ptq.kernels.operands import UNIT_COLUMNS, UNIT_ROWS, Encoding
 from ptq.kernels.quantize import rotate_quantize_kernel
 from ptq.kernels.tiles import Row, Tile
 from ptq.kernels.w4a4 import w4a4_kernel, w4a4_tma_kernel
@@ -61,6 +61,9 @@ DEQUANTIZE = {
     "N": "i32:16",
 }
 LONG, WIDE, EXPERTS = 14336, 6144, 64  # K: long enough that no loop is unrolled away
+# (out, in) of layers as models have them, so that tiles get the splits that they get there: the
+# short and the long side of Llama-3.1-8B, and gpt-oss, whose 2880 columns are no whole tiles
+REAL = ((6144, 4096), (4096, 14336), (5120, 2880))
 # (out, in), and one that is a multiple of no tile
 SHAPE, ODD_SHAPE = (WIDE, LONG), (WIDE + 8, LONG + 32)
 # Formats of inputs and the rotation that is usual with them.
@@ -78,6 +81,7 @@ class Case:
         items: weights per trip of the loop, or elements per program.
         loop: whether instructions are counted in the main loop.
         mma: what the tensor-core instruction has to contain; empty if there need be none.
+        programs: how many a launch for the sizes in its name has; 0 where it names none.
     """
 
     name: str
@@ -90,6 +94,13 @@ class Case:
     loop: bool
     mma: str
     fp_fusion: bool = True
+    programs: int = 0
+
+    @property
+    def builds(self) -> tuple[object, ...]:
+        """The same for two cases that compile to the same."""
+        constants, types = frozenset(self.constants.items()), frozenset(self.signature.items())
+        return id(self.kernel), constants, types, self.warps, self.stages
 
 
 # ---------------------------------------------------------------- matmuls
@@ -195,6 +206,52 @@ def row_cases(arch: int, row: Row, *, variants: bool) -> Iterator[Case]:
         inputs = "token" if fmt == "nvfp4" else "none"
         for k in (SHAPE[1], ODD_SHAPE[1]):
             yield w4a4_case(fmt, tile, arch=arch, bias=True, inputs=inputs, experts_k=k)
+
+
+def real_cases(arch: int, operation: str, fmt: str, tokens: int) -> Iterator[Case]:
+    """What is launched for so many tokens on layers as models have them: with the tile and the
+    split of that layer, and one token as a constant, as Triton compiles it.
+
+    That M is a multiple of 16, which Triton compiles for itself too, changes no address.
+    """
+    shapes = {(row.n, row.k) for row in tiles.table(arch).rows if row.microseconds}
+    for n, k in dict.fromkeys((*REAL, *sorted(shapes))):
+        tile = tiles.choose(arch, operation, fmt, tokens, n, k)
+        if tile.kernel in ("w4a16", "w4a4"):
+            yield real_case(fmt, tile, arch=arch, operation=operation, tokens=tokens, n=n, k=k)
+
+
+def real_case(
+    fmt: str, tile: Tile, *, arch: int, operation: str, tokens: int, n: int, k: int
+) -> Case:
+    """The matmul of ``tokens`` rows with a weight of ``n`` × ``k``, by ``tile``."""
+    element, scale = PARTS[fmt]
+    types = dict(POINTERS)
+    if operation == "w4a4":
+        constants = w4a4_constants(k, scale, tile, bias=False, inputs="tensor")
+        kernel, mma = w4a4_kernel, FP4_MMA[arch]
+        scales = "*fp8e4nv" if scale == "e4m3" else "*u8"
+        types |= {"x_ptr": "*u8", "x_scale_ptr": scales, "scale_ptr": scales}
+        types |= {"x_global_ptr": "*fp32"}
+    else:
+        units = arch in gpu.UNIT_ARCHITECTURES and n % UNIT_ROWS == 0 and k % UNIT_COLUMNS == 0
+        constants = w4a16_constants(n, k, element, scale, tile, bias=False, tiled=units)
+        kernel, mma = w4a16_kernel, MMA[arch]
+        if operation == "grouped":
+            constants = grouped_constants(constants, EXPERTS, gather=True)
+            kernel = grouped_w4a16_kernel
+    words = [operation, fmt, f"{tokens}x{n}x{k}", "by", _size(tile), f"split {tile.split}"]
+    case = _matmul(" ".join(words), kernel, tile, constants, types, mma)
+    # a loop that is no longer than what it loads ahead is unrolled
+    steps = -(-k // (tile.block_k * tile.split))
+    case = replace(case, loop=steps > tile.stages)
+    programs = -(-tokens // tile.block_m) * -(-n // tile.block_n) * tile.split
+    if operation == "grouped":  # as many tokens for each expert
+        return replace(case, programs=programs * EXPERTS)
+    if tokens == 1:
+        signature = {name: kind for name, kind in case.signature.items() if name != "M"}
+        case = replace(case, signature=signature, constants={**case.constants, "M": 1})
+    return replace(case, programs=programs)
 
 
 # ---------------------------------------------------------------- inputs and dense copies
@@ -313,6 +370,12 @@ def cases(arch: int, *, all_rows: bool) -> Iterator[Case]:
         yield dequantize_case("mxfp4", arch=arch, fp8=True)
     if not all_rows:
         return
+    built: set[object] = set()
+    for key in dict.fromkeys((row.operation, row.format, row.tokens) for row in rows):
+        for case in real_cases(arch, *key) if key[0] != "w4a4_blocked" else ():
+            if case.builds not in built:
+                built.add(case.builds)
+                yield case
     first = next(row.tile for row in rows if (row.operation, row.tokens) == ("w4a16", 1))
     for fmt in ("nvfp4", "nvint4"):
         yield w4a16_case(fmt, first, arch=arch, half=torch.float16)

@@ -20,7 +20,7 @@ import triton
 
 from ptq.bench.compile_cases import Case, cases
 from ptq.bench.compile_without_gpu import SHARED_MEMORY, Compiled, compile_for
-from ptq.kernels.gpu import FAMILIES
+from ptq.kernels.gpu import FAMILIES, MULTIPROCESSORS
 
 # Spills that are known and bearable, in bytes per thread, by (architecture, case): none.
 SPILLS: dict[tuple[int, str], int] = {}
@@ -33,6 +33,9 @@ class Result:
     Attributes:
         compiled: None where the compiler failed.
         per_item: instructions per weight or element, see ``Case.items``.
+        waves: how often the multiprocessors are filled by the programs of a launch, which run at
+            the same time as far as registers and shared memory go; 0 where the case names no
+            layer.
     """
 
     architecture: int
@@ -41,6 +44,7 @@ class Result:
     problems: list[str]
     compiled: Compiled | None = None
     per_item: float = 0.0
+    waves: float = 0.0
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: the counts that tests look at."""
@@ -58,6 +62,10 @@ class Result:
             "spill": self.compiled.spill,
             "shared": self.compiled.shared,
             "mma": list(self.compiled.mma),
+            "resident": self.compiled.resident,
+            "waves": round(self.waves, 2),
+            "plain_loads": self.compiled.plain_loads,
+            "loop_instructions": sum(self.compiled.loop.values()),
             "loop": {family: self.compiled.count(family) for family in families},
             "div_full": "div.full" in self.compiled.ptx,
             "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", self.compiled.ptx)),
@@ -93,12 +101,15 @@ def build(arch: int, case: Case) -> Result:
         problems=judge(arch, case, compiled),
         compiled=compiled,
         per_item=compiled.per(case.items, loop=case.loop),
+        waves=case.programs / (MULTIPROCESSORS[FAMILIES[arch]] * max(1, compiled.resident)),
     )
 
 
 def judge(arch: int, case: Case, compiled: Compiled) -> list[str]:
     """What is wrong with a compiled case."""
-    problems = compiled.problems(case.mma, spill=SPILLS.get((arch, case.name), 0))
+    problems = compiled.problems(
+        case.mma, spill=SPILLS.get((arch, case.name), 0), plain_loads=excused_loads(case)
+    )
     if arch == 80 and compiled.shared > SHARED_MEMORY[86]:
         problems.append(
             f"shared memory {compiled.shared} is too much for sm_86 and sm_89, which share the "
@@ -109,10 +120,23 @@ def judge(arch: int, case: Case, compiled: Compiled) -> list[str]:
     return problems
 
 
+def excused_loads(case: Case) -> int:
+    """How many plain loads the main loop may have: those of scales that are read by bytes (the
+    reason is at ``w4a16_constants``) although rows of them begin at no multiple of four, or a step
+    has less than four. At most one for each byte that a thread gets."""
+    sizes = {name: value for name, value in case.constants.items() if isinstance(value, int)}
+    if "ELEMENT" not in case.constants or case.constants.get("SCALE_LOAD") != "bytes":
+        return 0
+    groups = [sizes[name] // sizes["GROUP"] for name in ("K", "BLOCK_K")]
+    whole = not any(count % 4 for count in groups)
+    return 0 if whole else sizes["BLOCK_N"] * groups[1] // (32 * case.warps)
+
+
 def line(result: Result) -> str:
     """A result for people to read."""
     data = result.to_dict()
-    facts = [f"{key} {data[key]}" for key in ("registers", "spill", "shared") if key in data]
+    named = ("registers", "spill", "shared", "plain_loads", "resident", "waves")
+    facts = [f"{key} {data[key]}" for key in named if data.get(key) is not None]
     return "  ".join(
         [
             f"sm_{result.architecture:<3d} {result.name:46s} {result.per_item:6.2f}",

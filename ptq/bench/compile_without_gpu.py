@@ -33,6 +33,12 @@ SHARED_MEMORY = {
     120: 101376,
     121: 101376,
 }
+# Of a multiprocessor: registers, bytes of shared memory (each program takes 1 KiB more than it asks
+# for), warps and programs, as the CUDA C++ programming guide lists them by compute capability.
+REGISTERS = 65536
+SHARED_MEMORY_OF_ALL = {capability: size + 1024 for capability, size in SHARED_MEMORY.items()}
+WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48, 121: 48}
+PROGRAMS = {80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 100: 32, 103: 32, 120: 24, 121: 24}
 
 _INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)"
@@ -75,12 +81,32 @@ class Compiled:
         counter = self.loop if loop else self.instructions
         return sum(n for name, n in counter.items() if name.split(".")[0] == family)
 
-    def problems(self, mma: str = "", *, spill: int = 0) -> list[str]:
-        """What disqualifies the kernel: shared memory, more spilled bytes than ``spill``, another
-        MMA, flushing."""
+    @property
+    def plain_loads(self) -> int:
+        """Loads in the main loop that go to registers: the loop waits for each of them, where
+        copies to shared memory are made some trips ahead."""
+        return self.count("LDG")
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at a time, by registers (given to a warp in pieces
+        of 256), shared memory, warps and their own number."""
+        of_a_warp = -(-self.registers * 32 // 256) * 256
+        return min(
+            REGISTERS // (of_a_warp * self.warps),
+            SHARED_MEMORY_OF_ALL[self.architecture] // (self.shared + 1024),
+            WARPS[self.architecture] // self.warps,
+            PROGRAMS[self.architecture],
+        )
+
+    def problems(self, mma: str = "", *, spill: int = 0, plain_loads: int = 0) -> list[str]:
+        """What disqualifies the kernel: shared memory, more spilled bytes than ``spill``, more than
+        so many plain loads in the main loop, another MMA, flushing."""
         limit, problems = SHARED_MEMORY[self.architecture], []
         if self.shared > limit:
             problems.append(f"shared memory {self.shared} > {limit}")
+        if self.plain_loads > plain_loads:
+            problems.append(f"{self.plain_loads} plain loads in the main loop")
         if self.spill > spill:
             problems.append(f"spills {self.spill} bytes")
         if mma and not any(mma in name for name in self.mma):

@@ -119,6 +119,17 @@ def test_matmuls_per_expert_use_fp4_tensor_cores_and_no_others() -> None:
         assert result["mma"] and all("kind::mxf4nvf4" in name for name in result["mma"])
 
 
+def test_no_loop_waits_for_the_scales_of_wide_tiles() -> None:
+    """Two bytes for each thread, of real sizes; of one token in a row of 2880, which is no multiple
+    of four groups."""
+    pytest.importorskip("triton")
+    results = compile_all("90", "--all", "--only", "w4a16 mxfp4 128x6144x4096")
+    results |= compile_all("90", "--all", "--only", "w4a16 mxfp4 1x5120x2880")
+    assert len(results) == 2 and not problems(results)
+    assert all(r["plain_loads"] == 0 and r["loop_instructions"] > 0 for r in results.values())
+    assert all(r["resident"] >= 1 and r["waves"] > 0 for r in results.values())
+
+
 def test_instructions_are_those_that_were_recorded(compiled) -> None:
     major, minor = version()
     stored = json.loads(STORED.read_text(encoding="utf-8")).get(f"{major}.{minor}")

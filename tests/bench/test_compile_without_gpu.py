@@ -34,7 +34,7 @@ FINE = Compiled(
     warps=4,
     mma=("wgmma.mma_async.sync",),
     instructions=Counter({"LDG.E": 4, "STS.128": 2, "STSM": 1}),
-    loop=Counter({"LDG.E": 2, "STS": 1}),
+    loop=Counter({"LDGSTS.E": 2, "STS": 1}),
     ptx="",
 )
 
@@ -59,6 +59,7 @@ def test_instructions_are_counted_per_item_and_by_family() -> None:
         ({"mma": ()}, "no wgmma but no tensor-core instruction"),
         ({"mma": ("mma.sync",)}, "no wgmma but mma.sync"),
         ({"ptx": "mul.ftz.f32"}, "flushes subnormals"),
+        ({"loop": Counter({"LDG.E.U8": 1, "LDGSTS.E": 2})}, "1 plain loads in the main loop"),
     ],
 )
 def test_what_disqualifies_a_kernel_is_named(change: dict[str, object], problem: str) -> None:
@@ -66,3 +67,19 @@ def test_what_disqualifies_a_kernel_is_named(change: dict[str, object], problem:
     problems = replace(FINE, **change).problems("wgmma")
     assert len(problems) == 1 and problem in problems[0]
     assert "spill" not in change or not replace(FINE, **change).problems("wgmma", spill=8)
+    assert "loop" not in change or not replace(FINE, **change).problems("wgmma", plain_loads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "programs"),
+    [
+        ({}, 4),  # 128 registers of 128 threads: a quarter of 65536
+        ({"registers": 129}, 3),  # warps get registers in pieces of 256
+        ({"shared": 70 * 1024}, 3),
+        ({"registers": 32, "warps": 32}, 2),
+        ({"registers": 16, "warps": 1}, 32),
+        ({"architecture": 120, "shared": 40 * 1024}, 2),
+    ],
+)
+def test_how_many_programs_a_multiprocessor_holds(change: dict[str, object], programs: int) -> None:
+    assert replace(FINE, **change).resident == programs

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ptq.kernels import gpu, operator
+from ptq.kernels import gpu, op_matmul, operator
 from ptq.kernels.op_dequantize import dequantize_fp8
 from ptq.kernels.op_inputs import rotate, rotate_fp8, rotate_quantize
 from ptq.kernels.op_matmul import (
@@ -106,6 +106,31 @@ def test_w4a16_in_float16(random_weight) -> None:
     assert error(y, reference) < 2.0**-11
 
 
+@pytest.mark.parametrize(
+    ("order", "block_n", "block_k", "k", "load"),
+    [
+        ("fragments", 64, 128, 256, "words"),
+        ("natural", 128, 128, 320, "shifted"),  # ten groups in a row
+        ("fragments", 64, 128, 96, "shifted"),  # three: rows begin at any byte
+        ("natural", 64, 64, 256, "shifted"),  # two to a step
+        ("words", 64, 128, 320, "bytes"),
+    ],
+)
+def test_scales_are_the_same_in_whatever_pieces_they_are_read(
+    order: str, block_n: int, block_k: int, k: int, load: str, random_weight, monkeypatch
+) -> None:
+    """Bit for bit, for sums of the same numbers in the same order."""
+    _, packed = random_weight(FORMATS["mxfp4"], 100, k)
+    monkeypatch.setattr(op_matmul, "NEW_ASSEMBLER", True)
+    tile = Tile(kernel="w4a16", block_n=block_n, block_k=block_k, order=order, stages=2)
+    x = torch.randn(5, k, dtype=torch.bfloat16)
+    chosen = op_matmul.w4a16_constants(100, k, "e2m1", "e8m0", tile, bias=False)["SCALE_LOAD"]
+    assert chosen == load
+    read = run_w4a16(tile, x, packed)
+    monkeypatch.setattr(op_matmul, "scale_load", lambda *_, **__: "bytes")
+    assert torch.equal(run_w4a16(tile, x, packed), read)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 256), (256,), (1, 256)])
 def test_leading_dimensions_pass_through(shape, random_weight) -> None:
     _, packed = random_weight(FORMATS["nvint4"], 40, 256)
@@ -190,6 +215,26 @@ def test_w4a4_is_the_product_of_the_dequantized_operands(
 @pytest.mark.skipif(
     not NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
 )
+@pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
+@pytest.mark.parametrize(("block_k", "k"), [(128, 320), (256, 320), (256, 512), (64, 96)])
+def test_both_scales_are_the_same_in_whatever_pieces_they_are_read(
+    fmt4: Format, block_k: int, k: int, random_weight, monkeypatch
+) -> None:
+    _, x = random_weight(fmt4, 5, k)
+    _, w = random_weight(fmt4, 72, k)
+    inputs = QuantizedInputs(x.packed, x.scale_bits, None)
+    tile = Tile(kernel="w4a4", block_n=64, block_k=block_k, swap=True, stages=2)
+
+    def run() -> torch.Tensor:
+        out = torch.full((5, 72), torch.nan)
+        launch_w4a4(inputs, w, None, out, tile)
+        return out
+
+    read = run()
+    monkeypatch.setattr(op_matmul, "scale_load", lambda *_, **__: "bytes")
+    assert torch.equal(run(), read)
+
+
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
 @pytest.mark.parametrize(("m", "n", "k"), [(130, 136, 256)])
 def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight) -> None:
