@@ -7,10 +7,9 @@ turns, so that they share thermal drift (K4). On a CPU calls are timed one by on
 """
 
 import importlib.util
-import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +20,6 @@ from torch.nn.functional import linear
 
 from ptq.kernels import coverage, gpu
 from ptq.kernels.operands import Encoding, PackedWeight, QuantizedInputs
-from ptq.kernels.tiles import Tile
-
-log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------- what is timed
 
@@ -317,80 +313,6 @@ def _looped(calls: list[Call]) -> Callable[[], float]:
 
     run()
     return run
-
-
-@torch.inference_mode()
-def time_tiles(
-    operation: str,
-    fmt: str,
-    tokens: int,
-    n: int,
-    k: int,
-    tiles: Sequence[Tile],
-    device: torch.device,
-) -> list[tuple[float, Tile]]:
-    """(median seconds, tile) of the candidates of ``tune.py``, those that do not fit or that the
-    compiler cannot build left out.
-
-    Args:
-        operation: ``w4a16`` or ``w4a4``.
-        fmt: a name of ``coverage.FORMATS``.
-        device: the current CUDA device.
-
-    Raises:
-        RuntimeError: no candidate ran.
-    """
-    from triton.errors import TritonError
-
-    element, scale = next(parts for parts, name in coverage.FORMATS.items() if name == fmt)
-    problem = Problem(
-        tokens=tokens,
-        n=n,
-        k=k,
-        element=element,
-        scale=scale,
-        rotation=16,
-        device=device,
-        copies=copies_for(n * k // 2, device),
-    )
-    prepare = _tile_calls(operation, problem)
-    timed: list[tuple[float, Tile]] = []
-    for tile in tiles:
-        try:
-            seconds = time_calls({"": prepare(tile)}, device, 20)[""]
-        except (TritonError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PassManager" not in str(error):
-                raise  # of the device, not of the compiler
-            log.info("left out %s: %s", tile, str(error).partition("\n")[0])
-            continue
-        timed.append((statistics.median(seconds), tile))
-    if not timed:
-        raise RuntimeError(
-            f"no tile for {operation} {fmt} {tokens} tokens {n}×{k} fits this device"
-        )
-    return timed
-
-
-def _tile_calls(operation: str, problem: Problem) -> Callable[[Tile], list[Call]]:
-    """A function from a tile to one call per copy of the weight."""
-    from ptq.kernels.op_dequantize import dequantize
-    from ptq.kernels.op_inputs import rotate_quantize
-    from ptq.kernels.op_matmul import launch_w4a4, launch_w4a16
-
-    x, weights = problem.inputs(), problem.weights()
-    out = torch.empty(problem.tokens, problem.n, dtype=x.dtype, device=x.device)
-    if operation == "w4a4":
-        t = input_global_scale(problem.device)
-        inputs = rotate_quantize(x, problem.rotation, problem.encoding, t)
-        return lambda tile: [partial(launch_w4a4, inputs, w, None, out, tile) for w in weights]
-    weights = [served(weight) for weight in weights]
-
-    def calls(tile: Tile) -> list[Call]:
-        if tile.kernel == "dense":
-            return [lambda w=w: linear(x, dequantize(w)) for w in weights]
-        return [partial(launch_w4a16, x, w, None, out, tile) for w in weights]
-
-    return calls
 
 
 @torch.inference_mode()

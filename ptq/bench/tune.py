@@ -1,20 +1,19 @@
 """Where the tile tables of ``kernels/configs`` come from: timings on the GPU at hand, or, without
 one, rules of thumb.
 
-``ptq bench --tune`` rewrites the table of this GPU.
+``ptq bench --tune`` rewrites the table of this GPU, by the search of :mod:`ptq.bench.tile_search`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from ptq.bench import timing
+from ptq.bench.shapes import EXPERT, Layer
+from ptq.bench.tuning_log import Work
 from ptq.kernels import tiles
-from ptq.kernels.gpu import MULTIPROCESSORS
+from ptq.kernels.gpu import FP4_ARCHITECTURES, MULTIPROCESSORS
 from ptq.kernels.tiles import BUCKETS, Row, Table, Tile, split_rule
 
 W4A16_FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxint4")
@@ -108,31 +107,43 @@ def untimed(arch: int) -> Table:
     )
 
 
-# ---------------------------------------------------------------- timings
+# ---------------------------------------------------------------- what is timed
 
 
-def candidates(arch: int, operation: str, fmt: str, tokens: int, n: int, k: int) -> Iterator[Tile]:
-    """Tiles worth timing: the rule of thumb and its neighbours in width, stages and splits."""
-    if operation == "w4a16":
-        base = w4a16_tile(arch, fmt, tokens)
-        yield Tile(kernel="dense")
-        if base.kernel == "dense":
-            return
-    else:
-        base = w4a4_tile(arch, tokens)
-    for block_n in (64, 128):
-        for stages in (3, 4, 5, 6):
-            tile = replace(base, block_n=block_n, stages=stages)
-            ruled = split_rule(tile, tokens, n, k, MULTIPROCESSORS[arch])
-            for split in {1, max(ruled // 2, 1), ruled, min(2 * ruled, 16)}:
-                if split == 1 or k % (split * tile.block_k) == 0:
-                    yield replace(tile, split=split)
+def starts(table: Table, work: Work) -> list[Tile]:
+    """Tiles that a search begins with: the one that the table has for it, the rule of thumb, and
+    for 16-bit inputs the library's product."""
+    arch = table.architecture
+    shape = (work.operation, work.format, work.tokens, work.n, work.k)
+    used = tiles.choose_from(table, *shape)
+    ruled = _rule(arch, work)
+    if ruled.kernel in ("w4a16", "w4a4") and work.operation != "grouped":
+        sms = MULTIPROCESSORS[arch]
+        ruled = replace(ruled, split=split_rule(ruled, work.tokens, work.n, work.k, sms))
+    found = [] if used is None else [used]
+    found.append(ruled)
+    if work.operation == "w4a16":
+        found.append(Tile(kernel="dense"))
+        if ruled.kernel == "dense":  # a search needs a tile to go on from
+            widest = w4a16_tile(arch, work.format, FUSED_UP_TO[arch])
+            found.append(widest)
+    return list(dict.fromkeys(found))
+
+
+def _rule(arch: int, work: Work) -> Tile:
+    if work.operation == "w4a16":
+        return w4a16_tile(arch, work.format, work.tokens)
+    if work.operation == "grouped":
+        return w4a16_tile(arch, work.format, min(work.tokens, FUSED_UP_TO[arch]))
+    return w4a4_tile(arch, work.tokens) if work.operation == "w4a4" else blocked_tile(work.tokens)
 
 
 def problems(
-    arch: int, shapes: Iterable[tuple[int, int]], formats: Sequence[str], tokens: Sequence[int]
-) -> list[tuple[str, str, int, int, int]]:
-    """(operation, format, tokens, out, in) of everything that :func:`tune` times.
+    arch: int, layers: Iterable[Layer], formats: Sequence[str], tokens: Sequence[int]
+) -> list[Work]:
+    """Everything that is tuned for these layers: of experts what runs one product for each, of
+    others with 16-bit inputs and, where FP4 numbers are multiplied, with quantized ones; their
+    scales in blocks where sm_100 wants them.
 
     Raises:
         ValueError: a token count without a row in the tables.
@@ -142,35 +153,23 @@ def problems(
             f"the tile tables have no row for {other[0]} tokens; tune "
             f"{', '.join(map(str, BUCKETS))}"
         )
-    weights = sorted(set(shapes))
+    kinds = {(name.startswith(EXPERT), n, k) for name, n, k in layers}
     return [
-        (operation, fmt, count, n, k)
+        Work(operation, fmt, count, n, k)
         for fmt in formats
-        for operation in (("w4a16", "w4a4") if arch >= 100 and fmt in FP4 else ("w4a16",))
         for count in tokens
-        for n, k in weights
+        for expert, n, k in sorted(kinds)
+        for operation in _operations(arch, fmt, count, expert=expert)
     ]
 
 
-def tune(
-    arch: int, work: Iterable[tuple[str, str, int, int, int]], device: torch.device
-) -> Iterator[Row]:
-    """The fastest candidate of each of :func:`problems`, timed on ``device``."""
-    for operation, fmt, tokens, n, k in work:
-        worth_timing = list(candidates(arch, operation, fmt, tokens, n, k))
-        with timing.current(device):
-            timed = timing.time_tiles(operation, fmt, tokens, n, k, worth_timing, device)
-        seconds, tile = min(timed, key=lambda pair: pair[0])
-        microseconds = round(seconds * 1e6, 2)
-        yield Row(
-            operation=operation,
-            format=fmt,
-            tokens=tokens,
-            n=n,
-            k=k,
-            tile=tile,
-            microseconds=microseconds,
-        )
+def _operations(arch: int, fmt: str, tokens: int, *, expert: bool) -> list[str]:
+    found = ["grouped" if expert else "w4a16"]
+    if arch in FP4_ARCHITECTURES and fmt in FP4:
+        found.append("w4a4")
+        if arch == 100 and tokens > 64 and not expert:  # as ``op_matmul.wants_blocked_scales``
+            found.append("w4a4_blocked")
+    return found
 
 
 # ---------------------------------------------------------------- tables
@@ -192,6 +191,11 @@ def updated(table: Table, row: Row, device: str) -> Table:
 def path(arch: int) -> Path:
     """The file of an architecture's table."""
     return tiles.CONFIGS / f"sm{arch}.json"
+
+
+def log_path(arch: int) -> Path:
+    """The file of what was timed for it."""
+    return tiles.CONFIGS / f"sm{arch}.tuning.jsonl"
 
 
 def write(table: Table) -> Path:

@@ -25,6 +25,7 @@ SMALL: tuple["Layer", ...] = (("square", 512, 512), ("wide", 1024, 256))
 CPU_TOKENS = (1, 16, 128)
 MOST_TOKENS = 1 << 20  # rows of the inputs of a layer; a prefill has thousands
 REPEATS = {"cuda": 30, "cpu": 10}
+TUNE_SECONDS = 3600
 
 
 @guarded
@@ -103,6 +104,14 @@ def bench(
         bool,
         typer.Option("--tune", help="Time tiles of the kernels and rewrite the table of this GPU."),
     ] = False,
+    tune_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            show_default=str(TUNE_SECONDS),
+            help="How long --tune may take; called again it goes on from its log.",
+        ),
+    ] = None,
     json: Annotated[
         bool,
         typer.Option(
@@ -131,10 +140,12 @@ def bench(
         if refused := [name for name, value in others.items() if value]:
             raise ValueError(
                 f"{refused[0]} does not go with --tune, which takes models, --tokens, --format, "
-                "--device"
+                "--device, --tune-seconds"
             )
-        tune_tables(models, tokens, format, device, quiet)
+        tune_tables(models, tokens, format, device, tune_seconds, quiet)
         return
+    if tune_seconds is not None:
+        raise ValueError("--tune-seconds says how long --tune may take: give --tune as well")
 
     from ptq.bench import speed_report
     from ptq.bench.layers import TOKENS, Plan, measured_limits
@@ -331,21 +342,31 @@ def tune_tables(
     tokens: Sequence[str] | None,
     formats: Sequence[str] | None,
     device: str | None,
+    seconds: float | None,
     quiet: bool,
 ) -> None:
-    """Rewrite this GPU's table, row by row: an interruption keeps those that are timed.
+    """Search for fast tiles for so many seconds and rewrite this GPU's table, row by row; what is
+    timed stays in a log beside it, where the next call goes on.
 
     Raises:
-        ValueError: no GPU that runs the kernels, or a choice without a row in the tables.
+        ValueError: no GPU that runs the kernels, a choice without a row in the tables, no time, or
+            a log that does not belong to this GPU and these kernels.
     """
+    import time
+    from functools import partial
+
     import torch
 
-    from ptq.bench import tune
+    from ptq.bench import tile_search, tile_timing, tune
     from ptq.bench.layers import Plan
     from ptq.bench.measurement import Limits
+    from ptq.bench.tuning_log import TuningLog
     from ptq.cli import display, progress
     from ptq.kernels import gpu, tiles
 
+    seconds = TUNE_SECONDS if seconds is None else seconds
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--tune-seconds {seconds:g}: give a number of seconds above 0")
     place = find_place(None, device)
     assert not isinstance(place, Limits)
     arch = gpu.architecture(place) if gpu.available(place) else None
@@ -354,23 +375,33 @@ def tune_tables(
             "--tune needs an NVIDIA GPU of compute capability 8.0 or more, and Triton; it found "
             "none here"
         )
-    counts, names = (
-        parse_tokens(tokens) or tiles.BUCKETS,
-        listed(formats) or Plan.formats,
-    )
-    plans = [
-        Plan(model=model, layers=layers, tokens=counts, formats=names, rotation=16)
-        for model, layers in find_layers(models).items()
-    ]
-    work = tune.problems(arch, [(n, k) for plan in plans for _, n, k in plan.layers], names, counts)
+    layers = [layer for found in find_layers(models).values() for layer in found]
+    names = listed(formats) or Plan.formats
+    Plan(model="", layers=(), tokens=(1,), formats=names, rotation=16)  # refuses unknown formats
+    work = tune.problems(arch, layers, names, parse_tokens(tokens) or tiles.BUCKETS)
     table, file = tune.current(arch), tune.path(arch)
     require_writable(file)
-    name = torch.cuda.get_device_name(place)
+    log = TuningLog(tune.log_path(arch), torch.cuda.get_device_name(place))
+    kept: set[object] = set()
     with progress.bar(quiet, "tuning") as step:
-        for done, row in enumerate(tune.tune(arch, work, place), 1):
-            table = tune.updated(table, row, name)
+
+        def keep(row: tiles.Row) -> None:
+            nonlocal table
+            table = tune.updated(table, row, torch.cuda.get_device_name(place))
             tune.write(table)
+            kept.add((row.operation, row.format, row.tokens, row.n, row.k))
             what = f"{row.operation} {row.format} {row.tokens} tokens {row.n}×{row.k}"
-            step(done, len(work), f"{what}: {row.microseconds} µs, {row.tile}")
+            step(len(kept), len(work), f"{what}: {row.microseconds} µs, {row.tile}")
+
+        left = tile_search.tune(
+            arch,
+            [(one, tune.starts(table, one)) for one in work],
+            partial(tile_timing.timer, device=place),
+            log,
+            keep,
+            seconds=seconds,
+            clock=time.monotonic,
+        )
     if not quiet:
-        display.note(f"{len(work)} rows of {file} are timed now")
+        rest = f"; {left} could go on: call it again" if left else ""
+        display.note(f"{len(kept)} rows of {file} are timed now{rest} (log: {log.path})")

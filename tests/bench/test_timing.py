@@ -1,14 +1,11 @@
 """What is timed for which GPU, and that it runs; timing itself on tiny shapes on the CPU."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from ptq.bench import timing
 from ptq.kernels import gpu
 from ptq.kernels.operands import QuantizedInputs
-from ptq.kernels.tiles import Tile
 
 
 @pytest.mark.parametrize(
@@ -48,48 +45,6 @@ def test_what_is_timed_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert first.shape == (3, 128 if name == "rotate" else 64), (
         "(tokens, in) if only rotated; (tokens, in/2) if packed"
     )
-
-
-def test_tiles_are_timed_on_weights_as_they_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table timed on rows would be wrong for weights in units: 31.9 µs and 25.5 on an H200."""
-    pytest.importorskip("triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(timing.Problem, "inputs", lambda self: torch.zeros(1, 128, device=device))
-    problem = timing.Problem(
-        tokens=1, n=64, k=128, element="e2m1", scale="e4m3", rotation=16, device=device, copies=2
-    )
-    for units in (False, True):
-        monkeypatch.setattr(gpu, "reads_units", lambda device, units=units: units)
-        calls = timing._tile_calls("w4a16", problem)(Tile(kernel="w4a16"))
-        assert [call.args[1].tiled for call in calls] == [units, units]
-
-
-def test_what_the_compiler_cannot_build_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of tuning ended at the first tile that it failed at; an error of the device still ends
-    them."""
-    pytest.importorskip("triton")
-    from triton.runtime.errors import PTXASError
-
-    fails: dict[int, Exception] = {
-        64: PTXASError("out of registers"),
-        128: RuntimeError("PassManager::run failed"),
-        16: RuntimeError("an illegal memory access was encountered"),
-    }
-
-    def timed(groups, device, repeats):
-        if (error := fails.get(groups[""][0].block_n)) is not None:
-            raise error
-        return {"": [1.0, 3.0, 2.0]}
-
-    monkeypatch.setattr(timing, "time_calls", timed)
-    monkeypatch.setattr(timing, "_tile_calls", lambda operation, problem: lambda tile: [tile])
-    tiles = [Tile(kernel="w4a16", block_n=width) for width in (64, 128, 256, 16)]
-    time = partial(timing.time_tiles, "w4a16", "nvfp4", 1, 64, 128, device=torch.device("cpu"))
-    assert time(tiles=tiles[:3]) == [(2.0, tiles[2])]
-    with pytest.raises(RuntimeError, match="no tile for w4a16 nvfp4 1 tokens 64×128"):
-        time(tiles=tiles[:2])
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        time(tiles=tiles)
 
 
 def test_groups_of_calls_take_turns() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptq.bench import tune
+from ptq.bench.tuning_log import Work
 from ptq.kernels import tiles
 from ptq.kernels.tiles import Table, Tile
 
@@ -19,16 +20,16 @@ def test_tables_that_were_not_timed_are_the_rules_of_thumb(arch: int) -> None:
     free to differ."""
     shipped = [row for row in tiles.table(arch).rows if not row.microseconds]
     assert set(shipped) <= set(tune.untimed(arch).rows)
-    for operation in ("w4a16", "w4a4") if arch >= 100 else ("w4a16",):
-        candidates = list(tune.candidates(arch, operation, "nvfp4", 16, 4096, 14336))
-        assert len(candidates) > 8
-        assert all(14336 % (tile.split * tile.block_k) == 0 for tile in candidates)
 
 
-def test_every_shape_has_a_tile_to_time() -> None:
-    """640 is no multiple of the 256 columns that a W4A4 tile takes at a time."""
-    assert all(tile.split == 1 for tile in tune.candidates(120, "w4a4", "nvfp4", 1, 256, 640))
-    assert list(tune.candidates(120, "w4a4", "nvfp4", 1, 256, 640))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_search_begins_with_the_tile_in_use(arch: int) -> None:
+    for tokens in tiles.BUCKETS:
+        work = Work("w4a16", "nvfp4", tokens, 4096, 14336)
+        first, *others = tune.starts(tiles.table(arch), work)
+        assert first == tiles.choose(arch, "w4a16", "nvfp4", tokens, 4096, 14336)
+        assert Tile(kernel="dense") in (first, *others)
+        assert any(tile.kernel == "w4a16" for tile in (first, *others))
 
 
 def test_a_timed_row_replaces_its_own_and_no_other() -> None:
@@ -50,9 +51,13 @@ def test_a_table_is_written_whole_or_not_at_all(
 
 
 def test_only_token_counts_of_the_tables_are_tuned() -> None:
-    shapes = [(64, 128), (64, 128), (32, 64)]
-    work = tune.problems(100, shapes, ["nvfp4", "nvint4"], [1, 8])
-    assert len(work) == len(set(work)) == 2 * 2 * 2 + 2 * 2
-    assert {operation for operation, fmt, *_ in work if fmt == "nvint4"} == {"w4a16"}
+    layers = [("q", 64, 128), ("o", 64, 128), ("expert down", 32, 64)]
+    work = tune.problems(100, layers, ["nvfp4", "nvint4"], [1, 128])
+    assert len(work) == len(set(work))
+    found = {(w.operation, w.format, w.tokens, w.n) for w in work}
+    both = [("w4a16", 64), ("grouped", 32)]
+    expected = {(op, fmt, t, n) for op, n in both for fmt in ("nvfp4", "nvint4") for t in (1, 128)}
+    expected |= {("w4a4", "nvfp4", t, n) for t in (1, 128) for n in (64, 32)}
+    assert found == expected | {("w4a4_blocked", "nvfp4", 128, 64)}
     with pytest.raises(ValueError, match="no row for 3 tokens; tune 1, 8"):
-        tune.problems(100, shapes, ["nvfp4"], [1, 3])
+        tune.problems(100, layers, ["nvfp4"], [1, 3])

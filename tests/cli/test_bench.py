@@ -7,14 +7,13 @@ import re
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ptq.bench import timing, tune
+from ptq.bench import tile_timing, tune
 from ptq.bench.measurement import Measurement, read
 from ptq.cli import commands as cli
 from ptq.kernels import gpu, tiles
@@ -230,6 +229,8 @@ def test_a_small_model_is_timed_as_it_is(bench: Run, tiny: Path):
         (["--predict", "h200", "--plot", "runs.svg", "--backend", "w4a16"], "time bf16"),
         (["--tune", "--predict", "h200"], "--predict does not go with --tune"),
         (["--tune", "--json"], "--json does not go with --tune"),
+        (["--tune", "--tune-seconds", "0"], "--tune-seconds 0: give a number of seconds above 0"),
+        (["--tune-seconds", "60"], "give --tune as well"),
     ],
 )
 def test_bad_input_is_one_line(bench: Run, args: list[str], message: str):
@@ -259,12 +260,11 @@ def pretended_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended H200")
     monkeypatch.setattr(gpu, "available", lambda device: True)
     monkeypatch.setattr(gpu, "architecture", lambda device: 90)
-    monkeypatch.setattr(timing, "current", lambda device: nullcontext())
 
-    def time_tiles(operation, fmt, tokens, n, k, tiles, device):
-        return [(1e-3 if t.kernel == "dense" else 1e-4 / t.block_n / t.stages, t) for t in tiles]
+    def timer(work, device):
+        return lambda tile: 1e-3 if tile.kernel == "dense" else 1e-4 / tile.block_n / tile.stages
 
-    monkeypatch.setattr(timing, "time_tiles", time_tiles)
+    monkeypatch.setattr(tile_timing, "timer", timer)
     return tmp_path
 
 
@@ -274,7 +274,7 @@ def test_tuning_replaces_the_rows_that_it_timed(bench: Run, pretended_h200: Path
     assert (code, out) == (0, "") and "tuning 8/8" in err and "8 rows of" in err
     after = tiles.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
     timed = {row for row in after.rows if row.microseconds}
-    assert {(r.tile.block_n, r.tile.stages, r.microseconds) for r in timed} == {(128, 6, 0.13)}
+    assert {(r.tile.block_n, r.tile.stages, r.microseconds) for r in timed} == {(256, 7, 0.06)}
     assert {(r.operation, r.format, r.tokens, r.n) for r in timed} == {
         ("w4a16", "nvfp4", tokens, n) for tokens in (1, 64) for n in (6144, 4096, 28672)
     }
@@ -287,6 +287,21 @@ def test_tuning_replaces_the_rows_that_it_timed(bench: Run, pretended_h200: Path
     bench("--tune", "--tokens", "1,64", "--format", "nvfp4", "--quiet")
     again = tiles.Table.from_dict(json.loads((pretended_h200 / "sm90.json").read_text()))
     assert replace(again, triton=after.triton) == after, "a second time replaces, and adds nothing"
+
+
+def test_a_tuning_without_time_goes_on_from_its_log(bench: Run, pretended_h200: Path):
+    narrow = ("--tune", "--tokens", "1", "--format", "nvfp4")
+    code, _, err = bench(*narrow, "--tune-seconds", "1e-9")
+    assert code == 0 and "0 rows of" in err and "4 could go on: call it again" in err
+    log = pretended_h200 / "sm90.tuning.jsonl"
+    assert len(log.read_text().splitlines()) == 1
+    code, _, err = bench(*narrow)
+    assert code == 0 and "4 rows of" in err and "go on" not in err
+    lines = log.read_text().splitlines()
+    assert bench(*narrow, "--quiet")[0] == 0 and log.read_text().splitlines() == lines
+    log.write_text(lines[0].replace("a pretended", "another") + "\n")
+    code, out, err = bench(*narrow, "--quiet")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "device another H200" in err
 
 
 def test_tuning_takes_only_token_counts_of_the_tables(bench: Run, pretended_h200: Path):
@@ -302,7 +317,7 @@ def test_help_names_every_choice(bench: Run):
     assert (code, err) == (0, "")
     options = (
         "--tokens --format --backend --rotation --device --predict --sum --out --markdown --plot "
-        "--tune --json"
+        "--tune --tune-seconds --json"
     )
     assert [option for option in f"{options} --quiet --debug".split() if option not in out] == []
 
