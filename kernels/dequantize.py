@@ -107,3 +107,11 @@ def fp8_row_scale(scale_bits: Tensor, element: str, scale: str) -> Tensor:
         return torch.exp2((top - 127 - room).float())
     top = scale_bits.view(torch.float8_e4m3fn).float().amax(-1, keepdim=True)
     return top * (largest / 448.0)
+
+
+def fp8_is_exact(scale_bits: Tensor, scale: str) -> bool:
+    """Whether an fp8 copy has the numbers of the weight: of E8M0 scales within 15 binades of their
+    row, from which the smallest number of an element is still one of E4M3."""
+    if scale != "e8m0":
+        return False
+    return bool((scale_bits.amax(-1) - scale_bits.amin(-1)).amax() <= 14)

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from ptq.kernels import coverage
-from ptq.kernels.dequantize import dequantize_kernel, fp8_row_scale
-from ptq.kernels.operands import PackedWeight
+from ptq.kernels.dequantize import dequantize_kernel, fp8_is_exact, fp8_row_scale
+from ptq.kernels.operands import Fp8Weight, PackedWeight
 from ptq.kernels.operator import INTERPRETED, define
 
 BLOCK_N, BLOCK_K = 32, 256
@@ -43,12 +43,23 @@ def dequantize_fp8(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     sm_80, which has no fp8.
     """
     coverage.require("dequantize_fp8", weight.element, weight.scale, weight.in_features)
-    bits = weight.scale_bits
-    if weight.tiled:  # the scales of a row in one
-        bits = bits.transpose(-2, -3).flatten(-2).flatten(0, 1)
-    rows = fp8_row_scale(bits, weight.element, weight.scale)
+    rows = fp8_row_scale(_scale_rows(weight), weight.element, weight.scale)
     scaled = replace(weight, global_scale=1 / rows)
     return torch.ops.ptq.dequantize(*scaled.flat, torch.float8_e4m3fn), rows
+
+
+def fp8_weight(weight: PackedWeight) -> Fp8Weight:
+    """The copy of :func:`dequantize_fp8`, as :func:`ptq.kernels.op_matmul.fp8_matmul` takes it.
+    Waits for the device, to say whether it is exact."""
+    values, rows = dequantize_fp8(weight)
+    exact = fp8_is_exact(_scale_rows(weight), weight.scale)
+    return Fp8Weight(values, (rows * weight.global_scale).t(), exact)
+
+
+def _scale_rows(weight: PackedWeight) -> Tensor:
+    """Scale bytes (out, groups), out of units too."""
+    bits = weight.scale_bits
+    return bits.transpose(-2, -3).flatten(-2).flatten(0, 1) if weight.tiled else bits
 
 
 def _dequantize_fake(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from ptq.kernels import coverage, gpu
 from ptq.kernels.op_dequantize import dequantize_fp8
 from ptq.kernels.op_inputs import rotate_fp8
-from ptq.kernels.operands import PackedWeight, QuantizedInputs
+from ptq.kernels.operands import Fp8Inputs, Fp8Weight, PackedWeight, QuantizedInputs
 from ptq.kernels.operator import INTERPRETED, define, tile_for
 from ptq.kernels.scale_words import scale_load
 from ptq.kernels.tiles import Tile
@@ -191,18 +191,29 @@ def w4a8_matmul(
     weight.check("w4a8_matmul", k, x.dtype)
     if n % 16 or k % 16:
         raise ValueError(f"w4a8_matmul: {k} inputs and {n} outputs are not multiples of 16")
-    inputs, tokens = rotate_fp8(x, rotation)
-    dense, rows = dequantize_fp8(weight)
+    values, rows = dequantize_fp8(weight)
+    copy = Fp8Weight(values, (rows * weight.global_scale).t(), exact=False)
+    y = fp8_matmul(Fp8Inputs(*rotate_fp8(x, rotation)), copy, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], n)
+
+
+def fp8_matmul(
+    inputs: Fp8Inputs, weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """inputs · weightᵀ + bias on fp8 tensor cores (sm_89 and later): (tokens, out) in ``dtype``.
+
+    The product is the library's, without fast accumulation, and is rounded to bfloat16 before the
+    bias is added. Features on both sides are multiples of 16.
+    """
     y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        inputs,
-        dense.t(),
-        tokens,
-        (rows * weight.global_scale).t(),
+        inputs.values,
+        weight.values.t(),
+        inputs.factors,
+        weight.factors,
         out_dtype=torch.bfloat16,
         use_fast_accum=False,
     )
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 # ---------------------------------------------------------------- w4a4

@@ -108,6 +108,34 @@ class QuantizedInputs:
 
 
 @dataclass(frozen=True)
+class Fp8Inputs:
+    """Activations in fp8: x ≈ values · factors.
+
+    Attributes:
+        values: E4M3 (tokens, in).
+        factors: fp32 (tokens, 1).
+    """
+
+    values: Tensor
+    factors: Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A weight in fp8: w ≈ values · factors.
+
+    Attributes:
+        values: E4M3 (out, in).
+        factors: fp32 (1, out), the global scale in them.
+        exact: whether these are the numbers of the 4-bit weight.
+    """
+
+    values: Tensor
+    factors: Tensor
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Encoding:
     """What inputs are quantized to.
 

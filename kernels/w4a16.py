@@ -19,7 +19,7 @@ says that x came in ``fragments`` order already.
 K is split over programs when there are few tiles (``kernels/epilogue.py``).
 """
 # ruff: noqa: SIM108
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportPossiblyUnbound=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl

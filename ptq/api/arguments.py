@@ -11,7 +11,7 @@ import torch
 
 from ptq.cli.options import make_recipe, parse_device, parse_dtype, parse_rotation, parse_share
 from ptq.pipeline.recipe import Recipe
-from ptq.runtime.load import Inputs
+from ptq.runtime.load import Inputs, Prefill
 
 Name = str | Path
 C = TypeVar("C", bound=Callable[..., None])
@@ -96,6 +96,7 @@ class LoadOptions(TypedDict, total=False):
     inputs: Inputs
     cache: bool | None
     bits: int | None
+    prefill: Prefill
     device_map: str | Mapping[str, int | str | torch.device] | None
     max_memory: dict[int | str, int | str] | None
     offload_folder: Name | None

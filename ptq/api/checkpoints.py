@@ -110,6 +110,8 @@ def load(
         cache: keep dequantized weights where no kernel runs, 4 bytes each; for small checkpoints
             unless said.
         bits: of the weights, of a checkpoint that was made with ``nested``; as stored.
+        prefill: ``"fp8"`` multiplies 65 tokens and more in FP8 on a GPU that can (Hopper), with a
+            copy of the weights in memory, a byte each; an approximation.
         device_map: of accelerate, as ``"auto"``, instead of ``device``.
         max_memory: bytes by device, for ``device_map="auto"``.
         offload_folder: where layers on ``"disk"`` go.

@@ -19,6 +19,7 @@ from ptq.cli.options import (
     Quiet,
     parse_device,
     parse_dtype,
+    parse_prefill,
 )
 from ptq.reading.printable import printable
 
@@ -46,6 +47,14 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     bits: Bits = None,
+    prefill: Annotated[
+        str,
+        typer.Option(
+            metavar="16-bit|fp8",
+            help="What long prompts are multiplied in: fp8 is faster on Hopper, an approximation, "
+            "and takes a byte more for every weight.",
+        ),
+    ] = "16-bit",
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -65,7 +74,13 @@ def generate(
     from ptq.runtime.generate import record, stream_text
     from ptq.runtime.loaded_model import load_model
 
-    subject = load_model(model, device=parse_device(device), dtype=parse_dtype(dtype), bits=bits)
+    subject = load_model(
+        model,
+        device=parse_device(device),
+        dtype=parse_dtype(dtype),
+        bits=bits,
+        prefill=parse_prefill(prefill),
+    )
     answers = subject.chats and not raw and bool(prompt)
     if answers:
         encoded = subject.encode_chat([{"role": "user", "content": prompt}])

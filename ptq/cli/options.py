@@ -4,7 +4,7 @@ the library takes."""
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -187,6 +187,13 @@ def parse_dtype(name: str | None) -> "torch.dtype | None":
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def parse_prefill(name: str) -> Literal["16-bit", "fp8"]:
+    """What ``--prefill`` names. Raises ValueError for another name."""
+    if name == "16-bit" or name == "fp8":
+        return name
+    raise ValueError(f"unknown --prefill {name!r}; choose 16-bit or fp8")
 
 
 def parse_device(name: str | None) -> "torch.device":

@@ -17,6 +17,7 @@ from ptq.kernels import gpu
 from ptq.model.attention import cached_attentions
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import read_generation_config
+from ptq.runtime import fp8_prefill
 from ptq.runtime.fusion import fuse
 from ptq.runtime.kernel_choice import visits
 from ptq.runtime.key_values import round_cached, take_scales
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Inputs = Literal["auto", "quantized", "full"]
 INPUTS = ("auto", "quantized", "full")
+Prefill = Literal["16-bit", "fp8"]
+PREFILLS = ("16-bit", "fp8")
 CACHE_BYTES = 4 << 30  # of dequantized weights that are kept without being asked for
 
 
@@ -39,6 +42,7 @@ def load(
     inputs: Inputs = "auto",
     cache: bool | None = None,
     bits: int | None = None,
+    prefill: Prefill = "16-bit",
     device_map: str | Mapping[str, int | str | torch.device] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: Path | str | None = None,
@@ -61,6 +65,9 @@ def load(
             ``CACHE_BYTES`` that way, and says so, unless there is a ``device_map``.
         bits: of the weights, where the checkpoint has nested codes: at which of its two widths to
             run (:mod:`ptq.runtime.nested_width`); None is the wide one.
+        prefill: what many tokens are multiplied in by layers with 16-bit inputs; ``"fp8"`` keeps a
+            copy of their weights, a byte each (:mod:`ptq.runtime.fp8_prefill`): faster on Hopper,
+            and an approximation.
         device_map: of accelerate, e.g. ``"auto"``; layers may lie on ``"cpu"`` or ``"disk"`` while
             they do not run. The packed model must fit into host memory while it is loaded.
         max_memory: bytes by device, for ``device_map="auto"``.
@@ -73,6 +80,14 @@ def load(
     """
     if inputs not in INPUTS:
         raise ValueError(f"unknown inputs {inputs!r}; choose one of {', '.join(INPUTS)}")
+    if prefill not in PREFILLS:
+        raise ValueError(f"unknown prefill {prefill!r}; choose one of {', '.join(PREFILLS)}")
+    if prefill == "fp8":
+        if device_map:
+            raise ValueError(
+                "prefill fp8 does not go with a device_map: its copies cannot be moved"
+            )
+        fp8_prefill.check(torch.device(device))
     checkpoint = Checkpoint(path)
     infos = at_width(checkpoint.layers, bits, checkpoint.path)
     named = config_dtype(checkpoint.config)
@@ -98,7 +113,7 @@ def load(
     for name, target in replaced.items():
         tensors = converted(checkpoint.layer(name), checkpoint.layers[name], infos[name], name)
         layer = stored_layer(modules[target], infos[name], tensors, name)
-        layer.cache = cache
+        layer.cache, layer.fp8_prefill = cache, prefill == "fp8"
         model.set_submodule(target, layer.to(place, source.compute_dtype))
     if checkpoint.parsed.kv_cache is not None:
         _round_key_values(model, checkpoint, source)
@@ -114,6 +129,8 @@ def load(
         distribute(model, device_map, max_memory, offload_folder)
     settle_inputs(model, inputs)
     prepare_kernels(model, source.compute_dtype)
+    if prefill == "fp8":
+        fp8_prefill.prepare(model)
     slow = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel_dtype is None]
     if slow:
         logger.info(

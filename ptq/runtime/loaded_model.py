@@ -15,7 +15,7 @@ from ptq.checkpoint.dialects import READ
 from ptq.checkpoint.reader import read_config
 from ptq.model.checkpoint_source import CheckpointSource
 from ptq.model.structure import positions, resolve
-from ptq.runtime.load import load
+from ptq.runtime.load import Prefill, load
 from ptq.text.windows import load_text, load_tokenizer
 
 DEMO = "demo"
@@ -130,6 +130,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     bits: int | None = None,
+    prefill: Prefill = "16-bit",
 ) -> Loaded:
     """Load a model for evaluation: layers of our checkpoints compute what their recipe says,
     quantized inputs included.
@@ -137,6 +138,7 @@ def load_model(
     Args:
         dtype: of the computation; None is float32 on the CPU, and the checkpoint's own elsewhere.
         bits: of the weights, of a checkpoint with nested codes; see :func:`ptq.runtime.load.load`.
+        prefill: what many tokens are multiplied in, as there.
 
     Raises:
         FileNotFoundError, ValueError: no such model, or a directory that holds none that can be
@@ -148,7 +150,9 @@ def load_model(
     quantization = read_config(path).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(method, str) and method in READ:
-        module = load(path, device, dtype=dtype, inputs="quantized", bits=bits)
+        module = load(path, device, dtype=dtype, inputs="quantized", bits=bits, prefill=prefill)
+    elif prefill != "16-bit":
+        raise ValueError(f"{name} is not quantized by ptq: it has no weights to copy to fp8")
     elif bits is not None:
         raise ValueError(f"{name} is not quantized by ptq: it has no two widths to choose from")
     else:

@@ -50,6 +50,7 @@ class QuantLinear(nn.Module):
         cache: keep the dequantized weight (4 bytes an element) between calls: the same bits, in
             less time. Replace the buffers of a caching layer (or use load_state_dict), never write
             into them.
+        fp8_prefill: in kernels, multiply many tokens in fp8 (:mod:`ptq.runtime.fp8_prefill`).
         listener: is told the derivatives by the weight.
     """
 
@@ -77,7 +78,7 @@ class QuantLinear(nn.Module):
         self.format, self.rotation = FORMATS[info.format], Rotation(info.rotation)
         self.quantize_inputs, self.input_rule = info.quantize_inputs, info.input_rule
         self.nested = info.nested
-        self.cache = False
+        self.cache = self.fp8_prefill = False
         self.listener: Listener | None = None
         # inputs of this dtype go through the Triton kernels
         self.kernel_dtype: torch.dtype | None = None
@@ -290,7 +291,7 @@ class QuantLinear(nn.Module):
         """All that the layer's output depends on, besides its input and what never changes."""
         buffers = self._buffers if "weight_packed" in self._buffers else self._parameters
         tensors = (buffers[name] for name in (*FIXED, "bias"))
-        return (*tensors, self.quantize_inputs, self.input_rule)
+        return (*tensors, self.quantize_inputs, self.input_rule, self.fp8_prefill)
 
     def _make_kernel_weight(self, weight: PackedWeight) -> KernelWeight:
         return KernelWeight(
@@ -299,6 +300,7 @@ class QuantLinear(nn.Module):
             rotation=self.rotation.size,
             encoding=self.input_encoding if self.quantize_inputs else None,
             input_scale=self.input_scale,
+            fp8_prefill=self.fp8_prefill,
         )
 
     @staticmethod

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ptq.kernels.operands import QuantizedInputs
+from ptq.kernels.operands import Fp8Inputs, QuantizedInputs
 
 if TYPE_CHECKING:
     from ptq.runtime.fused_modules import FusedNorm
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Inputs = Tensor | QuantizedInputs
+Inputs = Tensor | QuantizedInputs | Fp8Inputs
 MADE, NORM = "_ptq_made", "_ptq_norm"  # attributes of a tensor of inputs
 
 

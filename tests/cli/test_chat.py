@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Run
 
 from ptq.runtime.conversation import Conversation
@@ -76,6 +77,18 @@ def test_generate_with_bad_input(ptq: Run, tiny_llama: Path, talker: Path):
     assert "temperature" in ptq("generate", tiny_llama, "--prompt", "a", "--temperature", -1).error
     error = ptq("generate", tiny_llama, "--prompt", "a", "--max-new-tokens", 0).error
     assert "--max-new-tokens" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens on a machine without a GPU")
+def test_a_prefill_in_fp8_needs_layers_and_a_gpu_for_it(
+    ptq: Run, tiny_llama: Path, make_run, tmp_path
+):
+    asked = ("--prompt", "a", "--prefill")
+    assert "choose 16-bit or fp8" in ptq("generate", tiny_llama, *asked, "int8").error
+    assert "not quantized by ptq" in ptq("generate", tiny_llama, *asked, "fp8").error
+    make_run("llama", "mxfp4", layers=1)(tmp_path / "out", dialect="ptq")
+    error = ptq("generate", tmp_path / "out", *asked, "fp8").error
+    assert "prefill fp8: cpu does not multiply FP8 numbers" in error
 
 
 # ---------------------------------------------------------------- chat
