@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination
+from ptq.checkpoint.dialect import HEAD_NOT_FOUND
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.dialect_mxfp4 import GPT_OSS
 from ptq.checkpoint.dialect_ptq import PTQ
@@ -20,6 +21,8 @@ from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.checkpoint.reader import Checkpoint
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.model.blueprint import Blueprint
+
+OUTSIDE = "outside"  # of all blocks: the output head
 
 
 def convert(
@@ -59,7 +62,7 @@ def convert(
         recipe=parsed.recipe,
         provenance=parsed.provenance | {"converted": f"from {found.dialect}"},
         fingerprint=_fingerprint(found),
-        foreign=_foreign(found),
+        foreign=_foreign(found, dialect),
         overwrite=overwrite,
         dialect=dialect,
         kv_cache=parsed.kv_cache,
@@ -74,8 +77,11 @@ def convert(
             raise
 
 
-def _foreign(found: Checkpoint) -> str | None:
-    """Why programs that read other dialects than these would not find the layers."""
+def _foreign(found: Checkpoint, dialect: str) -> str | None:
+    """Why programs that read other dialects than these would not find the layers; in the dialect
+    that they have those of others are found by whom they were made for."""
+    if OUTSIDE in _blocks(found.layers) and dialect != found.dialect:
+        return HEAD_NOT_FOUND
     if found.dialect not in (PTQ.name, GPT_OSS.name):
         return None
     return Blueprint.of(found.path).foreign()
@@ -105,7 +111,7 @@ def _blocks(layers: dict[str, LayerInfo]) -> dict[str, dict[str, LayerInfo]]:
     for name in layers:
         block = re.match(r"[^0-9]*\d+(?=\.)|", name)
         assert block is not None  # matches nothing, if nothing else
-        blocks.setdefault(block.group() or "outside", {})[name] = layers[name]
+        blocks.setdefault(block.group() or OUTSIDE, {})[name] = layers[name]
     return blocks
 
 

@@ -18,6 +18,8 @@ from ptq.reading.safetensors_layout import Entry
 
 Layers = Mapping[str, LayerInfo]
 Tensors = Mapping[str, Tensor]
+# Why a quantized head is written in no dialect of engines.
+HEAD_NOT_FOUND = "engines do not look for a quantized output head"
 PACKED = "weight_packed"  # the tensor with the codes, if a conversion does not name another
 
 

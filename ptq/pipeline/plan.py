@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq.calib.walk import Watch
+from ptq.checkpoint.dialect import HEAD_NOT_FOUND
 from ptq.checkpoint.dialect_choice import Choice
 from ptq.checkpoint.quantization_config import LayerInfo
 from ptq.model.attention import check_key_values
@@ -141,7 +142,7 @@ class Plan:
             samples=samples,
             head=head[0] if head else None,
             seq_len=length if limit is None else min(length, limit),
-            foreign="engines do not look for a quantized output head" if head else source.foreign(),
+            foreign=HEAD_NOT_FOUND if head else source.foreign(),
         )
 
     def __getitem__(self, name: str) -> LayerPlan:

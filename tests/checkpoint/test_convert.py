@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import ptq
 from ptq.checkpoint import convert as module
 from ptq.checkpoint.convert import convert
 from ptq.checkpoint.reader import Checkpoint
 from ptq.numerics.formats import FORMATS
+from ptq.pipeline.recipe import Recipe
 from ptq.runtime.verify import verify
 
 CASES = [
@@ -19,6 +21,8 @@ CASES = [
     ("llama_tied", "mxfp4", "w4a16", 32),
     ("llama", "nvfp4", "w4a4", 16),
     ("qwen3_moe", "mxfp4", "w4a4", 1),
+    ("llama", "int4-g32", "w4a16", 1),
+    ("llama", "mxint4", "w4a16", 1),
 ]
 
 
@@ -81,6 +85,24 @@ def test_what_a_dialect_cannot_express_is_refused_and_leaves_nothing(make_run, t
         (tmp_path / "plain").mkdir()
         (tmp_path / "plain" / "config.json").write_text("{}")
         convert(tmp_path / "plain", tmp_path / "other", "ptq")
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt"])
+def test_a_quantized_head_is_kept_or_refused(tiny_llama, tmp_path, dialect):
+    """Engines would look for a head in 16 bits."""
+    recipe = Recipe(format="nvfp4", algorithm="rtn", lm_head=True)
+    ptq.quantize(tiny_llama, tmp_path / "in", recipe=recipe, progress=False)
+    assert "lm_head" in Checkpoint(tmp_path / "in").layers
+    said = f"cannot write {dialect}: engines do not look for a quantized output head; use dialect"
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path / "in", tmp_path / "out", dialect)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert convert(tmp_path / "in", tmp_path / "out", "auto").dialect == "ptq"
+    before, after = (Checkpoint(tmp_path / name) for name in ("in", "out"))
+    assert before.layers == after.layers and before.names() == after.names()
+    for name in before.names():
+        x, y = (found.tensor(name).view(torch.uint8) for found in (before, after))
+        assert torch.equal(x, y), name
 
 
 def test_an_interrupted_conversion_goes_on(make_run, tmp_path, monkeypatch):
