@@ -427,7 +427,7 @@ def main() -> None:
     rows.sort(key=lambda row: written.index(row[0]))
     if not options.only:
         data = [{"kind": asdict(cell.kind), "result": r.to_dict()} for cell, r in rows]
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, data)) + "\n]\n")
         results.cache_clear()
         PAGE.write_text(page(rows, refused, absent, section(PERPLEXITY)))
     for cell, result in rows:

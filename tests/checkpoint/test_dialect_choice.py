@@ -92,7 +92,7 @@ def test_a_target_gets_the_dialect_that_its_engines_compute_right(layers, target
         (one(format="mxfp4", rotation=32), "sglang", "does not rotate inputs; use --rotation none"),
         (one(rotation=16, **W4A4), "trtllm", "does not rotate inputs; use --rotation none"),
         (one(format="nvint4"), "sglang", "groups of 16"),
-        (one(format="mxint8"), "vllm", "no format for mxint8"),
+        (one(format="mxint8", rotation=32), "vllm", "no format for mxint8"),
         (one(), "trtllm", "no weight-only NVFP4; use --scheme w4a4"),
         (one(), "any", "TensorRT-LLM"),
         (one(format="mxfp4"), "any", "SGLang"),

