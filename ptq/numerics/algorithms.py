@@ -6,11 +6,13 @@ prepared once for all layers that read the same input, and then given rows, some
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
+from ptq.numerics.both_sides import Costs, both_sides
 from ptq.numerics.descent import coordinate_descent
 from ptq.numerics.factor import Factor, IndefiniteHessian, damped, factorize
 from ptq.numerics.gptq import gptq
@@ -74,11 +76,14 @@ class Prepared:
         name: for reports; ``rtn`` is round to nearest and nothing else.
         solve: (out, in) rows of any float dtype → their codes and scales; modifies nothing.
         damping: share of the Hessian's mean diagonal that was really added to it; 0 for none.
+        weighed: the same for rows whose errors do not count alike, and what they cost
+            (:mod:`ptq.numerics.both_sides`); None of an algorithm that cannot.
     """
 
     name: str
     solve: Callable[[Rows], QuantizedTensor]
     damping: float = 0.0
+    weighed: Callable[[Rows, Costs], QuantizedTensor] | None = None
 
 
 class Algorithm(Protocol):
@@ -170,8 +175,8 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 # What else a recipe says by itself where it names an algorithm: the rest belongs to the sweep.
 CHOICES: dict[str, dict[str, object]] = {
-    "rtn": {"scales": "mse", "descent": 0, "balance": 0.0},
-    "llm-fp4": {"scales": "mse", "descent": 0, "balance_factors": "power_of_two"},
+    "rtn": {"scales": "mse", "descent": 0, "balance": 0.0, "fisher": 0},
+    "llm-fp4": {"scales": "mse", "descent": 0, "balance_factors": "power_of_two", "fisher": 0},
 }
 
 
@@ -186,7 +191,27 @@ def prepare(name: str, problem: Problem) -> Prepared:
     if problem.nested:
         return _nested(name, problem)
     prepared = ALGORITHMS[name](problem)
-    return _refined(prepared, problem) if problem.descent else prepared
+    if problem.descent:
+        prepared = _refined(prepared, problem)
+    return _weighing(prepared, problem) if name in SWEEPING else prepared
+
+
+def _weighing(prepared: Prepared, problem: Problem) -> Prepared:
+    """The algorithm, for rows whose errors do not count alike, too."""
+
+    @cache
+    def hessian() -> Tensor:
+        return damped(problem.known, prepared.damping).float()
+
+    def descend(rows: Rows, quantized: QuantizedTensor) -> QuantizedTensor:
+        return coordinate_descent(
+            rows, problem.known, quantized, sweeps=1, damped_hessian=hessian()
+        )
+
+    def weighed(rows: Rows, costs: Costs) -> QuantizedTensor:
+        return both_sides(rows, costs, prepared.solve, descend)
+
+    return replace(prepared, weighed=weighed)
 
 
 def _refined(prepared: Prepared, problem: Problem) -> Prepared:

@@ -99,6 +99,9 @@ class Recipe:
             exponents.
         nested: bits of the narrower format that the codes are to hold within them, and which they
             are chosen for (:mod:`ptq.numerics.nested`); 0 for none.
+        fisher: windows of the calibration text whose gradients tell which errors of a layer's
+            outputs cost the model much (:mod:`ptq.numerics.both_sides`); 0 lets every output count
+            alike.
         eight_bit: share of the weights that may be quantized to 8 bits, where that gains most by
             measured loss (:mod:`ptq.pipeline.budget`); in a checkpoint it has become rules.
         budget: the same as bits per weight, on average.
@@ -134,6 +137,7 @@ class Recipe:
     balance: Share = 0.0
     balance_factors: str = "exact"
     nested: Annotated[int, Field(ge=0, le=16)] = 0
+    fisher: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     eight_bit: Share = 0.0
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
     kv_cache: str | None = None
@@ -188,6 +192,12 @@ class Recipe:
                 "natural, not act"
             )
         _try_rules(self.format, None if self.scales in IN_LOOP else self.scales, self.input_rule)
+        if self.fisher and (self.algorithm not in SWEEPING or self.nested):
+            what = f"nested {self.format}" if self.nested else self.algorithm
+            raise ValueError(
+                f"{what} does not look at what errors of outputs cost: leave out --fisher, or use "
+                "--algorithm gptq without --nested"
+            )
         if self.nested:
             self._check_nested()
         for pattern, change in self.rules:
@@ -226,6 +236,8 @@ class Recipe:
         parts.append(f"scales by {self.scales}")
         if self.descent:
             parts.append(f"{self.descent} sweeps of descent")
+        if self.fisher:
+            parts.append(f"outputs weighed by gradients of {self.fisher} windows")
         if self.nested:
             parts.append(f"{narrower(self.fmt, self.nested).name} nested in it")
         if self.balance:
@@ -304,15 +316,17 @@ class Recipe:
                 f"rule for {pattern!r}: {', '.join(unknown)} cannot differ by module; "
                 f"{', '.join(PER_MODULE)} can"
             )
+        fisher = self.fisher if change.get("algorithm", "gptq") in SWEEPING else 0
         try:
-            return replace(self, ignore=(), rules=(), **change)
+            return replace(self, ignore=(), rules=(), fisher=fisher, **change)
         except ValueError as error:
             raise ValueError(f"rule for {pattern!r}: {error}") from error
 
     def in_format(self, format: str) -> "Recipe":
         """The best known recipe of another format for single modules, with the run's own data."""
         best = {k: v for k, v in _defaults(format, self.scheme).items() if k in PER_MODULE}
-        return replace(self, ignore=(), rules=(), **best, input_rule=None, nested=0)
+        fisher = self.fisher if _coarse(FORMATS[format]) else 0
+        return replace(self, ignore=(), rules=(), **best, input_rule=None, nested=0, fisher=fisher)
 
     @classmethod
     def default(cls, format: str, **given: Any) -> "Recipe":
@@ -359,6 +373,11 @@ class Recipe:
         return values
 
 
+def _coarse(fmt: Format) -> bool:
+    """Whether errors are worth every effort."""
+    return fmt.element.bits < 8
+
+
 def _defaults(format: str, scheme: str) -> dict[str, Any]:
     """The best known recipe (README states the measurements behind it)."""
     _choice("format", format, FORMATS)
@@ -371,7 +390,7 @@ def _defaults(format: str, scheme: str) -> dict[str, Any]:
         "rotation": fmt.default_rotation,
         "balance": 0.5 if scheme == "w4a4" else 0.25,
     }
-    if fmt.element.bits < 8:
+    if _coarse(fmt):
         return {**best, "scales": "trial", "order": "group", "descent": 4, "damping": 0.05}
     return {**best, "scales": "absmax", "order": "act"}
 

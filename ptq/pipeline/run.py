@@ -9,9 +9,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ptq import __version__
 from ptq.calib.hidden_states import check_storage
+from ptq.calib.output_costs import OutputCosts
 from ptq.calib.walk import CalibratedBlock, held_out, walk
 from ptq.checkpoint.companions import companion_files
 from ptq.checkpoint.destination import check_destination, chosen_by
@@ -38,6 +40,7 @@ from ptq.pipeline.blocks_on_disk import Blocks, BlocksInMemory, BlocksOnDisk
 from ptq.pipeline.budget import allocate, room
 from ptq.pipeline.key_values import install_key_values
 from ptq.pipeline.memory import statistics_limit
+from ptq.pipeline.output_costs import output_costs
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import from_first, share, world
 from ptq.pipeline.readers import plan_for
@@ -85,6 +88,7 @@ def quantize(
     held: Sequence[Tensor | None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
     limit: Callable[[], float] = lambda: math.inf,
+    costs: OutputCosts | None = None,
 ) -> Iterator[Progress]:
     """Quantize the blocks of ``source`` one after the other, keeping each as soon as it is
     finished.
@@ -92,6 +96,7 @@ def quantize(
     Args:
         batches: token ids, each (sequences, length).
         activations, held, finished, limit: see :func:`ptq.calib.walk.walk`.
+        costs: of the outputs of layers, where the recipe wants them.
 
     Yields:
         One :class:`Progress` per block.
@@ -114,7 +119,7 @@ def quantize(
         if resumed:
             finished_blocks.reinstall(block)
         else:
-            solved = solve_block(block, plan)
+            solved = solve_block(block, plan, costs)
             latents = latents_of(block, solved, plan)
             layers, reports = install(block, solved, plan, balancing)
             tell(block, reports, plan)
@@ -131,12 +136,14 @@ def quantize(
         )
 
 
-def solve_block(block: CalibratedBlock, plan: Plan) -> list[Solved]:
+def solve_block(
+    block: CalibratedBlock, plan: Plan, costs: OutputCosts | None = None
+) -> list[Solved]:
     """The quantized layers of a block, in the order of its groups however many rounds it takes."""
     solved = [
         result
         for groups in block.rounds(reduce)
-        for results in share(tasks(block, groups, plan), Task.solve)
+        for results in share(tasks(block, groups, plan, costs), Task.solve)
         for result in results
     ]
     order = {
@@ -302,18 +309,30 @@ def quantize_model(
     def run(blocks: Blocks) -> None:
         # the same sequences are held out whatever the number of ranks
         held = held_out([len(batch) for batch in data.batches])
-        for progress in quantize(
-            source,
-            data.batches[rank::ranks],
-            plan,
-            blocks,
-            device=device,
-            activations=activations,
-            held=held[rank::ranks],
-            limit=lambda: from_first(statistics_limit(device, hessian_memory)),
-        ):
-            if on_block is not None:
-                on_block(progress)
+        measured = nullcontext()
+        if plan.recipe.fisher:  # the same on every rank
+            measured = output_costs(
+                source,
+                plan,
+                data.batches,
+                device=device,
+                activations=activations,
+                until=sum(1 for _ in takewhile(blocks.has, (name for name, _ in source.blocks()))),
+            )
+        with measured as costs:
+            for progress in quantize(
+                source,
+                data.batches[rank::ranks],
+                plan,
+                blocks,
+                device=device,
+                activations=activations,
+                held=held[rank::ranks],
+                limit=lambda: from_first(statistics_limit(device, hessian_memory)),
+                costs=costs,
+            ):
+                if on_block is not None:
+                    on_block(progress)
 
     if out is None:
         run(BlocksInMemory())

@@ -16,6 +16,7 @@ from ptq.checkpoint.layer_report import LayerReport
 from ptq.checkpoint.quantization_config import fused_groups
 from ptq.numerics.activations import quantize_inputs
 from ptq.numerics.algorithms import Prepared, Problem, prepare
+from ptq.numerics.both_sides import Costs, cost
 from ptq.numerics.errors import quadratic_form, relative
 from ptq.numerics.nested import drop
 from ptq.numerics.rotation import Rotation
@@ -48,6 +49,8 @@ class Job:
         amax: max |x R| per rotation size.
         sample: (tokens, in) some inputs, for the error of quantized activations; may be empty.
         tokens: that reached the layers; ``topped_up`` says that the Hessian has others as well.
+        costs: of every layer's outputs (:mod:`ptq.numerics.both_sides`), None where all count
+            alike; empty if that holds for all layers.
     """
 
     names: tuple[str, ...]
@@ -59,6 +62,7 @@ class Job:
     tokens: int
     recipe: Recipe
     topped_up: bool = False
+    costs: tuple[Costs | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,13 @@ def _by_size(job: Job) -> list[Job]:
 
 
 def _part(job: Job, names: Sequence[str]) -> Job:
-    weights = dict(zip(job.names, job.weights, strict=True))
-    return replace(job, names=tuple(names), weights=tuple(weights[name] for name in names))
+    places = [job.names.index(name) for name in names]
+    return replace(
+        job,
+        names=tuple(names),
+        weights=tuple(job.weights[place] for place in places),
+        costs=tuple(job.costs[place] for place in places) if job.costs else (),
+    )
 
 
 def _best(job: Job) -> list[Solved]:
@@ -156,7 +165,10 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     measured = [None if hessian is None else hessian.float()]
     if job.holdout is not None:
         measured.append(rotation.rotate_hessian(job.holdout).float())
-    layers = [_layer(layer, rotation, solvers, measured) for layer in job.weights]
+    layers = [
+        _layer(layer, rotation, solvers, measured, costs)
+        for layer, costs in zip(job.weights, job.costs or [None] * len(job.weights), strict=True)
+    ]
 
     input_scale, input_error = None, None
     if recipe.static_inputs:
@@ -212,10 +224,10 @@ def _grid(job: Job, rotation: Rotation, hessian: Tensor | None) -> Grid:
     return grid
 
 
-def _parts(layer: Tensor, rotation: Rotation) -> Iterator[Tensor]:
-    """The rotated weight in float32, some rows at a time: rows are independent, so that memory
-    stays bounded (G25)."""
-    step = max(1, PART_ELEMENTS // layer.shape[1])
+def _parts(layer: Tensor, rotation: Rotation, step: int = 0) -> Iterator[Tensor]:
+    """The rotated weight in float32, ``step`` rows at a time or as many as memory is bounded for:
+    rows are independent (G25)."""
+    step = step or max(1, PART_ELEMENTS // layer.shape[1])
     for start in range(0, len(layer), step):
         yield rotation.exact(layer[start : start + step]).float()
 
@@ -248,6 +260,13 @@ class _Solvers:
         """The weights that errors are reported of, and results chosen by."""
         return (drop(result, self.nested) if self.nested else result).dequantize()
 
+    def solve(self, part: Tensor, costs: Costs | None) -> QuantizedTensor:
+        """Codes and scales of some rows; ``costs`` of their errors if they do not count alike."""
+        if costs is None:
+            return self.chosen.solve(part)
+        assert self.chosen.weighed is not None  # recipes see to that
+        return self.chosen.weighed(part, costs)
+
     @property
     def alike(self) -> bool:
         """Whether the recipe asks for round to nearest and nothing else."""
@@ -268,34 +287,54 @@ class _Layer:
 
 
 def _layer(
-    layer: Tensor, rotation: Rotation, solvers: _Solvers, hessians: list[Tensor | None]
+    layer: Tensor,
+    rotation: Rotation,
+    solvers: _Solvers,
+    hessians: list[Tensor | None],
+    costs: Costs | None,
 ) -> _Layer:
     """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens
-    (G23)."""
+    (G23): in the loss that it was made for."""
+    step, shares = _steps(layer, costs)
     nearest, solved = [], []
     signal, rounded, result = (torch.zeros(len(hessians), dtype=torch.float64) for _ in range(3))
-    for part in _parts(layer, rotation):
+    ahead = 0.0  # of round to nearest, in the loss that is to be small
+    for part, share in zip(_parts(layer, rotation, step), shares, strict=True):
         nearest.append(solvers.nearest.solve(part))
-        solved.append(nearest[-1] if solvers.alike else solvers.chosen.solve(part))
+        solved.append(nearest[-1] if solvers.alike else solvers.solve(part, share))
         signal += _forms(part, hessians)
-        result += _forms(part - solvers.judged(solved[-1]), hessians)
+        made = part - solvers.judged(solved[-1])
+        result += _forms(made, hessians)
         if solvers.alike:
             rounded = result
         else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
-            rounded[0] += _forms(part - solvers.judged(nearest[-1]), hessians[:1])[0]
-    keep = bool(result[0] < rounded[0])
+            missed = part - solvers.judged(nearest[-1])
+            rounded[0] += _forms(missed, hessians[:1])[0]
+            if share is not None and hessians[0] is not None:
+                ahead += float(cost(missed, hessians[0], share) - cost(made, hessians[0], share))
+    keep = bool(result[0] < rounded[0]) if costs is None else ahead > 0
     if not keep and not solvers.alike:
-        parts = zip(_parts(layer, rotation), nearest, strict=True)
+        parts = zip(_parts(layer, rotation, step), nearest, strict=True)
         rounded[1:] = sum(_forms(part - solvers.judged(q), hessians[1:]) for part, q in parts)
     errors = relative(result if keep else rounded, signal).tolist()
     rtn_error = relative(rounded, signal).tolist()[0]
     name = (solvers.chosen if keep else solvers.nearest).name
     results, wide = solved if keep else nearest, None
     if solvers.nested:
-        parts = zip(_parts(layer, rotation), results, strict=True)
+        parts = zip(_parts(layer, rotation, step), results, strict=True)
         forms = [_forms(part - q.dequantize(), hessians[:1])[0] for part, q in parts]
         wide = float(relative(torch.stack(forms).sum(), signal[0]))
     return _Layer(_joined(results), name, errors, rtn_error, wide)
+
+
+def _steps(layer: Tensor, costs: Costs | None) -> tuple[int, list[Costs | None]]:
+    """Rows that are solved at a time, and what their errors cost: whole blocks of costs."""
+    rows = max(1, PART_ELEMENTS // layer.shape[1])
+    if costs is None:
+        return rows, [None] * -(-len(layer) // rows)
+    together = max(1, rows // len(costs[0]))  # all are of this size, but for the last
+    shares = [costs[start : start + together] for start in range(0, len(costs), together)]
+    return together * len(costs[0]), list(shares)
 
 
 def _forms(delta: Tensor, hessians: list[Tensor | None]) -> Tensor:

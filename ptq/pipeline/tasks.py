@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.calib.observer import InputGroup
+from ptq.calib.output_costs import OutputCosts
 from ptq.calib.walk import CalibratedBlock
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.ranks import together, world
@@ -21,12 +22,14 @@ class Task:
 
     Attributes:
         layers: of ``group``, by their names within the block, all with the same ``recipe``.
+        costs: of the outputs of layers, if the recipe wants them.
     """
 
     block: CalibratedBlock
     group: InputGroup
     layers: tuple[str, ...]
     recipe: Recipe
+    costs: OutputCosts | None = None
 
     @property
     def cost(self) -> int:
@@ -39,8 +42,10 @@ class Task:
         """The quantized layers; with several ranks in host memory, through which they travel."""
         block, group = self.block, self.group
         topped_up = group.moments and block.borrows(group)
+        names = tuple(f"{block.prefix}{name}" for name in self.layers)
+        costs = self.costs if self.recipe.fisher else None
         job = Job(
-            names=tuple(f"{block.prefix}{name}" for name in self.layers),
+            names=names,
             weights=tuple(group.layers[name].weight for name in self.layers),
             hessian=block.hessian(group) if group.moments else None,
             holdout=group.holdout.mean() if group.holdout.tokens and not topped_up else None,
@@ -49,6 +54,7 @@ class Task:
             tokens=group.hessian.tokens if group.moments else group.seen if group.amax else 0,
             topped_up=topped_up,
             recipe=self.recipe,
+            costs=tuple(None if costs is None else costs.of(name) for name in names),
         )
         results = solve(job)
         return results if world()[1] == 1 else [result.to("cpu") for result in results]
@@ -67,7 +73,12 @@ def _unused(block: CalibratedBlock, group: InputGroup) -> bool:
     return not group.seen and block.pool(group) is None
 
 
-def tasks(block: CalibratedBlock, groups: Sequence[InputGroup], plan: Plan) -> list[Task]:
+def tasks(
+    block: CalibratedBlock,
+    groups: Sequence[InputGroup],
+    plan: Plan,
+    costs: OutputCosts | None = None,
+) -> list[Task]:
     """The layers of some of the block's input groups, split where their recipes differ."""
     result = []
     for group in groups:
@@ -87,7 +98,7 @@ def tasks(block: CalibratedBlock, groups: Sequence[InputGroup], plan: Plan) -> l
             else:
                 alike.append(name)
         result += [
-            Task(block=block, group=group, layers=tuple(names), recipe=recipe)
+            Task(block=block, group=group, layers=tuple(names), recipe=recipe, costs=costs)
             for recipe, names in by_recipe
         ]
     return result
