@@ -67,6 +67,7 @@ def backward(
     seed: int = 0,
     measures: Sequence[int] = (ALL,),
     until: int = 0,
+    inputs: bool = True,
     on_block: Callable[[int, int], object] = lambda done, total: None,
 ) -> Iterator[Differentiated]:
     """Yield every block from the last to number ``until``; each is valid until the next is asked
@@ -81,6 +82,7 @@ def backward(
         seed: of the sampled tokens.
         measures: a gradient for each: with ``ALL`` p is over the vocabulary, with a number over so
             many of the most likely tokens, renormalised, of which the token is sampled.
+        inputs: whether what layers read is kept; without, readings have (tokens, 0).
         on_block: told how many steps are done of how many; there are two for every block.
 
     Raises:
@@ -108,7 +110,7 @@ def backward(
                     with _restored(module):
                         with torch.no_grad():
                             groups = _prepared(steps, block, watch, prepare)
-                        pass_back = _PassBack(block, groups)
+                        pass_back = _PassBack(block, groups, inputs)
                         for batch in range(len(sequences)):
                             gradients[batch] = pass_back(steps, batch, gradients[batch])
                         yield Differentiated(block, groups, tokens, pass_back.readings)
@@ -201,7 +203,8 @@ class _PassBack:
     """Runs and differentiates a block; keeps what its layers read, and the gradients by what they
     returned."""
 
-    def __init__(self, block: CalibratedBlock, groups: Sequence[Layers]) -> None:
+    def __init__(self, block: CalibratedBlock, groups: Sequence[Layers], inputs: bool) -> None:
+        self._inputs = inputs
         self.readings: dict[str, list[Reading]] = {name: [] for g in groups for name in g}
         self._block, self._measure = block, 0
 
@@ -235,7 +238,9 @@ class _PassBack:
         self, readings: list[Reading]
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(layer: nn.Module, args: tuple[Tensor, ...], returned: Tensor) -> None:
-            reading = Reading(args[0].detach().flatten(0, -2), returned.shape[-1])
+            read = args[0].detach().flatten(0, -2)
+            read = read if self._inputs else read.new_empty(len(read), 0)
+            reading = Reading(read, returned.shape[-1])
             readings.append(reading)
 
             def backward(gradient: Tensor) -> None:

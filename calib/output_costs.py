@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from ptq.calib.backward import Differentiated
 from ptq.calib.hidden_states import HiddenStates
 
 
@@ -29,12 +28,13 @@ class OutputCosts:
         self._kept, self._parts = kept, parts
         self._where: dict[str, range] = {}
 
-    def add(self, seen: Differentiated, layer: str) -> None:
-        """Take in a layer, by its full name; what was kept of its calls is dropped."""
-        calls = seen.readings.pop(layer)
-        if not calls:
+    def add(self, layer: str, gradients: Sequence[Float32[Tensor, "_ _"]]) -> None:
+        """Take in a layer, by its full name: the gradients of every call, each (tokens, out)."""
+        if not any(map(len, gradients)):
             return
-        gradients = [call.gradient(0) for call in calls]  # each (tokens, out)
+        largest = torch.stack([g.abs().amax() for g in gradients if len(g)]).amax()
+        if largest > 0:  # how large they are does not matter, but squares must be numbers
+            gradients = [g / largest for g in gradients]
         limit = torch.cat([g.square().sum(1) for g in gradients]).median()
         gradients = [_limited(g, limit) for g in gradients]
         start = sum(map(len, self._where.values()))

@@ -34,6 +34,7 @@ class Choices(TypedDict, total=False):
     input_rule: str | None
     balance: float
     balance_factors: str
+    fisher: int
     eight_bit: float | str
     budget: float | None
     nested: int

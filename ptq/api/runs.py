@@ -104,12 +104,13 @@ def quantize(
         progress: a bar on stderr, which is the default, or nothing; or what to call after every
             block, and after every step of tuning.
         quality: ``"fast"`` rounds to nearest, ``"default"`` reads as much text as takes minutes,
-            ``"best"`` four times as much.
+            ``"best"`` twice as much, with gradients (``fisher``).
         algorithm: ``"gptq"``; ``"rtn"``, round to nearest; ``"decoupleq"`` and ``"llm-fp4"``, see
             docs/siblings.md.
         rotation: size of Hadamard blocks, 1 or ``"none"`` for none, ``"auto"`` by measured loss.
         balance: 0 … 1, how far the range of large inputs moves into the weights.
         balance_factors: ``"exact"``, or ``"power_of_two"``, which only moves exponents.
+        fisher: windows of text whose gradients tell which errors of outputs cost much; 0 for none.
         eight_bit: share of the weights that get 8 bits where that gains most, 0.1 or ``"10%"``.
         budget: the same as bits per weight on average, 4.75.
         nested: bits of a narrower format that the codes of mxint8 or mxint6 hold; 0 for none.

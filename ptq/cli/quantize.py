@@ -83,7 +83,7 @@ def quantize(
             **values(
                 QUALITIES,
                 "fast rounds to nearest; default is the best known recipe, with as much text as "
-                "takes minutes; best reads four times as much.",
+                "takes minutes; best weighs errors by gradients.",
             ),
             show_default="default",
             rich_help_panel=RECIPE,
@@ -123,6 +123,15 @@ def quantize(
             metavar="0…1",
             show_default="0.25, 0.5 for w4a4, 0 for rtn",
             help="How far large inputs are scaled down, and their weights up.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    fisher: Annotated[
+        int | None,
+        typer.Option(
+            metavar="WINDOWS",
+            show_default="0, 32 for --quality best",
+            help="Weigh errors by the model's own gradients on so many windows; takes longer.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -365,6 +374,7 @@ def quantize(
         "algorithm": algorithm,
         "rotation": rotation if rotation in (None, "auto") else parse_rotation(rotation),
         "balance": balance,
+        "fisher": fisher,
         "eight_bit": None if eight_bit is None else parse_share("--eight-bit", eight_bit),
         "budget": budget,
         "nested": nested,

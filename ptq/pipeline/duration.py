@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.calib.walk import PREPARE
+from ptq.numerics.both_sides import WIDEST, growing
 from ptq.pipeline.damage import LENGTH, SEQUENCES
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.solve import PART_ELEMENTS
@@ -20,6 +21,9 @@ PASSES = 36
 # Forward passes that finding the layers for eight bits costs on its few tokens: forward, again with
 # gradients, backward, and the errors of two choices for every layer.
 SENSITIVITY = 10
+# The same where gradients weigh outputs: once to keep what blocks read, once for balancing, with
+# gradients, and back; the products of gradients are counted apart.
+BACKWARD = 6
 # Seconds for a token of text (tokenizer and windows, measured: 262 thousand in 2.3 s), for a byte
 # of weights that is read, hashed and written, and for what comes once.
 TEXT, BYTE, ONCE = 9e-6, 1e-8, 1.0
@@ -95,6 +99,8 @@ def block_seconds(
             total += _rounding(work, speed, tokens, each_layer=True)
         if plan.allocates:
             total += SENSITIVITY * forward * SEQUENCES * min(LENGTH, plan.seq_len)
+        if plan.recipe.fisher:
+            total += _output_costs(work, plan, speed, forward)
         seconds.append(total + _solving(work, plan, speed) / ranks)
     return seconds
 
@@ -129,6 +135,13 @@ def _rounding(work: Work, speed: Speed, tokens: float, *, each_layer: bool) -> f
     )
 
 
+def _output_costs(work: Work, plan: Plan, speed: Speed, forward: float) -> float:
+    """Of gradients, and of their products."""
+    tokens = min(plan.recipe.fisher, plan.samples) * min(LENGTH, plan.seq_len)
+    products = sum(2 * rows * min(rows, WIDEST) for group in work.groups for rows in group.rows)
+    return tokens * (BACKWARD * forward + products * speed.flop)
+
+
 def _solving(work: Work, plan: Plan, speed: Speed) -> float:
     """All layers: their columns one after the other, their weights, and what grows with in² and
     in³."""
@@ -141,6 +154,8 @@ def _solving(work: Work, plan: Plan, speed: Speed) -> float:
         seconds += speed.factor * n**3
         for rows in group.rows:
             parts = -(-rows * n // PART_ELEMENTS)
+            if recipe.fisher:
+                parts *= 1 + len(growing(min(rows, WIDEST)))
             more = products * (n - FEATURES) * speed.flop
             seconds += parts * n * speed.column + rows * n * max(speed.weight + more, 0.0)
     return seconds

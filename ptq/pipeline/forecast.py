@@ -2,7 +2,8 @@
 
 ``ptq quantize --dry-run`` prints it.
 
-    peak = program + activations + block + Hessians + solver, or that of tuning, which follows
+    peak = program + activations + block + Hessians + solver + outputs, or that of what comes before
+    (gradients) or after (tuning)
 
 - program: what this process holds already: Python and its libraries.
 - activations: samples · seq_len · hidden, in the dtype of the computation, and one batch inside a
@@ -15,6 +16,8 @@
   the inputs of the experts are kept like activations.
 - solver: for the input group that needs most, copies of the rows that are solved at a time and of
   its Hessian; codes of all that is solved in a block, a byte each.
+- outputs: what errors of outputs cost, of all layers (:mod:`ptq.pipeline.output_costs`), unless on
+  disk.
 - tuning (:mod:`ptq.pipeline.tuning_cost`).
 """
 
@@ -38,6 +41,7 @@ from ptq.model.weight_files import Shards, has_weights
 from ptq.pipeline.budget import more_bits
 from ptq.pipeline.duration import Group, Work, block_seconds, other_seconds
 from ptq.pipeline.memory import held_bytes, machine_bytes, statistics_limit
+from ptq.pipeline.output_costs import output_costs_bytes
 from ptq.pipeline.plan import LayerPlan, Plan
 from ptq.pipeline.readers import plan_for, readers_in_words, with_eight_bits
 from ptq.pipeline.recipe import Recipe
@@ -94,6 +98,7 @@ class Forecast(Tabular):
     hessians_at_once: int
     rounds: int
     solver: int
+    outputs: int
     tuning: int
     peak_bytes: int
     device: str
@@ -161,6 +166,7 @@ class Forecast(Tabular):
             columns=("part", "size"),
             rows=(
                 *((part, size(getattr(self, part))) for part in parts),
+                *([("outputs", size(self.outputs))] if self.outputs else []),
                 *([("tuning, afterwards", size(self.tuning))] if self.tuning else []),
                 ("peak", size(self.peak_bytes)),
             ),
@@ -235,6 +241,10 @@ def forecast(
         again = [block.repeated for block in statistics]
         works = [replace(w, repeated=more) for w, more in zip(works, again, strict=True)]
     times = _times(blueprint, plan, works, device, tokens, ranks)
+    outputs = [[rows for group in block for rows in group.rows] for block in groups]
+    kept, gradients = output_costs_bytes(plan, outputs, _hidden(blueprint.config), activations)
+    before = parts["program"] + parts["activations"] + parts["block"] + kept + gradients
+    parts["outputs"] = kept
     shapes = _shapes(blueprint, plan, sizes, total, computed)
     tuning = round(parts["program"] + tuning_bytes(plan, shapes, activations))
     tuning = tuning if recipe.tune else 0
@@ -259,7 +269,7 @@ def forecast(
         bits_per_quantized_weight=8 * packed / quantized,
         bits_per_parameter=8 * output_bytes / total,
         tuning=tuning,
-        peak_bytes=max(sum(parts.values()), tuning),
+        peak_bytes=max(sum(parts.values()), before, tuning),
         hessians_at_once=max((block.at_once for block in statistics), default=0),
         rounds=rounds,
         device=str(device),

@@ -19,7 +19,9 @@ from ptq.calib.output_costs import OutputCosts
 from ptq.model.source import Source
 from ptq.numerics.both_sides import parts
 from ptq.pipeline.balancing import Balancing
+from ptq.pipeline.damage import LENGTH
 from ptq.pipeline.plan import Plan
+from ptq.pipeline.tuning_cost import TOKEN_COPIES
 
 
 @contextmanager
@@ -34,12 +36,12 @@ def output_costs(
     on_block: Callable[[int, int], object] = lambda done, total: None,
 ) -> Iterator[OutputCosts]:
     """Measure G of the layers that the recipe wants it of, in blocks number ``until`` and later, on
-    the first of ``batches``.
+    the first ``LENGTH`` tokens of the first windows of ``batches``.
 
     Raises:
         ValueError: see :func:`ptq.calib.backward.backward`.
     """
-    windows = torch.cat(list(batches))[: plan.recipe.fisher]
+    windows = torch.cat([batch[:, :LENGTH] for batch in batches])[: plan.recipe.fisher]
     layers = [n for n in plan.layers if n != plan.head and plan[n].recipe.fisher]
     with HiddenStates("disk" if activations == "disk" else "ram", torch.device("cpu")) as kept:
         costs = OutputCosts(kept, parts)
@@ -52,9 +54,30 @@ def output_costs(
             prepare=Balancing(plan) if plan.balances else None,
             seed=plan.recipe.seed,
             until=until,
+            inputs=False,
             on_block=on_block,
         )
         for seen in seen_blocks if until < len(source.blocks()) else ():
             for name in [name for group in seen.groups for name in group if name in layers]:
-                costs.add(seen, name)
+                costs.add(name, [call.gradient(0) for call in seen.readings.pop(name)])
         yield costs
+
+
+def output_costs_bytes(
+    plan: Plan, blocks: Sequence[Sequence[int]], hidden: int, activations: str
+) -> tuple[int, int]:
+    """Memory: of G of all layers, and of the gradients of a block while they are measured, by the
+    outputs of the layers of every block; nothing without a Fisher matrix."""
+    if not plan.recipe.fisher:
+        return 0, 0
+    kept = sum(
+        4 * (rows.stop - rows.start) ** 2
+        for block in blocks
+        for outputs in block
+        for rows in parts(outputs)
+    )
+    length = min(LENGTH, plan.seq_len)
+    tokens = min(plan.recipe.fisher, plan.samples) * length
+    inside = 4 * length * hidden * TOKEN_COPIES
+    passed = 4 * tokens * max(map(sum, blocks), default=0) + inside
+    return (0 if activations == "disk" else kept), passed

@@ -343,6 +343,8 @@ class Recipe:
             solved = narrower(FORMATS[format], nested).name
         best = {**_defaults(solved, scheme), "format": format}
         choices = {**best, **QUALITIES[quality].choices, **given}
+        if "fisher" not in given and (nested or not _coarse(FORMATS[format])):
+            choices.pop("fisher", None)
         own = CHOICES.get(str(choices["algorithm"]), {})
         choices |= {name: value for name, value in own.items() if name not in given}
         sweeps = choices["algorithm"] in SWEEPING and choices["scales"] not in IN_LOOP

@@ -170,7 +170,7 @@ METHODS: tuple[Method, ...] = (
         late=True,
         choices={"quality": "best"},
         own_text=True,
-        note="reads four times the text",
+        note="reads twice the text, and gradients of 32 windows",
     ),
 )
 

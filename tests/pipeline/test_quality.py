@@ -16,7 +16,7 @@ SMALL, BILLION = 106_000_000, 1_000_000_000
     ("quality", "parameters", "device", "positions", "expected"),
     [
         ("default", SMALL, "cpu", 8192, (32, 512)),
-        ("best", SMALL, "cpu", None, (128, 512)),
+        ("best", SMALL, "cpu", None, (64, 512)),
         ("default", SMALL, "cuda", None, (128, 2048)),
         ("best", SMALL, "cuda", 1024, (256, 1024)),
         ("default", BILLION, "cpu", None, (16, 512)),
@@ -51,7 +51,7 @@ def test_presets_are_recipes_that_options_change() -> None:
     assert (fast.algorithm, fast.scales, fast.balance) == ("rtn", "mse", 0)
     assert Recipe.default("nvfp4", quality="fast", algorithm="gptq").algorithm == "gptq"
     best, usual = Recipe.default("nvfp4", quality="best"), Recipe.default("nvfp4")
-    assert {**best.to_dict(), "quality": "default"} == usual.to_dict()
+    assert {**best.to_dict(), "quality": "default", "fisher": 0} == usual.to_dict()
     with pytest.raises(ValueError, match="unknown quality 'good'; choose from fast, default, best"):
         Recipe.default("nvfp4", quality="good")
 
