@@ -8,6 +8,7 @@ once, and rows are solved some at a time.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -165,9 +166,11 @@ def _attempt(job: Job, size: int) -> tuple[float, list[Solved]]:
     measured = [None if hessian is None else hessian.float()]
     if job.holdout is not None:
         measured.append(rotation.rotate_hessian(job.holdout).float())
+    every = job.costs or (None,) * len(job.weights)
+    made = _together(job, rotation, solvers)
     layers = [
-        _layer(layer, rotation, solvers, measured, costs)
-        for layer, costs in zip(job.weights, job.costs or [None] * len(job.weights), strict=True)
+        _layer(layer, rotation, solvers, measured, costs, result)
+        for layer, costs, result in zip(job.weights, every, made, strict=True)
     ]
 
     input_scale, input_error = None, None
@@ -286,22 +289,42 @@ class _Layer:
     wide_error: float | None = None
 
 
+def _together(
+    job: Job, rotation: Rotation, solvers: _Solvers
+) -> list[QuantizedTensor] | list[None]:
+    """The layers of which every output has its cost, solved in step: blocks of costs do not see
+    each other, and an operation on few rows takes as long as on many. None for each where memory
+    has no room for all rows, or outputs count alike."""
+    rows = [len(layer) for layer in job.weights]
+    costs = [of for of in job.costs if of is not None]
+    if len(costs) < len(rows) or sum(rows) * job.weights[0].shape[1] > PART_ELEMENTS:
+        return [None] * len(rows)
+    whole = torch.cat([rotation.exact(layer).float() for layer in job.weights])
+    result = solvers.solve(whole, [block for of in costs for block in of])
+    ends = list(accumulate(rows))
+    return [result.rows(end - count, end) for count, end in zip(rows, ends, strict=True)]
+
+
 def _layer(
     layer: Tensor,
     rotation: Rotation,
     solvers: _Solvers,
     hessians: list[Tensor | None],
     costs: Costs | None,
+    made: QuantizedTensor | None,
 ) -> _Layer:
-    """Solve a layer; the result is kept only if it beats round to nearest on the calibration tokens
-    (G23): in the loss that it was made for."""
-    step, shares = _steps(layer, costs)
+    """Solve a layer, unless its result is ``made``; it is kept only if it beats round to nearest on
+    the calibration tokens (G23): in the loss that it was made for."""
+    step, shares = (len(layer), [costs]) if made is not None else _steps(layer, costs)
     nearest, solved = [], []
     signal, rounded, result = (torch.zeros(len(hessians), dtype=torch.float64) for _ in range(3))
     ahead = 0.0  # of round to nearest, in the loss that is to be small
     for part, share in zip(_parts(layer, rotation, step), shares, strict=True):
         nearest.append(solvers.nearest.solve(part))
-        solved.append(nearest[-1] if solvers.alike else solvers.solve(part, share))
+        if made is not None:
+            solved.append(made)
+        else:
+            solved.append(nearest[-1] if solvers.alike else solvers.solve(part, share))
         signal += _forms(part, hessians)
         made = part - solvers.judged(solved[-1])
         result += _forms(made, hessians)
