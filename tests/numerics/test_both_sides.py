@@ -1,6 +1,7 @@
 """Errors paid back by later rows as well as by later columns."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def gradients_of(rows: int) -> Tensor:
     return (g.T @ g).double() / len(g)
 
 
-def whole(problem: tuple[Tensor, Tensor, Tensor], fmt: Format, **options: object) -> Problem:
+def whole(problem: tuple[Tensor, Tensor, Tensor], fmt: Format, **options: Any) -> Problem:
     w, _, h = problem
     return Problem(
         hessian=h, grid=Grid(fmt, fmt.global_scale(w.abs().amax(), 1.5), "mse"), **options
