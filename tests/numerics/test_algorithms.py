@@ -63,10 +63,17 @@ def test_inputs_are_not_modified(name: str, fmt: Format, problem) -> None:
 @algorithms
 @every
 def test_white_inputs_leave_nothing_but_rounding(name: str, fmt: Format, problem) -> None:
-    """G24: where no input says anything of another, the nearest code is the best."""
+    """G24: where no input says anything of another, the nearest code is the best; but refitted scales
+    that are fine enough find better ones."""
     w = problem[0]
-    result = prepare(name, make(w, torch.eye(128), fmt)).solve(w)
-    assert torch.equal(result.codes, prepare("rtn", make(w, torch.eye(128), fmt)).solve(w).codes)
+    result, nearest = (
+        prepare(which, make(w, torch.eye(128), fmt)).solve(w) for which in (name, "rtn")
+    )
+    if name == "decoupleq" and fmt.bits_dtype != torch.uint8:
+        errors = [float((w - q.dequantize()).square().sum()) for q in (result, nearest)]
+        assert errors[0] < errors[1]
+    else:
+        assert torch.equal(result.codes, nearest.codes)
 
 
 @algorithms
