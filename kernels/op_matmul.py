@@ -33,6 +33,10 @@ from ptq.kernels.workspace import split_workspace
 # operations.
 NEW_ASSEMBLER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
+# Rows of tiles in a band of the persistent kernel: 148 programs on tiles of 128 × 256 are then 16 ×
+# 9, which read 4,400 rows of the operands; down all 64 of 8192 tokens they read 8,800.
+GROUP_ROWS = 16
+
 
 # ---------------------------------------------------------------- w4a16
 
@@ -314,7 +318,8 @@ def w4a4_constants(
         "INTERPRETED": INTERPRETED,
     }
     if tile.kernel == "w4a4_tma":
-        return {**constants, "PROGRAMS": programs, "WARP_SPECIALIZE": not INTERPRETED}
+        persistent = {"PROGRAMS": programs, "GROUP_ROWS": GROUP_ROWS}
+        return {**constants, **persistent, "WARP_SPECIALIZE": not INTERPRETED}
     loads = {
         name: scale_load(rows, tile.block_k, coverage.GROUP_SIZE[scale], k, tile.warps)
         for name, rows in (("X_SCALE_LOAD", tile.block_m), ("SCALE_LOAD", tile.block_n))

@@ -178,7 +178,13 @@ def _fitted(nearest: Row, tokens: int, n: int, k: int, sms: int) -> Tile:
     whole = nearest.operation == "grouped" or tile.kernel in ("dense", "w4a4_tma")
     if (nearest.n, nearest.k) == (n, k) or (tile.split == 1 and whole):
         return tile
-    return replace(tile, split=split_rule(tile, tokens, n, k, sms))
+    split = split_rule(tile, tokens, n, k, sms)
+    # the widest have no registers left for masks, nor MXFP4 for the sum over a split
+    widest = tile.kernel == "w4a16" and tile.block_n > 128
+    if widest and (split > 1 or n % tile.block_n or k % tile.block_k):
+        tile = replace(tile, block_n=128)
+        split = split_rule(tile, tokens, n, k, sms)
+    return replace(tile, split=split)
 
 
 def _nearest(

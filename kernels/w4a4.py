@@ -299,6 +299,7 @@ def w4a4_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -306,8 +307,9 @@ def w4a4_tma_kernel(
     """Grid (PROGRAMS,). Both scales in 128 × 4 blocks; BLOCK_M and BLOCK_N multiples of 128,
     K/GROUP of 4, N of 8.
 
-    Tiles run down M first, so that a tile of the weight stays in L2 for all of them. Tails are
-    TMA's: it reads zeros outside a tensor and does not write there.
+    Tiles run down M first, within bands of GROUP_ROWS of them, so that those that run at the same
+    time are about as many rows as columns and read the least. Tails are TMA's: it reads zeros
+    outside a tensor and does not write there.
     """
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K // 2], [K // 2, 1], [BLOCK_M, BLOCK_K // 2])
     w_desc = tl.make_tensor_descriptor(
@@ -330,8 +332,8 @@ def w4a4_tma_kernel(
         [ALL * 512, 512, 256, 1],
         [BLOCK_N // 128, TILES, 2, 256],
     )
-    rows = tl.cdiv(M, BLOCK_M)
-    tiles = rows * tl.cdiv(N, BLOCK_N)
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles, band = rows * columns, GROUP_ROWS * columns
     global_scale = tl.load(global_scale_ptr)
     for tile in tl.range(
         tl.program_id(0),
@@ -341,7 +343,9 @@ def w4a4_tma_kernel(
         warp_specialize=WARP_SPECIALIZE,
         disallow_acc_multi_buffer=True,
     ):
-        tile_m, tile_n = tile % rows, tile // rows
+        first = tile // band * GROUP_ROWS
+        height = tl.minimum(rows - first, GROUP_ROWS)
+        tile_m, tile_n = first + tile % band % height, tile % band // height
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(
             0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES, disallow_acc_multi_buffer=True

@@ -247,6 +247,21 @@ def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight) -> None:
         assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
+def test_bands_of_rows_change_the_order_of_tiles_alone(random_weight, monkeypatch) -> None:
+    """Five rows of tiles in bands of two, the last with one: each tile is made once, by the same
+    sum."""
+    _, packed = random_weight(FORMATS["nvfp4"], 264, 128)
+    inputs, _ = quantized(FORMATS["nvfp4"], 530, 128, torch.tensor(0.01), swizzle=True)
+    tile, found = Tile(kernel="w4a4_tma", block_m=128, block_n=128, stages=2), []
+    for rows in (1, 2, 16):
+        monkeypatch.setattr(op_matmul, "GROUP_ROWS", rows)
+        out = torch.full((530, 264), torch.nan)
+        launch_w4a4(inputs, in_blocks(packed), None, out, tile)
+        found.append(out)
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_w4a4_operator(random_weight) -> None:
     weight, packed = random_weight(FORMATS["nvfp4"], 72, 256)
     inputs, values = quantized(FORMATS["nvfp4"], 5, 256, torch.tensor(0.02))

@@ -87,6 +87,20 @@ def test_a_shape_without_a_row_takes_the_nearest_and_says_so_once(
     tiles.choose.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "width", "split"),
+    [
+        (57344, 8192, 256, 1),  # 448 tiles are enough for 132 multiprocessors
+        (14336, 4096, 128, 2),  # with a split the sums would not fit the registers
+        (57344 + 128, 8192, 128, 1),  # nor would masks
+        (57344, 8192 + 64, 128, 1),
+    ],
+)
+def test_the_widest_tile_is_for_whole_sizes_that_need_no_split(n, k, width, split) -> None:
+    tile = tiles.choose(90, "w4a16", "nvint4", 256, n, k)
+    assert (tile.block_n, tile.split, tile.warps) == (width, split, 8)
+
+
 def test_a_table_with_unknown_keys_is_refused() -> None:
     row = {
         "operation": "w4a16",
