@@ -5,7 +5,7 @@ size is very uneven: on a real model (SmolLM2-135M, 16 × 512 tokens) a hundredt
 10 to 50 % of the squares, an attention sink 96 % of those of its values, and correlations of
 outputs in one half of the text agree with those of the other by a cosine of .05 to .8, by layer. So
 no token counts for more than the median one (.5 to .97 then), and correlations are shrunk by how
-well both halves agree.
+well both halves agree (A5).
 """
 
 from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ block after the other, each for a target that makes up for the blocks before it;
 descent, each block for a target that makes up for all others. Errors within a block do not see each
 other.
 
-G is block diagonal, of at most ``WIDEST`` rows a block, so that it takes no more memory than the
+G (A5) is block diagonal, of at most ``WIDEST`` rows a block, so that it takes no more memory than the
 weights of a model; its blocks are independent and go in step.
 """
 

@@ -63,8 +63,8 @@ def test_inputs_are_not_modified(name: str, fmt: Format, problem) -> None:
 @algorithms
 @every
 def test_white_inputs_leave_nothing_but_rounding(name: str, fmt: Format, problem) -> None:
-    """G24: where no input says anything of another, the nearest code is the best; but refitted scales
-    that are fine enough find better ones."""
+    """G24: where no input says anything of another, the nearest code is the best; but refitted
+    scales that are fine enough find better ones."""
     w = problem[0]
     result, nearest = (
         prepare(which, make(w, torch.eye(128), fmt)).solve(w) for which in (name, "rtn")

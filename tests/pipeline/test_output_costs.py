@@ -74,16 +74,16 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(tiny_llama, tmp_path / "parts", recipe=weighed, on_block=stop)
-    untils: list[int] = []
+    asked: list[int] = []
     measure = run.output_costs
 
     def watched(*args, until: int, **rest):
-        untils.append(until)
+        asked.append(until)
         return measure(*args, until=until, **rest)
 
     monkeypatch.setattr(run, "output_costs", watched)
     quantize_model(tiny_llama, tmp_path / "parts", recipe=weighed)
-    assert untils == [1]  # what the first block needed is not measured again
+    assert asked == [1]  # what the first block needed is not measured again
     whole, parts = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 
