@@ -10,8 +10,8 @@ block after the other, each for a target that makes up for the blocks before it;
 descent, each block for a target that makes up for all others. Errors within a block do not see each
 other.
 
-G (A5) is block diagonal, of at most ``WIDEST`` rows a block, so that it takes no more memory than the
-weights of a model; its blocks are independent and go in step.
+G is block diagonal (A5), of at most ``WIDEST`` rows a block, so that it takes no more memory than
+the weights of a model; its blocks are independent and go in step.
 """
 
 from collections.abc import Callable, Sequence
