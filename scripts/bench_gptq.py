@@ -28,7 +28,7 @@ def textbook(
 ) -> Tensor:
     """Codes of the per-column loop on the stored layout."""
     fmt, step = scales.format, scales.step()
-    group = perm // fmt.group_size
+    group = perm // fmt.size(weight.shape[1])
     w = weight[:, perm].clone()
     values = torch.empty_like(w)
     for start in range(0, w.shape[1], block):
@@ -70,17 +70,16 @@ def main() -> None:
     x = x @ torch.randn(args.features, args.features, generator=generator) / args.features**0.5
     hessian = x.T @ x / len(x)
     fmt = FORMATS[args.format]
+    size = fmt.size(args.features)
     grid = Grid(fmt, fmt.global_scale(weight.abs().amax(), 1.5), "absmax")
 
     print(
         f"{args.out} x {args.features}, {fmt.name}, {torch.get_num_threads()} threads, best of "
         f"{args.repeats}"
     )
-    factoring = best(
-        lambda: factorize(hessian, fmt.group_size, order="act", damping=0.01), args.repeats
-    )
-    act = factorize(hessian, fmt.group_size, order="act", damping=0.01)
-    grouped = factorize(hessian, fmt.group_size, order="group", damping=0.01)
+    factoring = best(lambda: factorize(hessian, size, order="act", damping=0.01), args.repeats)
+    act = factorize(hessian, size, order="act", damping=0.01)
+    grouped = factorize(hessian, size, order="group", damping=0.01)
     scales = grid.scales(weight)
     start = gptq(weight, hessian, grid, factor=act)
     slow = best(lambda: textbook(weight, act.upper, scales, act.perm), args.repeats)

@@ -28,7 +28,7 @@ PLAIN = {"algorithm": "gptq", "rotation": 1, "descent": 0, "damping": 0.01, "bal
 
 def methods(fmt: str) -> dict[str, dict[str, object]]:
     """Name → fields of the recipe."""
-    group = FORMATS[fmt].group_size
+    group = FORMATS[fmt].size(128)
     return {
         "RTN": {"algorithm": "rtn", "rotation": 1, "scales": "absmax"},
         "RTN, searched scales": {"algorithm": "rtn", "rotation": 1, "scales": "mse"},

@@ -56,9 +56,9 @@ FORMATS = ("nvfp4", "mxfp4", "nvint4", "mxfp8")
 # second is that of attention.
 BESIDES = (
     ("compressed-tensors", ("int4-g128", "int4-g32", "mxint4"), ("w4a16",)),
-    ("compressed-tensors", ("nvfp4+mxfp8",), ("w4a16", "w4a4")),
+    ("compressed-tensors", ("nvfp4+mxfp8", "fp8-channel", "nvfp4+fp8-channel"), ("w4a16", "w4a4")),
     ("ptq", ("int4-g128", "int4-g32"), ("w4a16",)),
-    ("ptq", ("mxint4", "mxint6", "mxfp6", "mxint8"), ("w4a16", "w4a4")),
+    ("ptq", ("mxint4", "mxint6", "mxfp6", "mxint8", "fp8-channel"), ("w4a16", "w4a4")),
 )
 ATTENTION = "re:.*self_attn.*"
 ROTATION = 32
@@ -84,7 +84,7 @@ HEAD = (
     "nothing can be told unless every logit is the same; vLLM with ptq's plugin is asked again",
     "there, in float32 (*32*). `=` says that every logit is that of `ptq.load` in bfloat16, bit by",
     "bit. *16* works with inputs in 16 bits where the checkpoint quantizes them.",
-    f"Rotation is online, in blocks of {ROTATION}. Of `nvfp4+mxfp8` attention is the second.",
+    f"Rotation is online, in blocks of {ROTATION}. Of two formats the second is of attention.",
     "Dense is the bundled Llama, MoE a random Mixtral; rounded to nearest. What is shown are",
     "means: where that of a MoE is far beyond the yardstick, a router chose other experts for a",
     "token or two (MXFP4 W4A16 in transformers: KL .22 at one token, whose experts differ; medians",

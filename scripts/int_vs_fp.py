@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy import special
 
-from ptq.numerics.formats import FORMATS, INT8, Format
+from ptq.numerics.formats import INT8, MICROSCALED, Format
 from ptq.numerics.hardware_cost import (
     PUBLISHED,
     TENSOR_CORES,
@@ -290,7 +290,7 @@ def units() -> list[str]:
         "weights to read | Blackwell |",
         "|---" * 8 + "|",
     ]
-    for fmt in FORMATS.values():
+    for fmt in MICROSCALED.values():
         paper, rate = PUBLISHED.get(fmt.name), TENSOR_CORES.get(fmt.name)
         cells = (
             f"{gates(fmt):.0f}",
@@ -342,7 +342,7 @@ def cast_table(found: DirectCast) -> list[str]:
         "| format | perplexity | KL | as printed | rotated: perplexity | KL | as printed |",
         "|---" * 7 + "|",
     ]
-    for fmt in FORMATS.values():
+    for fmt in MICROSCALED.values():
         cells = []
         for rotated in (False, True):
             cast = found.cast(fmt.name, rotated=rotated)

@@ -46,12 +46,21 @@ def tiny(folder: Path) -> Path:
 
 
 def llm_compressor(source: Path, out: Path) -> None:
-    """NVFP4 and MXFP4 by round to nearest, and two formats in two groups with ``re:`` targets."""
+    """NVFP4, MXFP4, int4 and FP8 by round to nearest, and two formats in two groups with ``re:``
+    targets."""
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
+    small = preset_name_to_scheme("W4A16", ["Linear"]).model_dump()
+    small["weights"]["group_size"] = 32  # of 64 inputs
     recipes = {
+        "llm-compressor-int4": QuantizationModifier(
+            config_groups={"group_0": QuantizationScheme(**small)}, ignore=["lm_head"]
+        ),
+        "llm-compressor-fp8": QuantizationModifier(
+            targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"]
+        ),
         "llm-compressor-nvfp4a16": QuantizationModifier(
             targets="Linear", scheme="NVFP4A16", ignore=["lm_head"]
         ),

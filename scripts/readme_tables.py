@@ -35,7 +35,7 @@ def row(fmt: Format) -> str:
     cells = (
         f"`{fmt.name}`",
         f"{element.name.upper()}: {shown}",
-        str(fmt.group_size),
+        str(fmt.group_size) if fmt.group_size else "a row",
         kind,
         f"{fmt.bits_per_weight:g}",
         "none" if rotation == 1 else str(rotation),

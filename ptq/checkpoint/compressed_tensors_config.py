@@ -122,16 +122,19 @@ def _parse_group(group: _Group, format: str | None, own: str | None) -> dict[str
             f"ptq does not read the compressed-tensors format {name!r}, only {', '.join(known)}"
         )
     size = weights.get("group_size")
-    fmt = next((r for r in records if r.weights["group_size"] == size), records[0])
+    fmt = next((r for r in records if r.weights.get("group_size") == size), records[0])
     wrong = {k: weights.get(k) for k, v in fmt.weights.items() if weights.get(k, v) != v}
     # columns that were quantized in another order lie in their own
     if weights.get("actorder") not in (None, "weight", "static"):
         wrong["actorder"] = weights.get("actorder")
     classes = [t for t in group.targets or [] if t != EVERY and re.fullmatch(r"[A-Z]\w*", t)]
     # inputs are quantized to the format of the weights, or not at all
-    for key, value in (group.input_activations or {}).items():
-        if key in ("num_bits", "type", "group_size") and value != fmt.weights[key]:
-            wrong[f"{key} of inputs"] = value
+    inputs = group.input_activations or {}
+    asked = {key: inputs[key] for key in ("num_bits", "type", "group_size") if key in inputs}
+    if inputs and fmt.strategy is not None:
+        asked |= {key: inputs.get(key) for key in ("strategy", "dynamic")}
+    differ = {key: value for key, value in asked.items() if value != fmt.inputs.get(key)}
+    wrong |= {f"{key} of inputs": value for key, value in differ.items()}
     if group.input_activations is not None and fmt.format.weights_only:
         wrong["input_activations"] = group.input_activations
     if wrong or classes or not group.targets or (EVERY in group.targets and group.targets[1:]):
@@ -144,11 +147,11 @@ def _parse_group(group: _Group, format: str | None, own: str | None) -> dict[str
                 f"{' or '.join(same)}: the checkpoint is damaged, copy it again"
             )
         fmt = same[own]
-    inputs = group.input_activations is not None
+    quantized = group.input_activations is not None
     return {
         "format": fmt.format.name,
-        "quantize_activations": inputs,
-        "static_activations": inputs and fmt.format.has_global_scale,
+        "quantize_activations": quantized,
+        "static_activations": quantized and fmt.format.has_global_scale,
     }
 
 

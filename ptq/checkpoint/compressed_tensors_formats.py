@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptq.checkpoint.compressed_tensors_int4 import (
     INT4_TYPES,
+    as_bfloat16,
     fold_int4,
     fold_mxint4,
     fold_nvint4,
@@ -32,6 +33,7 @@ from ptq.checkpoint.engines import (
 )
 from ptq.checkpoint.quantization_config import JsonDict, LayerInfo, is_expert
 from ptq.numerics.formats import (
+    FP8_CHANNEL,
     INT4_32,
     INT4_128,
     MXFP4,
@@ -96,7 +98,8 @@ class CtFormat:
     Attributes:
         name: of the format there.
         weights: the arguments of weights in a config group.
-        dynamic: ``dynamic`` in those of inputs, which are else the same.
+        dynamic: ``dynamic`` in those of inputs, which are else the same,
+        strategy: but for this, where it differs.
         conversion: None if tensors are stored as in the ``ptq`` dialect.
         refusals: of single layers, besides :data:`REFUSALS`.
         rules: besides :data:`RULES`.
@@ -106,9 +109,16 @@ class CtFormat:
     name: str
     weights: JsonDict
     dynamic: bool | str = True
+    strategy: str | None = None
     conversion: Conversion | None = None
     refusals: tuple[Refusal, ...] = ()
     rules: tuple[Rule, ...] = ()
+
+    @property
+    def inputs(self) -> JsonDict:
+        """The arguments of inputs in a config group."""
+        strategy = {} if self.strategy is None else {"strategy": self.strategy}
+        return self.weights | strategy | {"dynamic": self.dynamic}
 
     @property
     def keeps_global_scale(self) -> bool:
@@ -121,6 +131,15 @@ def name_e4m3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     are; other tensors are passed on."""
     rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "weight_packed"}
     return rest | {"weight": tensors["weight_packed"].view(torch.float8_e4m3fn)}
+
+
+def unname_channel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`name_e4m3` for scales of whole rows, of any dtype.
+
+    Raises:
+        ValueError: a scale is no bfloat16 number.
+    """
+    return unname_e4m3(tensors) | {"weight_scale": as_bfloat16(tensors["weight_scale"])}
 
 
 def unname_e4m3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,6 +176,7 @@ def _all(name: str, info: LayerInfo) -> bool:
     return True
 
 
+NOT_KNOWN_FP8 = "whether it reads FP8 of this dialect is not known; use nvfp4 with w4a4"
 NOT_KNOWN = "whether it reads MXFP8 of this dialect is not known; use nvfp4"
 SEVERAL = "whether it reads several formats in one checkpoint is not known; use one"
 NO_ROTATION = "it does not rotate inputs; use --rotation none, or dialect ptq"
@@ -333,10 +353,32 @@ _MXFP8 = CtFormat(
     ),
 )
 
+_FP8_CHANNEL = CtFormat(
+    format=FP8_CHANNEL,
+    name="float-quantized",
+    weights=_FOUR_BITS | {"num_bits": 8, "type": "float", "strategy": "channel"},
+    strategy="token",
+    conversion=Conversion(
+        types={"weight": (torch.float8_e4m3fn,), "weight_scale": INT4_TYPES["weight_scale"]},
+        packed="weight",
+        write=name_e4m3,
+        read=unname_channel,
+    ),
+    rules=(
+        Rule(
+            TRANSFORMERS,
+            lambda name, info: is_expert(name),
+            Verdict.IMPORT,
+            "which reads experts in 8 bits",
+        ),
+        Rule(TENSORRT, _all, Verdict.UNKNOWN, NOT_KNOWN_FP8),
+    ),
+)
+
 # Of records that are the same there, a reader who is told nothing takes the first.
 CT_FORMATS = {
     record.format.name: record
-    for record in (_NVFP4, _MXFP4, _NVINT4, _INT4_128, _INT4_32, _MXINT4, _MXFP8)
+    for record in (_NVFP4, _MXFP4, _NVINT4, _INT4_128, _INT4_32, _MXINT4, _MXFP8, _FP8_CHANNEL)
 }
 
 

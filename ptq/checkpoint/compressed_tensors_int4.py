@@ -33,14 +33,23 @@ def unfold_int4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: a scale is no bfloat16 number; or the shapes of the three tensors do not belong
             together.
     """
-    scale, rest = _unfolded(tensors)
+    _, rest = _unfolded(tensors)
+    return rest | {"weight_scale": as_bfloat16(tensors["weight_scale"])}
+
+
+def as_bfloat16(scale: Tensor) -> Tensor:
+    """The same numbers in bfloat16.
+
+    Raises:
+        ValueError: they are none of it.
+    """
     stored = scale.to(torch.bfloat16)
-    if not torch.equal(stored.float(), scale):
+    if not torch.equal(stored.double(), scale.double()):
         raise ValueError(
-            f"its {str(tensors['weight_scale'].dtype).removeprefix('torch.')} scales are no "
-            "bfloat16 numbers, and would be rounded: quantize the model in bfloat16"
+            f"its {str(scale.dtype).removeprefix('torch.')} scales are no bfloat16 numbers, and "
+            "would be rounded: quantize the model in bfloat16"
         )
-    return rest | {"weight_scale": stored}
+    return stored
 
 
 def fold_nvint4(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ def _group(layers: Layers, targets: list[str]) -> JsonDict:
     """The config group of layers that are quantized alike, but for their rotation."""
     info = next(iter(layers.values()))
     fmt = CT_FORMATS[info.format]
-    inputs = fmt.weights | {"dynamic": fmt.dynamic} if info.quantize_inputs else None
+    inputs = fmt.inputs if info.quantize_inputs else None
     guards = (bool(_sizes(layers)), _scaled_experts(layers))
     return {
         "targets": targets,

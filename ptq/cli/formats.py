@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from ptq.cli.errors import guarded
 from ptq.cli.options import Debug, Json
 
-BLACKWELL = "Blackwell"
-NOWHERE = "none: weights alone"
+BLACKWELL, ADA = "Blackwell", "Ada +"
+NOWHERE = "none"
 # Format → the GPUs whose tensor cores multiply it, and what it is for.
 GUIDE: dict[str, tuple[str, str]] = {
     "nvfp4": (BLACKWELL, "the first choice: accurate, and other engines open it, w4a4 too"),
@@ -19,6 +19,7 @@ GUIDE: dict[str, tuple[str, str]] = {
     "mxfp8": (BLACKWELL, "sensitive layers beside nvfp4 or mxfp4, which other engines open too"),
     "int4-g128": ("none", "engines and GPUs without 4-bit floats: what GPTQ and AWQ tools write"),
     "int4-g32": ("none", "the same, closer to the model: groups of 32 with free scales"),
+    "fp8-channel": (ADA, "8 bits for every engine; sensitive layers beside nvfp4 on Hopper"),
 }
 
 
@@ -122,14 +123,16 @@ def formats(json: Json = False, debug: Debug = False) -> None:
     table.add_column("format", no_wrap=True)
     for name in ("bits", "group", "rotation", "area"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("native on", "kernels", "w4a16 in", "w4a4 in"):
+    for name in ("native on", "kernels"):
         table.add_column(name, no_wrap=True)
+    for name in ("w4a16 in", "w4a4 in"):
+        table.add_column(name, max_width=18)  # in lines: names of engines need room
     table.add_column("choose it for", ratio=1)
     for row in rows():
         table.add_row(
             row.format,
             f"{row.bits_per_weight:g}",
-            str(row.group_size),
+            str(row.group_size) if row.group_size else "row",
             str(row.rotation) if row.rotation > 1 else "none",
             f"{row.area:.2f}",
             row.native,
@@ -142,7 +145,8 @@ def formats(json: Json = False, debug: Debug = False) -> None:
         "bits: of a weight, with its share of the scale. group: weights that share a scale. "
         "rotation: the default. area: gates of an arithmetic unit over those of mxfp8, a model and "
         "no synthesis (docs/int-vs-fp.md).",
-        "native on: GPUs whose tensor cores multiply it (Blackwell: B200, GB200, RTX 50); needed "
+        "native on: GPUs whose tensor cores multiply it (Blackwell: B200, GB200, RTX 50; Ada +: "
+        "RTX 40, L40S, Hopper too); needed "
         "for a gain from w4a4, not to run it.",
         "kernels: GPUs on which ptq computes with packed weights; elsewhere, and on a CPU, it "
         "unpacks them: the same numbers, slower.",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # ptq --help must not wait for torch
 
 # What options take, for help and completion; a test compares them with the tables that they are in.
 MICROSCALED = ("mxfp4", "nvfp4", "nvint4", "mxint4", "mxint6", "mxfp6", "mxint8", "mxfp8")
-FORMATS = (*MICROSCALED, "int4-g128", "int4-g32")
+FORMATS = (*MICROSCALED, "int4-g128", "int4-g32", "fp8-channel")
 SCHEMES = ("w4a16", "w4a4")
 ALGORITHMS = ("gptq", "rtn", "decoupleq", "llm-fp4")
 ROTATIONS = ("none", "16", "32", "64", "128", "256", "auto")

@@ -124,7 +124,7 @@ def prepare_gptq(problem: Problem) -> Prepared:
 
 
 def _factor(problem: Problem) -> tuple[Factor, float]:
-    damping, group_size = problem.damping, problem.grid.format.group_size
+    damping, group_size = problem.damping, problem.grid.format.size(len(problem.known))
     while True:
         try:
             factor = factorize(problem.known, group_size, order=problem.order, damping=damping)

@@ -33,7 +33,7 @@ def coordinate_descent(
     """
     fmt = quantized.format
     h = damped(hessian, damping).float() if damped_hessian is None else damped_hessian.float()
-    steps = quantized.scales.step().T.repeat_interleave(fmt.group_size, dim=0)  # (in, out)
+    steps = quantized.scales.step().T.repeat_interleave(fmt.size(len(h)), dim=0)  # (in, out)
     values = fmt.element.decode(quantized.codes).T.contiguous()
     gradient = h @ (weight.float().T - values * steps)  # H̃ Δᵀ with Δ = W - Ŵ
     diagonal = h.diagonal().tolist()

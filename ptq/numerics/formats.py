@@ -218,6 +218,7 @@ class Format:
     stored.
 
     Attributes:
+        group_size: inputs that share a scale; 0 is all of a row, an output or a token (F33).
         scale_dtype: ``float8_e8m0fnu`` (powers of two, no global scale), ``float8_e4m3fn`` (with an
             fp32 global scale) or ``bfloat16`` (whose range needs none).
         power_of_two_global: restrict the global scale to powers of two, so that scale * global
@@ -262,6 +263,10 @@ class Format:
         do, in ascending order (byte 0 of E8M0 is read, and never written)."""
         return _SCALES[self.scale_dtype].legal
 
+    def size(self, columns: int) -> int:
+        """How many of so many columns share a scale."""
+        return self.group_size or columns
+
     @property
     def default_rotation(self) -> int:
         """Inputs to a block of the Hadamard rotation that measured best, 1 for none."""
@@ -274,9 +279,10 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of an element plus its share of the scale, the one global scale of a tensor not
-        counted."""
-        return self.element.bits + 8 * self.scale_dtype.itemsize / self.group_size
+        """Bits of an element plus its share of the scale; the one global scale of a tensor and the
+        scales of whole rows are not counted."""
+        share = 8 * self.scale_dtype.itemsize / self.group_size if self.group_size else 0.0
+        return self.element.bits + share
 
     def encode_scale(self, scale: Float32[Tensor, "*s"]) -> Integer[Tensor, "*s"]:
         """The bits of the nearest storable scale: never zero, never NaN. E8M0 rounds up, so that
@@ -340,7 +346,8 @@ MXFP8 = Format("mxfp8", E4M3, 32, torch.float8_e8m0fnu, rotation=1)
 # most who read them rotate nothing.
 INT4_128 = Format("int4-g128", INT4, 128, torch.bfloat16, rotation=1, weights_only=True)
 INT4_32 = Format("int4-g32", INT4, 32, torch.bfloat16, rotation=1, weights_only=True)
+FP8_CHANNEL = Format("fp8-channel", E4M3, 0, torch.bfloat16, rotation=1)
 
 MICROSCALED = {f.name: f for f in (MXFP4, NVFP4, NVINT4, MXINT4, MXINT6, MXFP6, MXINT8, MXFP8)}
 """Formats whose scales are bytes: those that hardware and papers compare, of weights and inputs."""
-FORMATS = MICROSCALED | {f.name: f for f in (INT4_128, INT4_32)}
+FORMATS = MICROSCALED | {f.name: f for f in (INT4_128, INT4_32, FP8_CHANNEL)}

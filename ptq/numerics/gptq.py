@@ -68,28 +68,28 @@ def gptq(
             "and natural or group"
         )
     fmt = grid.format
-    weight = weight.float()
-    factor = factor or factorize(hessian, fmt.group_size, order=order, damping=damping)
+    weight, size = weight.float(), fmt.size(weight.shape[1])
+    factor = factor or factorize(hessian, size, order=order, damping=damping)
     perm = factor.perm
     static = (
         None if in_loop else grid.scales(weight, hessian.diagonal().float() if weighted else None)
     )
     sweep = _Sweep(weight.T[perm].contiguous(), factor.upper, grid)
-    groups = weight.shape[1] // fmt.group_size
+    groups = weight.shape[1] // size
     bits = torch.zeros(groups, weight.shape[0], dtype=fmt.bits_dtype, device=weight.device)
-    steps = (
-        None if static is None else static.step().T.contiguous()[perm // fmt.group_size]
-    )  # (in, out)
+    steps = None if static is None else static.step().T.contiguous()[perm // size]  # (in, out)
 
-    block_size = max(block_size // fmt.group_size, 1) * fmt.group_size
+    if static is not None:  # groups are only where scales are chosen
+        size = min(size, block_size)
+    block_size = max(block_size // size, 1) * size
     for start in range(0, weight.shape[1], block_size):
         stop = min(start + block_size, weight.shape[1])
-        for first in range(start, stop, fmt.group_size):
-            last = first + fmt.group_size
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
             if steps is not None:
                 sweep.round(first, last, steps[first:last])
             else:
-                bits[perm[first] // fmt.group_size] = sweep.choose(first, last, in_loop == "trial")
+                bits[perm[first] // size] = sweep.choose(first, last, in_loop == "trial")
             sweep.pay(first, last, last, stop)
         sweep.pay(start, stop, stop, weight.shape[1])
 

@@ -34,6 +34,7 @@ from ptq.numerics.formats import MXFP8, Element, Format
 AND = OR = 4 / 3
 XOR = MULTIPLEXER = 2.0
 FULL_ADDER = 5.0
+ROW = 4096  # inputs that a scale of a whole row counts for
 LARGEST_ALIGNER = 24  # bits: the significand of float32
 
 
@@ -60,7 +61,7 @@ PUBLISHED = {
 PUBLISHED_COMBINED = Published(0.75, 0.66)
 # Multiplications a second of Blackwell's tensor cores over those in bfloat16 (data sheets of B200,
 # dense); formats that it has no block-scaled instruction for are not there.
-TENSOR_CORES = {"nvfp4": 4.0, "mxfp4": 4.0, "mxfp6": 2.0, "mxfp8": 2.0}
+TENSOR_CORES = {"nvfp4": 4.0, "mxfp4": 4.0, "mxfp6": 2.0, "mxfp8": 2.0, "fp8-channel": 2.0}
 
 
 def shape(element: Element) -> tuple[int, int]:
@@ -101,7 +102,7 @@ def mac(element: Element, lanes: int) -> dict[str, float]:
 def sum_bits(fmt: Format) -> int:
     """The width of the sum of a block's products: of integers 2 b and what the block adds, of
     floats what products are aligned to and that; no more than float32 keeps."""
-    element, carries = fmt.element, math.ceil(math.log2(fmt.group_size))
+    element, carries = fmt.element, math.ceil(math.log2(fmt.size(ROW)))
     integers = element.mantissa_bits is None
     width = 2 * element.bits if integers else aligner_bits(element)
     return min(width + carries, LARGEST_ALIGNER)
@@ -138,8 +139,9 @@ def accumulator() -> float:
 def gates(fmt: Format) -> float:
     """The gates of a unit of ``fmt`` for one multiplication, in NAND2 equivalents: a lane, and its
     share of scales and accumulator, which a block of the group size has one of."""
-    lane = sum(mac(fmt.element, fmt.group_size).values())
-    return lane + (scales(fmt) + accumulator()) / fmt.group_size
+    size = fmt.size(ROW)
+    lane = sum(mac(fmt.element, size).values())
+    return lane + (scales(fmt) + accumulator()) / size
 
 
 def relative_area(fmt: Format, base: Format = MXFP8) -> float:

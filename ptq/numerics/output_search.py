@@ -34,7 +34,7 @@ def search_by_output(
     Args:
         sweeps: over all groups, at most; ends when no scale changes.
     """
-    fmt, size = grid.format, grid.format.group_size
+    fmt, size = grid.format, grid.format.size(weight.shape[1])
     weight, h = weight.float(), hessian.to(torch.float64)
     bits = grid.scales(weight).bits
     groups = group(weight, fmt)

@@ -90,7 +90,7 @@ def refit_scales(
     """
     fmt = quantized.format
     values = fmt.element.decode(quantized.codes)
-    exact = exact_scales(weight, values, hessian, fmt.group_size)
+    exact = exact_scales(weight, values, hessian, fmt.size(values.shape[1]))
     best, least = quantized, _loss(weight, quantized, hessian)
     for start in (nearest_bytes(exact, quantized.scales), quantized.scales.bits):
         bits = _descend(weight, hessian, values, start, quantized.scales, sweeps)
@@ -111,7 +111,7 @@ def _descend(
     sweeps: int,
 ) -> Integer[Tensor, "rows groups"]:
     """Coordinate descent on scale bytes, the codes fixed."""
-    fmt, size = scales.format, scales.format.group_size
+    fmt, size = scales.format, scales.format.size(values.shape[1])
     bits, h = bits.clone(), hessian.to(torch.float64)
     steps = Scales(bits, scales.global_scale, fmt).step().double()
     a = values.double()

@@ -206,9 +206,8 @@ class Grid:
             ValueError: unknown rule, or one that the scales of the format do not have, or columns
             that do not form groups.
         """
-        weights = (
-            None if importance is None else importance.unflatten(0, (-1, self.format.group_size))
-        )
+        size = self.format.size(weight.shape[1])
+        weights = None if importance is None else importance.unflatten(0, (-1, size))
         bits = RULES[self.rule](group(weight, self.format), self.format, self.global_scale, weights)
         return Scales(bits, self.global_scale, self.format)
 

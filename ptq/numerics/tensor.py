@@ -66,7 +66,8 @@ def dequantize_packed(
     instead of 2)."""
     fmt = scales.format
     numbers = _numbers(fmt, packed.device).index_select(0, packed.flatten().int())
-    values = numbers.view(torch.float32).view(*scales.bits.shape, fmt.group_size)
+    columns = packed.shape[1] * (2 if fmt.packed else 1)
+    values = numbers.view(torch.float32).view(*scales.bits.shape, fmt.size(columns))
     return ungroup(values.mul_(scales.step().unsqueeze(-1)))
 
 
@@ -134,13 +135,14 @@ def group(x: Float[Tensor, "rows in"], fmt: Format) -> Float[Tensor, "rows group
     Raises:
         ValueError: the number of columns is not a multiple of the group size.
     """
-    if x.shape[1] % fmt.group_size:
+    size = fmt.size(x.shape[1])
+    if x.shape[1] % size:
         raise ValueError(
             f"{x.shape[1]} input features are not divisible by the group size {fmt.group_size} of "
             f"{fmt.name}; "
             "leave the layer out with --ignore or choose a format with smaller groups"
         )
-    return x.unflatten(1, (-1, fmt.group_size))
+    return x.unflatten(1, (x.shape[1] // size, size))
 
 
 def ungroup(x: Float[Tensor, "rows groups size"]) -> Float[Tensor, "rows in"]:

@@ -146,7 +146,7 @@ def _choices(plan: Plan, options: AdviceOptions) -> dict[str, tuple[Option, Reci
     found: dict[str, tuple[Option, Recipe]] = {}
     for name in options.formats:
         fmt = FORMATS[name]
-        for size in (1, fmt.group_size):
+        for size in sorted({1, fmt.group_size or 1}):
             option = Option(
                 format=name, rotation=size, bits=fmt.bits_per_weight, kl=0.0, kl_top25=0.0
             )

@@ -75,7 +75,8 @@ class LayerPlan:
         """What a checkpoint will say about it. A rotation that is chosen by measurement counts as
         one of the format's group size: what cannot be written shows now."""
         recipe = self.recipe
-        rotation = recipe.fmt.group_size if recipe.rotation == "auto" else int(recipe.rotation)
+        measured = recipe.fmt.group_size or 128
+        rotation = measured if recipe.rotation == "auto" else int(recipe.rotation)
         return LayerInfo(
             format=recipe.format,
             rotation=rotation,
@@ -296,7 +297,7 @@ def _refuse_ragged(layers: Mapping[str, LayerPlan]) -> None:
     ragged: dict[str, list[str]] = {}
     for name, layer in layers.items():
         fmt = layer.recipe.fmt
-        if layer.in_features % fmt.group_size:
+        if layer.in_features % fmt.size(layer.in_features):
             size = f"the group size {fmt.group_size} of {fmt.name}"
             reason = f"{layer.in_features} input features are not divisible by {size}"
             ragged.setdefault(reason, []).append(name)

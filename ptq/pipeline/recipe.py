@@ -186,6 +186,11 @@ class Recipe:
                 f"scales {self.scales!r} are chosen inside the GPTQ sweep; use --algorithm gptq, "
                 "or --scales mse"
             )
+        if self.scales in IN_LOOP and not self.fmt.group_size:
+            raise ValueError(
+                f"scales {self.scales!r} are chosen for a group of columns, and {self.format} has "
+                "one scale a row; use --scales absmax or mse"
+            )
         if self.scales in IN_LOOP and self.order == "act":
             raise ValueError(
                 f"scales {self.scales!r} need the columns of a group together; use order group or "
@@ -293,7 +298,7 @@ class Recipe:
         if self.rotation != "auto":
             Rotation(int(self.rotation)).check(features)
             return [int(self.rotation)]
-        sizes = sorted({1, self.fmt.group_size, 128})
+        sizes = sorted({1, self.fmt.group_size or 1, 128})
         return [size for size in sizes if features % size == 0]
 
     def for_module(self, *names: str) -> "Recipe | None":
@@ -407,7 +412,7 @@ def _choice(field: str, value: str, known: Iterable[str]) -> None:
 def _try_rules(format: str, scales: str | None, input_rule: str | None) -> None:
     """Raise ValueError where a format does not have a rule for the scales of weights or of inputs:
     seen by trying it on a group."""
-    fmt, group = FORMATS[format], torch.ones(1, FORMATS[format].group_size)
+    fmt, group = FORMATS[format], torch.ones(1, FORMATS[format].size(16))
     if scales is not None:
         Grid(fmt, torch.ones(()), scales).scales(group)
     if input_rule is not None:

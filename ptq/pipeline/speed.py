@@ -131,7 +131,7 @@ def _solving(
     if recipe.algorithm in SWEEPING:
         large = normal(2 * FACTORED, FACTORED)
         square = large.T @ large / len(large)
-        group, damping = recipe.fmt.group_size, recipe.damping
+        group, damping = recipe.fmt.size(FACTORED), recipe.damping
         seconds = _fastest(
             lambda: factorize(square, group, order=recipe.order, damping=damping), device
         )

@@ -66,7 +66,7 @@ def kernel_obstacle(
     return coverage.obstacle(
         fmt.element.name,
         fmt.scale_name,
-        fmt.group_size,
+        fmt.size(in_features),
         in_features,
         rotation=1 if beyond else info.rotation,
         dtype=dtype,

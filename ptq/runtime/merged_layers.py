@@ -43,12 +43,13 @@ class Cut:
     columns: tuple[int, int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of a matrix (out, a fixed number for each column); others are whole."""
+        """The part of a matrix (out, a fixed number for each column); others are whole, and so are
+        the columns of one with a number a row."""
         if tensor.ndim != 2:
             return tensor
         if self.rows is not None:
             tensor = tensor[slice(*self.rows)]
-        if self.columns is not None:
+        if self.columns is not None and tensor.shape[1] > 1:
             width = tensor.shape[1]
             start, stop = (bound * width // self.inputs for bound in self.columns)
             tensor = tensor[:, start:stop]
@@ -136,8 +137,8 @@ class Shard:
             memory = {leaf: self.cut.of(tensor) for leaf, tensor in memory.items()}
         # a part of a larger tensor would keep all of it
         memory = {leaf: tensor.to(self.device).contiguous() for leaf, tensor in memory.items()}
-        rows, groups = memory["weight_scale"].shape
-        inputs = groups * FORMATS[info.format].group_size
+        rows, bytes = memory["weight_packed"].shape
+        inputs = bytes * (2 if FORMATS[info.format].packed else 1)
         place = nn.Linear(inputs, rows, bias=False, device="meta")
         return stored_layer(place, info, memory, self.name).eval()
 

@@ -49,6 +49,40 @@ def test_int4_with_inputs_in_four_bits_is_refused():
         parse_ct(config() | {"config_groups": {"g": said}})
 
 
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_fp8_with_a_scale_an_output_is_read(inputs: bool):
+    weights = FP8 | {"strategy": "channel", "dynamic": False, "observer": "minmax"}
+    said = {"format": "float-quantized", "targets": ["Linear"], "weights": weights}
+    if inputs:
+        said["input_activations"] = FP8 | {"strategy": "token", "dynamic": True}
+    layer = parse_ct(config() | {"config_groups": {"g": said}}).layer(DOWN, bias=False)
+    assert layer == LayerInfo(format="fp8-channel", quantize_inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "said"),
+    [
+        ({"strategy": "tensor"}, {}, "strategy"),
+        ({"strategy": "block"}, {}, "strategy"),
+        ({}, {"strategy": "tensor"}, "strategy of inputs"),
+        ({}, {"dynamic": False}, "dynamic of inputs"),
+        ({}, {"strategy": None}, "strategy of inputs"),
+    ],
+)
+def test_fp8_with_other_scales_is_refused(weights, inputs, said):
+    group = {
+        "format": "float-quantized",
+        "targets": ["Linear"],
+        "weights": FP8 | {"strategy": "channel", "dynamic": False} | weights,
+        "input_activations": FP8 | {"strategy": "token", "dynamic": True} | inputs,
+    }
+    with pytest.raises(ValueError, match=f"does not read this variant of float-quantized.*{said}"):
+        parse_ct(config() | {"config_groups": {"g": group}})
+
+
 def test_a_group_says_which_of_our_formats_it_is_where_there_are_several():
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32}
     groups = {"g": {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}}
@@ -77,7 +111,7 @@ def test_inputs_of_another_format_than_the_weights_are_refused():
     [
         ("kv_cache_scheme", {"num_bits": 8}, "does not read this kv_cache_scheme"),
         ("config_groups", {}, "no config group"),
-        ("config_groups", {"g": {"format": "float-quantized", "weights": {}}}, "float-quantized"),
+        ("config_groups", {"g": {"format": "int-quantized", "weights": {}}}, "int-quantized"),
         (
             "config_groups",
             {

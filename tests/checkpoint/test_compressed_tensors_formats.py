@@ -1,5 +1,6 @@
 """How compressed-tensors stores formats: MXFP8 as E4M3; and who reads mixtures."""
 
+import pytest
 import torch
 
 from ptq.checkpoint.compressed_tensors_formats import (
@@ -23,6 +24,21 @@ def test_codes_of_mxfp8_are_the_bytes_of_e4m3():
     assert torch.equal(again["weight_packed"], codes) and again.keys() == {"weight_packed", "bias"}
     conversion = CT_FORMATS["mxfp8"].conversion
     assert conversion is not None and conversion.packed == "weight"
+
+
+def test_scales_of_whole_rows_are_kept_where_they_are_bfloat16_numbers():
+    conversion = CT_FORMATS["fp8-channel"].conversion
+    assert conversion is not None
+    scale = torch.tensor([[0.3], [7.0]]).bfloat16()
+    layer = {"weight_packed": torch.full((2, 5), 0x38, dtype=torch.uint8), "weight_scale": scale}
+    stored = conversion.write(layer)
+    assert torch.equal(stored["weight"].float(), torch.ones(2, 5))
+    for dtype in (torch.bfloat16, torch.float32):  # vLLM and llm-compressor have both
+        again = conversion.read(stored | {"weight_scale": scale.to(dtype)})
+        assert again.keys() == layer.keys()
+        assert all(torch.equal(again[leaf], layer[leaf]) for leaf in layer)
+    with pytest.raises(ValueError, match="float32 scales are no bfloat16 numbers"):
+        conversion.read(stored | {"weight_scale": torch.full((2, 1), 1 / 3)})
 
 
 def test_what_engines_make_of_a_mixture():

@@ -96,6 +96,8 @@ def test_rotated_nvfp4_w4a4_is_the_example_of_the_specification():
         ("mxint4", False),
         ("int4-g128", False),
         ("int4-g32", False),
+        ("fp8-channel", True),
+        ("fp8-channel", False),
     ],
 )
 @pytest.mark.parametrize("rotation", [1, 16, 64])

@@ -22,7 +22,7 @@ E8M0 = [name for name, fmt in FORMATS.items() if fmt.powers_of_two]
 def layer(name: str) -> tuple[dict[str, Tensor], LayerInfo]:
     """A layer of random numbers with quantized inputs and a bias, as it lies on disk."""
     fmt = FORMATS[name]
-    columns = max(64, 2 * fmt.group_size)
+    columns = max(64, 2 * fmt.size(32))
     weight = torch.randn(8, columns)
     t = fmt.global_scale(weight.abs().amax(), 1.5)
     quantized = QuantLinear.from_quantized(
@@ -52,7 +52,7 @@ def refused(name: str, leaf: str, value: Tensor) -> str:
 
 def with_bits(name: str, bits: int) -> Tensor:
     scale = layer(name)[0]["weight_scale"].clone()
-    scale.view(FORMATS[name].bits_dtype)[5, 1] = bits
+    scale.view(FORMATS[name].bits_dtype)[5, min(1, scale.shape[1] - 1)] = bits
     return scale
 
 

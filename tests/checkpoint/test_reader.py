@@ -29,7 +29,7 @@ CODES = {
 def state(fmt, *, inputs=True, bias=True, seed=0):
     """(tensors in memory form, description) of a layer of random numbers."""
     fmt, generator = FORMATS[fmt], torch.Generator().manual_seed(seed)
-    columns = max(64, fmt.group_size)
+    columns = max(64, fmt.size(64))
     weight = torch.randn(8, columns, generator=generator)
     grid = Grid(fmt, fmt.global_scale(weight.abs().amax(), 1.5), "absmax")
     layer = QuantLinear.from_quantized(

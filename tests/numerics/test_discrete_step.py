@@ -16,7 +16,7 @@ NARROW = [name for name, fmt in FORMATS.items() if fmt.element.bits == 4]
 
 def quantized(name: str, rows: int = 6, features: int = 64) -> QuantizedTensor:
     fmt = FORMATS[name]
-    features = max(features, fmt.group_size)
+    features = max(features, fmt.size(128))
     weight = torch.randn(rows, features)
     return rtn(
         weight, torch.eye(features), Grid(fmt, fmt.global_scale(weight.abs().amax()), "absmax")

@@ -176,7 +176,7 @@ def test_legal_scales_are_the_positive_finite_ones_in_order(fmt) -> None:
 
 def test_codes_that_are_no_numbers() -> None:
     found = {fmt.name: fmt.element.nan_codes for fmt in FORMATS.values() if fmt.element.nan_codes}
-    assert found == {"mxfp8": (0x7F, 0xFF)}
+    assert found == dict.fromkeys(("mxfp8", "fp8-channel"), (0x7F, 0xFF))
 
 
 @formats
@@ -216,6 +216,7 @@ def test_bits_per_weight() -> None:
         "mxfp8": 8.25,
         "int4-g128": 4.125,
         "int4-g32": 4.5,
+        "fp8-channel": 8.0,
     }
     assert bits == known
 

@@ -33,7 +33,7 @@ def straightforward(w: Tensor, h: Tensor, scales, order: Tensor, damping: float)
     w, step = w[:, order].double(), scales.step().double()
     codes = torch.empty(w.shape, dtype=torch.uint8)
     for j in range(w.shape[1]):
-        s = step[:, order[j] // fmt.group_size]
+        s = step[:, order[j] // fmt.size(128)]
         codes[:, order[j]] = fmt.element.encode((w[:, j] / s).float())
         error = (w[:, j] - fmt.element.decode(codes[:, order[j]]).double() * s) / factor[j, j]
         w[:, j:] -= torch.outer(error, factor[j, j:])
@@ -58,7 +58,7 @@ def test_gptq_is_the_straightforward_loop(fmt: Format, order: str, problem) -> N
     w, _, h = problem
     scales = grid(w, fmt).scales(w)
     expected = straightforward(
-        w, h, scales, column_order(damped(h, 0.01).diagonal(), fmt.group_size, order), 0.01
+        w, h, scales, column_order(damped(h, 0.01).diagonal(), fmt.size(128), order), 0.01
     )
     measured = gptq(w, h, grid(w, fmt), order=order)
     assert torch.equal(measured.scales.bits, scales.bits)
@@ -123,7 +123,7 @@ def test_a_zero_column_is_quantized_in_its_own_place(fmt: Format, problem) -> No
     w, _, h = problem
     w = w.clone()
     w[:, 5] = 0
-    order = column_order(damped(h, 0.01).diagonal(), fmt.group_size, "group")
+    order = column_order(damped(h, 0.01).diagonal(), fmt.size(128), "group")
     by_hand = gptq(w[:, order], h[order][:, order], grid(w, fmt), order="natural")
     assert (gptq(w, h, grid(w, fmt), order="group").codes[:, order] != by_hand.codes).any(
         1

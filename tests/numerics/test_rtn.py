@@ -17,7 +17,7 @@ def test_every_weight_goes_to_the_nearest_point_of_its_grid(fmt: Format, problem
     """No other code of the element is nearer under the scale that was chosen."""
     w = problem[0][:4]
     result = rtn(w, torch.eye(128), Grid(fmt, fmt.global_scale(w.abs().amax()), "mse"))
-    step = result.scales.step().repeat_interleave(fmt.group_size, dim=1)
+    step = result.scales.step().repeat_interleave(fmt.size(128), dim=1)
     written = [v for v in fmt.element.values if abs(v) <= fmt.element.max]
     points = torch.tensor(written) * step.unsqueeze(-1)
     best = (points - w.unsqueeze(-1)).abs().amin(-1)

@@ -27,7 +27,7 @@ ONE = torch.ones(())
 def exists(fmt: Format, rule: str) -> bool:
     """Whether the scales of the format have this rule."""
     try:
-        RULES[rule](torch.ones(1, 1, fmt.group_size), fmt, ONE, None)
+        RULES[rule](torch.ones(1, 1, fmt.size(128)), fmt, ONE, None)
     except ValueError:
         return False
     return True
@@ -36,8 +36,8 @@ def exists(fmt: Format, rule: str) -> bool:
 def weighs(fmt: Format, rule: str) -> bool:
     """Whether importance ever moves a byte of the format."""
     generator = torch.Generator().manual_seed(5)
-    groups = torch.randn(200, 1, fmt.group_size, generator=generator)
-    importance = torch.exp(5 * torch.randn(1, fmt.group_size, generator=generator))
+    groups = torch.randn(200, 1, fmt.size(128), generator=generator)
+    importance = torch.exp(5 * torch.randn(1, fmt.size(128), generator=generator))
     t = fmt.global_scale(groups.abs().amax())
     return not torch.equal(*(RULES[rule](groups, fmt, t, w) for w in (None, importance)))
 
@@ -140,7 +140,7 @@ ORACLE = {
 def test_gaussian_oracle(name: str) -> None:
     fmt = FORMATS[name]
     generator = torch.Generator().manual_seed(1)
-    blocks = torch.randn(50_000, fmt.group_size, generator=generator)
+    blocks = torch.randn(50_000, fmt.size(128), generator=generator)
     blocks *= torch.exp2(torch.rand(50_000, 1, generator=generator))
     for rule, expected in ORACLE[name].items():
         grid = Grid(fmt, fmt.global_scale(blocks.abs().amax()), rule)
@@ -168,7 +168,7 @@ def test_a_search_is_at_least_as_good_as_every_candidate(fmt: Format) -> None:
     w = torch.randn(64, 128) * torch.exp(torch.randn(64, 1))
     w[3] = 0
     t = fmt.global_scale(w.abs().amax())
-    groups, importance = group(w, fmt), torch.rand(128 // fmt.group_size, fmt.group_size)
+    groups, importance = group(w, fmt), torch.rand(128 // fmt.size(128), fmt.size(128))
     for weights in (None, importance):
         bits = RULES["mse"](groups, fmt, t, weights)
         error = squared_error(groups, fmt, fmt.decode_scale(bits) * t, weights)
@@ -213,9 +213,8 @@ def layer() -> torch.Tensor:
 
 def errors(w: torch.Tensor, scales: Scales, importance: torch.Tensor | None) -> torch.Tensor:
     """The weighted squared error of every group."""
-    weights = (
-        None if importance is None else importance.unflatten(0, (-1, scales.format.group_size))
-    )
+    size = scales.format.size(w.shape[1])
+    weights = None if importance is None else importance.unflatten(0, (-1, size))
     return squared_error(group(w, scales.format), scales.format, scales.step(), weights)
 
 
@@ -272,7 +271,7 @@ def test_rows_and_groups_are_independent(fmt: Format, rule: str) -> None:
     bits = grid.scales(w).bits
     assert torch.equal(grid.scales(w[order]).bits, bits[order])
     assert torch.equal(grid.scales(w[7:9]).bits, bits[7:9])
-    alone = [grid.scales(columns).bits for columns in w.split(fmt.group_size, dim=1)]
+    alone = [grid.scales(columns).bits for columns in w.split(fmt.size(128), dim=1)]
     assert torch.equal(torch.cat(alone, 1), bits)
 
 
@@ -312,7 +311,7 @@ def test_the_table_is_sorted_as_these_laws_need_it() -> None:
 def test_larger_numbers_never_have_a_smaller_scale(fmt: Format, rule: str) -> None:
     """Where there is no search, which may put a larger number on a lower code."""
     amax = torch.logspace(-30, 30, 10_001).sort().values
-    groups = torch.zeros(len(amax), 1, fmt.group_size)
+    groups = torch.zeros(len(amax), 1, fmt.size(128))
     groups[:, 0, 3] = amax
     bits = RULES[rule](groups, fmt, fmt.global_scale(torch.tensor(1.0)), None)
     assert (bits[:, 0].int().diff() >= 0).all()

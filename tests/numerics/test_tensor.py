@@ -51,15 +51,16 @@ def test_eight_bit_codes_take_a_byte_each() -> None:
 
 @pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
 def test_dequantize_is_the_product_of_value_scale_and_global_scale(fmt) -> None:
-    size = fmt.group_size
-    codes = torch.arange(2 * size, dtype=torch.uint8).reshape(1, -1) % 8
-    bits = some_scales(fmt, 1, 2)
+    size = fmt.size(128)
+    groups = 2 if fmt.group_size else 1
+    codes = torch.arange(groups * size, dtype=torch.uint8).reshape(1, -1) % 8
+    bits = some_scales(fmt, 1, groups)
     t = torch.tensor(0.3)
     expected = torch.stack(
         [
             torch.tensor(fmt.element.values)[codes[0, j].int()]
             * (fmt.decode_scale(bits)[0, j // size] * t)
-            for j in range(2 * size)
+            for j in range(groups * size)
         ]
     )
     quantized = QuantizedTensor(codes, Scales(bits, t, fmt))
@@ -80,11 +81,12 @@ def test_rows_are_rows() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
     generator = torch.Generator().manual_seed(rows)
-    width = 3 * fmt.group_size // (2 if fmt.packed else 1)
+    groups = 3 if fmt.group_size else 1
+    width = groups * fmt.size(128) // (2 if fmt.packed else 1)
     packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
     if not fmt.packed:
         packed &= (1 << fmt.element.bits) - 1
-    scales = Scales(some_scales(fmt, rows, 3), torch.tensor(0.3), fmt)
+    scales = Scales(some_scales(fmt, rows, groups), torch.tensor(0.3), fmt)
     expected = QuantizedTensor(unpack(packed, fmt), scales).dequantize()
     found = dequantize_packed(packed, scales)
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
@@ -94,7 +96,8 @@ def test_packed_weights_are_dequantized_to_the_same_bits(fmt, rows):
 def test_an_unpacker_gives_the_same_bits_chunk_by_chunk(fmt):
     generator, unpacker = torch.Generator().manual_seed(1), Unpacker(fmt, torch.device("cpu"))
     for rows, groups, at_a_time in ((7, 3, 3), (5, 2, 5), (7, 3, 3), (40, 3, 16), (2, 1, 1)):
-        width = groups * fmt.group_size // (2 if fmt.packed else 1)
+        groups = groups if fmt.group_size else 1
+        width = groups * fmt.size(128) // (2 if fmt.packed else 1)
         packed = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
         if not fmt.packed:
             packed &= (1 << fmt.element.bits) - 1

@@ -36,6 +36,7 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
     [
         ({"format": "nvfp5"}, "unknown format 'nvfp5'; choose from mxfp4, nvfp4"),
         ({"algorithm": "awq"}, "choose from rtn, gptq"),
+        ({"format": "fp8-channel", "scales": "trial"}, "one scale a row; use --scales absmax"),
         ({"format": "int4-g128", "scheme": "w4a4"}, "int4-g128 is a format of weights alone: use"),
         ({"scheme": "w4a8"}, "choose from w4a16, w4a4"),
         ({"scales": "best"}, "choose from absmax"),

@@ -58,7 +58,7 @@ def test_a_loaded_checkpoint_is_the_model_that_was_saved(
     assert tied == (kind in ("llama_tied", "qwen2"))
 
 
-@pytest.mark.parametrize("fmt", ["mxint6", "mxfp6", "mxint8", "mxfp8", "int4-g32"])
+@pytest.mark.parametrize("fmt", ["mxint6", "mxfp6", "mxint8", "mxfp8", "int4-g32", "fp8-channel"])
 def test_study_formats_come_back_too(make_run, tmp_path, token_ids, fmt):
     model = make_run("llama", fmt, dtype=torch.float32)(tmp_path / "out")
     assert torch.equal(logits(model, token_ids), logits(load(tmp_path / "out"), token_ids))

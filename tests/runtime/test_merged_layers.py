@@ -157,9 +157,10 @@ def test_no_number_depends_on_the_default_dtype(
     assert torch.equal(shard_of(checkpoint, QKV[0]).layer(torch.float32)(x), expected)
 
 
+@pytest.mark.parametrize("fmt", ["nvint4", "fp8-channel"])
 @pytest.mark.parametrize("dialect", ["ptq", "compressed-tensors"])
-def test_ranks_share_rows_and_columns(write, dialect: str) -> None:
-    checkpoint = write("nvint4", dialect, rotation=16)
+def test_ranks_share_rows_and_columns(write, dialect: str, fmt: str) -> None:
+    checkpoint = write(fmt, dialect, rotation=16)
 
     def part(name: str, **cut: tuple[int, int]) -> nn.Module:
         inputs = checkpoint.shape(name)[1]

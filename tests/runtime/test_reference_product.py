@@ -19,7 +19,7 @@ def weight(fmt: Format = NVFP4, seed: int = 0) -> tuple[Tensor, Scales]:
     generator = torch.Generator().manual_seed(seed)
     width = IN // 2 if fmt.packed else IN
     packed = torch.randint(0, 64, (OUT, width), generator=generator, dtype=torch.uint8)
-    steps = torch.rand(OUT, IN // fmt.group_size, generator=generator) + 0.5
+    steps = torch.rand(OUT, IN // fmt.size(IN), generator=generator) + 0.5
     return packed, Scales(fmt.encode_scale(steps), torch.tensor(0.3), fmt)
 
 

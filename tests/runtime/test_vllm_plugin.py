@@ -75,6 +75,8 @@ W4A4 = {"quantize_inputs": True, "static_inputs": True}
         (config(format="nvint4"), CPU, False),  # which vLLM runs itself
         (config(format="mxint4"), CPU, False),
         (config(format="int4-g128"), CPU, False),
+        (config(format="fp8-channel"), CPU, True),
+        (config(format="fp8-channel"), HOPPER, False),
         (config(format="nvint4"), CPU | {"moe": True}, True),
         (config(format="nvint4", rotation=16), CPU, True),
         (config("modelopt"), CPU, True),
