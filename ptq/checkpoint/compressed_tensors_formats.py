@@ -364,15 +364,7 @@ _FP8_CHANNEL = CtFormat(
         write=name_e4m3,
         read=unname_channel,
     ),
-    rules=(
-        Rule(
-            TRANSFORMERS,
-            lambda name, info: is_expert(name),
-            Verdict.IMPORT,
-            "which reads experts in 8 bits",
-        ),
-        Rule(TENSORRT, _all, Verdict.UNKNOWN, NOT_KNOWN_FP8),
-    ),
+    rules=(Rule(TENSORRT, _all, Verdict.UNKNOWN, NOT_KNOWN_FP8),),
 )
 
 # Of records that are the same there, a reader who is told nothing takes the first.

@@ -8,7 +8,7 @@ from ptq.numerics.algorithms import ALGORITHMS, Prepared, Problem, prepare, prep
 from ptq.numerics.errors import output_error, quadratic_form
 from ptq.numerics.factor import damped
 from ptq.numerics.formats import FORMATS, MXFP4, MXINT4, NVFP4, NVINT4, Format
-from ptq.numerics.scales import Grid
+from ptq.numerics.scales import Grid, round_to
 
 algorithms = pytest.mark.parametrize("name", ALGORITHMS)
 deployed = pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVINT4, MXINT4], ids=lambda f: f.name)
@@ -70,8 +70,9 @@ def test_white_inputs_leave_nothing_but_rounding(name: str, fmt: Format, problem
         prepare(which, make(w, torch.eye(128), fmt)).solve(w) for which in (name, "rtn")
     )
     if name == "decoupleq" and fmt.bits_dtype != torch.uint8:
-        errors = [float((w - q.dequantize()).square().sum()) for q in (result, nearest)]
-        assert errors[0] < errors[1]
+        assert torch.equal(result.codes, round_to(w, result.scales).codes)
+        errors = [(w - q.dequantize()).square().sum(1) for q in (result, nearest)]
+        assert bool((errors[0] <= errors[1]).all()) and float(errors[0].sum() - errors[1].sum()) < 0
     else:
         assert torch.equal(result.codes, nearest.codes)
 

@@ -53,7 +53,7 @@ def test_exact_scales_solve_the_normal_equations_of_every_row(
 @deployed
 def test_the_nearest_byte_is_the_nearest_scale(fmt: Format) -> None:
     scales = Scales(torch.ones(1, 1, dtype=torch.uint8), torch.tensor(0.25), fmt)
-    first, last = max(fmt.scale_bytes[0], 1), fmt.scale_bytes[1]
+    first, last = max(fmt.legal_scales[0], 1), fmt.legal_scales[1]
     legal = torch.arange(first, last + 1, dtype=torch.uint8)
     steps = fmt.decode_scale(legal).double() * 0.25
     wanted = torch.cat([torch.tensor([-1.0, 0.0]).double(), steps, steps * 1.2]).unsqueeze(0)
