@@ -152,10 +152,10 @@ def _solving(work: Work, plan: Plan, speed: Speed) -> float:
     for group in work.groups:
         n = group.features
         seconds += speed.factor * n**3
+        if recipe.fisher:  # layers go in step, a block of rows after the other
+            seconds += n * speed.column * len(growing(min(max(group.rows), WIDEST)))
         for rows in group.rows:
-            parts = -(-rows * n // PART_ELEMENTS)
-            if recipe.fisher:
-                parts *= 1 + len(growing(min(rows, WIDEST)))
+            parts = 0 if recipe.fisher else -(-rows * n // PART_ELEMENTS)
             more = products * (n - FEATURES) * speed.flop
             seconds += parts * n * speed.column + rows * n * max(speed.weight + more, 0.0)
     return seconds

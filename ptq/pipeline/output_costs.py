@@ -23,6 +23,9 @@ from ptq.pipeline.damage import LENGTH
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.tuning_cost import TOKEN_COPIES
 
+# Of the gradients of a layer: joined, limited, squared.
+COPIES = 4
+
 
 @contextmanager
 def output_costs(
@@ -78,6 +81,11 @@ def output_costs_bytes(
     )
     length = min(LENGTH, plan.seq_len)
     tokens = min(plan.recipe.fisher, plan.samples) * length
-    inside = 4 * length * hidden * TOKEN_COPIES
-    passed = 4 * tokens * max(map(sum, blocks), default=0) + inside
+    widest = max((outputs for block in blocks for outputs in block), default=0)
+    # gradients of a block, copies of those of a layer, one window that is differentiated, and what
+    # every block reads
+    numbers = tokens * (max(map(sum, blocks), default=0) + COPIES * widest)
+    numbers += length * hidden * TOKEN_COPIES
+    numbers += 0 if activations == "disk" else tokens * hidden * len(blocks)
+    passed = 4 * numbers
     return (0 if activations == "disk" else kept), passed
