@@ -1,13 +1,10 @@
 """Draw the pictures of README and docs, light and dark, as SVG without fonts or scripts of its own.
 
-python scripts/pictures.py            # write docs/peers-*.svg and docs/loop-*.svg
+python scripts/pictures.py            # write docs/loop-*.svg
 python scripts/pictures.py --check    # exit 1 if one is out of date
-
-Bars come from docs/peers.json, where it stands how they were measured.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from html import escape
@@ -21,7 +18,7 @@ THEMES = {
     theme: {"ink": of["ink"], "faint": of["soft"], "line": of["line"], "ours": SERIES[theme][0]}
     for theme, of in style.THEMES.items()
 }
-WIDTH, ROW, LABEL, SCALE = 760, 26, 330, 340
+WIDTH = 760
 Theme = dict[str, str]
 
 
@@ -37,41 +34,6 @@ def picture(height: int, title: str, parts: list[str]) -> str:
         f'aria-label="{escape(title, quote=True)}">'
     )
     return "\n".join([head, f"<title>{escape(title)}</title>", *parts, "</svg>\n"])
-
-
-def peers(theme: Theme) -> str:
-    """A panel for each format, a bar for each tool and method; a shorter bar is better."""
-    told = json.loads((DOCS / "peers.json").read_text("utf-8"))
-    parts, y = [], 24
-    for panel in told["panels"]:
-        largest = max(bar["kl"] for bar in panel["bars"])
-        title = f"{panel['format']}, W4A4: KL to the original, nats per token"
-        parts.append(text(0, y, title, theme["ink"], font_weight="600", font_size="14"))
-        parts.append(text(WIDTH, y, "lower is better", theme["faint"], text_anchor="end"))
-        y += 12
-        bottom = y + ROW * len(panel["bars"])
-        parts.append(
-            f'<line x1="{LABEL}" y1="{y}" x2="{LABEL}" y2="{bottom}" stroke="{theme["line"]}"/>'
-        )
-        for bar in panel["bars"]:
-            ours = bar["tool"] == "ptq"
-            best = ours and bar["method"] == "default"
-            weight = "600" if best else "400"
-            name = f"{bar['tool']}: {bar['method']}"
-            ink = theme["ink"] if ours else theme["faint"]
-            middle = y + ROW / 2 + 4.5
-            length = SCALE * bar["kl"] / largest
-            fill = theme["ours"] if best else theme["faint"]
-            parts.append(text(LABEL - 10, middle, name, ink, text_anchor="end", font_weight=weight))
-            parts.append(
-                f'<rect x="{LABEL}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}" rx="2" '
-                f'fill="{fill}" fill-opacity="{1 if ours else 0.55}"/>'
-            )
-            value = f"{bar['kl']:.3f}"
-            parts.append(text(LABEL + length + 8, middle, value, ink, font_weight=weight))
-            y += ROW
-        y += 30
-    return picture(y - 14, f"{told['about']} {told['measured']}.", parts)
 
 
 # The loop: (x, y, width, words); arrows join boxes by their numbers, the last one goes back.
@@ -121,7 +83,7 @@ def arrow(theme: Theme, path: str) -> str:
     )
 
 
-PICTURES: dict[str, Callable[[Theme], str]] = {"peers": peers, "loop": loop}
+PICTURES: dict[str, Callable[[Theme], str]] = {"loop": loop}
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from peers.page import Data, Row, number, rows, text_names
-from pictures import LABEL, ROW, WIDTH, Theme, picture, text
+from pictures import WIDTH, Theme, picture, text
 
-SCALE = 320
+ROW, LABEL, SCALE = 26, 330, 320
 
 
 def draw(theme: Theme, told: Data) -> str:
