@@ -326,15 +326,15 @@ def _layer(
         else:
             solved.append(nearest[-1] if solvers.alike else solvers.solve(part, share))
         signal += _forms(part, hessians)
-        made = part - solvers.judged(solved[-1])
-        result += _forms(made, hessians)
+        left = part - solvers.judged(solved[-1])
+        result += _forms(left, hessians)
         if solvers.alike:
             rounded = result
         else:  # each form costs as much as a sweep: on tokens kept aside only if it is needed
             missed = part - solvers.judged(nearest[-1])
             rounded[0] += _forms(missed, hessians[:1])[0]
             if share is not None and hessians[0] is not None:
-                ahead += float(cost(missed, hessians[0], share) - cost(made, hessians[0], share))
+                ahead += float(cost(missed, hessians[0], share) - cost(left, hessians[0], share))
     keep = bool(result[0] < rounded[0]) if costs is None else ahead > 0
     if not keep and not solvers.alike:
         parts = zip(_parts(layer, rotation, step), nearest, strict=True)
