@@ -225,3 +225,25 @@ def test_errors_of_nested_codes_are_those_of_both_widths(algorithm: str) -> None
             error_of(given, index, wide, given.hessian), rel=1e-4
         )
         assert report.wide_error < report.error / 4 and narrow.report.wide_error is None
+
+
+@pytest.mark.parametrize("elements", [1 << 24, 48 * 128, 16 * 128], ids=["group", "layer", "part"])
+def test_layers_with_costs_are_solved_alike_however_many_rows_fit(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers in step, one after the other, or some blocks of costs at a time."""
+    generator = torch.Generator().manual_seed(6)
+    gradients = [torch.randn(400, 16, generator=generator) for _ in range(4)]
+    blocks = [g.T @ g @ torch.diag(torch.logspace(0, -3, 16)) for g in gradients]
+    blocks = [block @ block.T for block in blocks]
+    given = replace(
+        job(Recipe.default("nvfp4", fisher=4)), costs=(tuple(blocks[:3]), tuple(blocks[3:]))
+    )
+    whole = solve(given)
+    monkeypatch.setattr("ptq.pipeline.solve.PART_ELEMENTS", elements)
+    for result, same in zip(solve(given), whole, strict=True):
+        assert result.report.algorithm == "gptq"
+        assert (result.weight.codes != same.weight.codes).float().mean() < 0.02
+        assert result.report.error == pytest.approx(same.report.error, rel=0.02)
+    usual = solve(replace(given, costs=()))
+    assert any((a.weight.codes != b.weight.codes).any() for a, b in zip(whole, usual, strict=True))
