@@ -129,7 +129,10 @@ def judge(arch: int, case: Case, compiled: Compiled) -> list[str]:
 def excused_loads(case: Case) -> int:
     """How many plain loads the main loop may have: those of scales that are read by bytes (the
     reason is at ``w4a16_constants``) although rows of them begin at no multiple of four, or a step
-    has less than four. At most one for each byte that a thread gets."""
+    has less than four. At most one for each byte that a thread gets. What has no tensor cores to
+    keep busy may read as it likes."""
+    if not case.mma:
+        return sys.maxsize
     sizes = {name: value for name, value in case.constants.items() if isinstance(value, int)}
     if "ELEMENT" not in case.constants or case.constants.get("SCALE_LOAD") != "bytes":
         return 0

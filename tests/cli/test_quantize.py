@@ -42,7 +42,8 @@ def test_a_quiet_run_says_nothing(quantize):
 
 def test_a_dry_run_names_levers_and_text(quantize):
     told = " ".join(quantize("--dry-run", "--quality", "best").out.split())
-    assert "GPTQ, scales by trial, 4 sweeps of descent, balance 0.25 text 8 × 64 = 512" in told
+    assert "GPTQ, scales by trial, 4 sweeps of descent, outputs weighed by gradients" in told
+    assert "of 32 windows, balance 0.25 text 8 × 64 = 512" in told
     assert "memory at the peak" in told
     assert "choose from fast, default, best" in quantize("--quality", "x").error
 
