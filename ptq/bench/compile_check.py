@@ -27,6 +27,7 @@ from ptq.kernels.gpu import FAMILIES, MULTIPROCESSORS
 SPILLS = {
     (80, "grouped nvint4 32x5120x2880 by 32x128x128 split 1"): 16,
     (80, "grouped nvfp4 32x5120x2880 by 32x128x128 split 1"): 8,
+    (100, "w4a4 mxfp4 64x5120x2880 by 64x128x256 split 2"): 24,
     (120, "grouped mxfp4 1x5120x2880 by 16x128x128 split 1"): 8,
     (120, "w4a4 mxfp4 64x5120x2880 by 64x128x256 split 2"): 24,
 }
