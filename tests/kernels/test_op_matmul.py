@@ -32,6 +32,9 @@ from ptq.runtime.quant_linear import QuantLinear
 
 if not operator.INTERPRETED:
     pytest.skip("for the interpreter; test_on_gpu.py is for devices", allow_module_level=True)
+runtime_bounds = pytest.mark.skipif(
+    not NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
+)
 FP4 = [FORMATS["mxfp4"], FORMATS["nvfp4"]]
 
 
@@ -212,9 +215,6 @@ def test_w4a4_is_the_product_of_the_dequantized_operands(
     assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
-@pytest.mark.skipif(
-    not NEW_ASSEMBLER, reason="the interpreter of Triton 3.6 fails at run-time loop bounds"
-)
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
 @pytest.mark.parametrize(("block_k", "k"), [(128, 320), (256, 320), (256, 512), (64, 96)])
 def test_both_scales_are_the_same_in_whatever_pieces_they_are_read(
@@ -235,6 +235,7 @@ def test_both_scales_are_the_same_in_whatever_pieces_they_are_read(
     assert torch.equal(run(), read)
 
 
+@runtime_bounds
 @pytest.mark.parametrize("fmt4", FP4, ids=lambda f: f.name)
 @pytest.mark.parametrize(("m", "n", "k"), [(130, 136, 256)])
 def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight) -> None:
@@ -247,6 +248,7 @@ def test_w4a4_with_blocked_scales(fmt4, m, n, k, random_weight) -> None:
         assert error(out, values.double() @ weight.dequantize().double().T + bias.double()) < 1e-6
 
 
+@runtime_bounds
 def test_bands_of_rows_change_the_order_of_tiles_alone(random_weight, monkeypatch) -> None:
     """Five rows of tiles in bands of two, the last with one: each tile is made once, by the same
     sum."""
