@@ -191,22 +191,24 @@ def prepare(name: str, problem: Problem) -> Prepared:
     if problem.nested:
         return _nested(name, problem)
     prepared = ALGORITHMS[name](problem)
-    if problem.descent:
-        prepared = _refined(prepared, problem)
-    return _weighing(prepared, problem) if name in SWEEPING else prepared
-
-
-def _weighing(prepared: Prepared, problem: Problem) -> Prepared:
-    """The algorithm, for rows whose errors do not count alike, too."""
+    damping = prepared.damping or problem.damping
 
     @cache
     def hessian() -> Tensor:
-        return damped(problem.known, prepared.damping).float()
+        return damped(problem.known, damping).float()
 
-    def descend(rows: Rows, quantized: QuantizedTensor) -> QuantizedTensor:
+    def descend(rows: Rows, quantized: QuantizedTensor, sweeps: int = 1) -> QuantizedTensor:
         return coordinate_descent(
-            rows, problem.known, quantized, sweeps=1, damped_hessian=hessian()
+            rows, problem.known, quantized, sweeps=sweeps, damped_hessian=hessian()
         )
+
+    if problem.descent:
+        prepared = _refined(prepared, descend, problem.descent, damping)
+    return _weighing(prepared, descend) if name in SWEEPING else prepared
+
+
+def _weighing(prepared: Prepared, descend: Callable[..., QuantizedTensor]) -> Prepared:
+    """The algorithm, for rows whose errors do not count alike, too."""
 
     def weighed(rows: Rows, costs: Costs) -> QuantizedTensor:
         return both_sides(rows, costs, prepared.solve, descend)
@@ -214,18 +216,13 @@ def _weighing(prepared: Prepared, problem: Problem) -> Prepared:
     return replace(prepared, weighed=weighed)
 
 
-def _refined(prepared: Prepared, problem: Problem) -> Prepared:
-    damping = prepared.damping or problem.damping
-    hessian = damped(problem.known, damping).float()
+def _refined(
+    prepared: Prepared, descend: Callable[..., QuantizedTensor], sweeps: int, damping: float
+) -> Prepared:
+    """The algorithm, and so many sweeps of descent afterwards."""
 
     def solve(rows: Rows) -> QuantizedTensor:
-        return coordinate_descent(
-            rows,
-            problem.known,
-            prepared.solve(rows),
-            sweeps=problem.descent,
-            damped_hessian=hessian,
-        )
+        return descend(rows, prepared.solve(rows), sweeps)
 
     # GPTQ keeps its name, as in reports written before; nothing else may pass for what it is not
     name = prepared.name if prepared.name == "gptq" else f"{prepared.name}+descent"
