@@ -63,10 +63,9 @@ def damages(
         together: the groups of layers that decide together, by their names, besides those that
             read the same input.
     """
-    windows = torch.cat([batch[:, :LENGTH] for batch in batches])[:SEQUENCES]
     scores = sensitivities(
         source,
-        list(windows.split(1)),
+        first_windows(batches, SEQUENCES),
         [name for name in plan.layers if name != plan.head],
         lambda block, groups: _errors(block, choices),
         device=device,
@@ -80,6 +79,11 @@ def damages(
         tuple(name for name in group if name in choices): score for group, score in scores.items()
     }
     return _joined(decided, {name: plan[name].weights for name in choices}, together)
+
+
+def first_windows(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The first ``LENGTH`` tokens of the first windows of ``batches``, each (1, tokens)."""
+    return list(torch.cat([batch[:, :LENGTH] for batch in batches])[:count].split(1))
 
 
 def _joined(

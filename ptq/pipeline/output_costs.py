@@ -19,7 +19,7 @@ from ptq.calib.output_costs import OutputCosts
 from ptq.model.source import Source
 from ptq.numerics.both_sides import parts
 from ptq.pipeline.balancing import Balancing
-from ptq.pipeline.damage import LENGTH
+from ptq.pipeline.damage import LENGTH, first_windows
 from ptq.pipeline.plan import Plan
 from ptq.pipeline.tuning_cost import TOKEN_COPIES
 
@@ -44,13 +44,12 @@ def output_costs(
     Raises:
         ValueError: see :func:`ptq.calib.backward.backward`.
     """
-    windows = torch.cat([batch[:, :LENGTH] for batch in batches])[: plan.recipe.fisher]
     layers = [n for n in plan.layers if n != plan.head and plan[n].recipe.fisher]
     with HiddenStates("disk" if activations == "disk" else "ram", torch.device("cpu")) as kept:
         costs = OutputCosts(kept, parts)
         seen_blocks = backward(
             source,
-            list(windows.split(1)),
+            first_windows(batches, plan.recipe.fisher),
             layers,
             device=device,
             activations=activations,
@@ -61,7 +60,7 @@ def output_costs(
             on_block=on_block,
         )
         for seen in seen_blocks if until < len(source.blocks()) else ():
-            for name in [name for group in seen.groups for name in group if name in layers]:
+            for name in list(seen.readings):
                 costs.add(name, [call.gradient(0) for call in seen.readings.pop(name)])
         yield costs
 
