@@ -95,8 +95,7 @@ def layer_types(info: LayerInfo) -> dict[str, tuple[torch.dtype, ...]]:
 def _check_shapes(tensors: Mapping[str, Tensor], fmt: Format, name: str) -> None:
     shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
     packed, scale = shapes["weight_packed"], shapes["weight_scale"]
-    per_byte = 2 if fmt.packed else 1
-    width = fmt.size(per_byte * packed[-1]) // per_byte if packed else 0  # bytes of a group
+    width = fmt.size(fmt.per_byte * packed[-1]) // fmt.per_byte if packed else 0  # bytes of a group
     if len(packed) != 2 or len(scale) != 2 or packed != (scale[0], scale[1] * width):
         raise ValueError(
             f"{name}.weight_packed has shape {packed} and weight_scale {scale}, which do not "

@@ -175,7 +175,7 @@ class Checkpoint:
         info = self.layers[name]
         conversion = self._dialect.conversion(info)
         codes = self._entry(f"{name}.{PACKED if conversion is None else conversion.packed}")
-        per_byte = 2 if FORMATS[info.format].packed else 1
+        per_byte = FORMATS[info.format].per_byte
         return codes.shape[0], codes.bytes * per_byte // codes.shape[0]
 
     def layer(self, name: str) -> dict[str, Tensor]:

@@ -278,6 +278,11 @@ class Format:
         return self.element.bits == 4
 
     @property
+    def per_byte(self) -> int:
+        """How many codes a byte holds in storage."""
+        return 2 if self.packed else 1
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of an element plus its share of the scale; the one global scale of a tensor and the
         scales of whole rows are not counted."""

@@ -66,7 +66,7 @@ def dequantize_packed(
     instead of 2)."""
     fmt = scales.format
     numbers = _numbers(fmt, packed.device).index_select(0, packed.flatten().int())
-    columns = packed.shape[1] * (2 if fmt.packed else 1)
+    columns = packed.shape[1] * fmt.per_byte
     values = numbers.view(torch.float32).view(*scales.bits.shape, fmt.size(columns))
     return ungroup(values.mul_(scales.step().unsqueeze(-1)))
 

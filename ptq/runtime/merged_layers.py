@@ -138,7 +138,7 @@ class Shard:
         # a part of a larger tensor would keep all of it
         memory = {leaf: tensor.to(self.device).contiguous() for leaf, tensor in memory.items()}
         rows, bytes = memory["weight_packed"].shape
-        inputs = bytes * (2 if FORMATS[info.format].packed else 1)
+        inputs = bytes * FORMATS[info.format].per_byte
         place = nn.Linear(inputs, rows, bias=False, device="meta")
         return stored_layer(place, info, memory, self.name).eval()
 

@@ -100,8 +100,7 @@ class QuantLinear(nn.Module):
             return torch.empty((), dtype=torch.float32, device=device) if exists else None
 
         has_global_scale = self.format.has_global_scale
-        width = in_features // 2 if self.format.packed else in_features
-        self.register_buffer("weight_packed", codes(width))
+        self.register_buffer("weight_packed", codes(in_features // self.format.per_byte))
         self.register_buffer("weight_scale", codes(groups, self.format.bits_dtype))
         self.register_buffer("weight_global_scale", scalar(has_global_scale))
         self.register_buffer("input_global_scale", scalar(info.static_inputs and has_global_scale))

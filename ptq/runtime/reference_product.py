@@ -49,7 +49,7 @@ def remade(packed: Tensor, scales: Scales, tokens: int) -> Iterator[Tensor]:
     """Chunks (rows, in) of the weight that ``packed`` (out, bytes) and its ``scales`` stand for, in
     order, each valid until the next is asked for."""
     fmt, device = scales.format, packed.device
-    in_features = packed.shape[1] * (2 if fmt.packed else 1)
+    in_features = packed.shape[1] * fmt.per_byte
     rows = chunk_rows(packed.shape[0], in_features, tokens, device)
     if few(tokens, device):
         unpacker = _unpackers.of.get((fmt.name, device))
